@@ -1,0 +1,105 @@
+"""Tiny models made on the spot. Everything runs offline and on one thread, so that results repeat."""
+
+from __future__ import annotations
+
+import os
+
+# Read by the libraries when they are imported, so set before any of them.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+SENTENCES = [
+    "Question: Who wrote the opera about a barber?\nAnswer: Gioachino Rossini\n",
+    "Knowledge:\nRossini: Gioachino Rossini was an Italian composer born in Pesaro in 1792.\n",
+    "Marie Curie: Marie Curie discovered polonium and radium, and won two Nobel prizes.\n",
+    "Question: Where is the capital of the country, and when was it founded?\nAnswer: Canberra, 1913\n",
+    "The quick brown fox jumps over the lazy dog; naïve façade, Zürich, 東京.",
+]
+
+# What differs between families; the sizes that they share are in make_llm. gpt_neox and gpt2 have plain MLPs.
+FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
+    "llama": ("Llama", {"intermediate_size": 48, "num_key_value_heads": 2}),
+    "mistral": ("Mistral", {"intermediate_size": 48, "num_key_value_heads": 2}),
+    "qwen2": ("Qwen2", {"intermediate_size": 48, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
+    "gemma": ("Gemma", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoX", {"intermediate_size": 48}),
+    "gpt2": ("GPT2", {"n_inner": 48}),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that begins every text with BOS and pads on the left."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=[BOS, EOS, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left", model_max_length=2048
+    )
+
+
+@pytest.fixture(scope="session")
+def make_llm(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """``make_llm(family, seed=0, **config)``: a new random decoder of a family of FAMILIES, in eval mode, float32.
+
+    The weights are spread widely, so that a greedy choice is seldom a near tie.
+    """
+
+    def make(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+        name, sizes = FAMILIES[family]
+        shared = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.2,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = getattr(transformers, f"{name}Config")(**{**shared, **sizes, **overrides})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model_class = "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"
+            return getattr(transformers, model_class)(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llm_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_llm: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A directory with a tiny Llama and the tokenizer, as ``pretrained=`` wants it."""
+    directory = tmp_path_factory.mktemp("llm")
+    make_llm("llama").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
