@@ -1,0 +1,113 @@
+"""Making the stock ``lm_eval`` command find our model and tasks.
+
+An lm-eval that discovers entry points (``lm_eval.models``, ``lm_eval.tasks``; see pyproject.toml) needs none of this.
+Version 0.4.13, the newest release, does not, so the wheel carries a start-up file (``startup/*.pth``, and ``*.start``
+for Python 3.15) that calls ``install`` whenever an interpreter of that environment starts. It puts one import hook in
+place and nothing else. Only when lm-eval itself gets imported
+
+- ``lm_eval.models``: the model name is registered, as a placeholder, unless that lm-eval loads plugins by itself;
+- ``lm_eval.tasks._index``: our task folder is indexed right after the built-in one, so that ``--include_path`` still
+  wins, unless that lm-eval has found the folder by itself.
+
+``GENPOE_NO_AUTOLOAD=1`` turns it off. What goes wrong here is a warning, never a broken lm-eval.
+
+This module runs at every start of an interpreter: it imports what is loaded by then, and nothing more.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False  # importing typing would cost more than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from importlib.machinery import ModuleSpec
+    from pathlib import Path
+    from types import ModuleType
+    from typing import Any
+
+MODELS = {"genpoe": "genpoe_plugin.lm:GenPoELM"}
+
+
+def install() -> None:
+    """Register with lm-eval as soon as it is imported, or now if it already is."""
+    if os.environ.get("GENPOE_NO_AUTOLOAD", "0") not in ("", "0"):
+        return
+    if any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Hook())
+    for name, register in _REGISTER.items():
+        if name in sys.modules:
+            _safely(register, sys.modules[name])
+
+
+def task_folder() -> "Path":
+    """The folder of our task YAMLs: inside the installed package, or beside it in a checkout."""
+    from pathlib import Path
+
+    package = Path(__file__).resolve().parent
+    installed = package / "tasks"
+    return installed if installed.is_dir() else package.parent / "tasks"
+
+
+def _register_models(models: "ModuleType") -> None:
+    from lm_eval.api import registry
+
+    if hasattr(registry, "load_plugins"):
+        return
+    for name, target in MODELS.items():
+        if name not in registry.model_registry:
+            registry.model_registry.register(name, target=target)
+
+
+def _register_tasks(index: "ModuleType") -> None:
+    from pathlib import Path
+
+    build = index.TaskIndex.build
+    built_in = Path(str(index.__file__)).parent
+
+    def build_with_ours(paths: "Iterable[Path]", **options: "Any") -> "Any":
+        paths, ours = list(paths), task_folder()
+        if built_in in paths and ours not in paths:
+            paths.insert(paths.index(built_in) + 1, ours)
+        return build(paths, **options)
+
+    index.TaskIndex.build = staticmethod(build_with_ours)
+
+
+_REGISTER = {"lm_eval.models": _register_models, "lm_eval.tasks._index": _register_tasks}
+
+
+def _safely(register: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
+    try:
+        register(module)
+    except Exception as error:
+        import warnings
+
+        warnings.warn(f"lm-eval-genpoe cannot register with this lm-eval: {error!r}", stacklevel=2)
+
+
+class _Hook:
+    """A finder that finds nothing itself; it has the real loader of lm-eval's two modules call us afterwards."""
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        register = _REGISTER.get(name)
+        if register is None:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+                if spec.loader is not None:
+                    _call_after(spec.loader, register)
+                return spec
+        return None
+
+
+def _call_after(loader: "Any", register: "Callable[[ModuleType], None]") -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: "ModuleType") -> None:
+        execute(module)
+        _safely(register, module)
+
+    loader.exec_module = exec_module

@@ -1,0 +1,165 @@
+"""The start-up hook, in interpreters of its own. A stand-in shows lm-eval's shape; the real one is asked as well."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+REGISTRY = """
+class Registry(dict):
+    def register(self, name, target):
+        assert name not in self
+        self[name] = target
+model_registry = Registry()
+"""
+INDEX = """
+class TaskIndex:
+    @staticmethod
+    def build(paths, *, resolve_includes=True):
+        return [str(path) for path in paths]
+"""
+MODELS = "from lm_eval.api.registry import model_registry\nmodel_registry.register('hf', target='a:B')\n"
+
+
+def write_lm_eval(root: Path, *, registry: str = REGISTRY, index: str = INDEX) -> Path:
+    """A stand-in for lm-eval, as far as the hook touches it; returns its built-in task folder."""
+    files = {
+        "__init__.py": "",
+        "api/__init__.py": "",
+        "api/registry.py": registry,
+        "models/__init__.py": MODELS,
+        "tasks/__init__.py": "",
+        "tasks/_index.py": index,
+    }
+    for name, text in files.items():
+        path = root / "lm_eval" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root / "lm_eval" / "tasks"
+
+
+STARTUP = REPOSITORY / "genpoe_plugin/startup/lm_eval_genpoe_autoload.pth"
+
+
+def run(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a new interpreter without any start-up file but ours, whose line it executes first."""
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, [*paths, REPOSITORY])), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", f"{STARTUP.read_text()}\n{code}"],
+        env=os.environ | {"GENPOE_NO_AUTOLOAD": "0"} | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+
+
+def output(code: str, *paths: Path, **environment: str) -> object:
+    done = run("import json\n" + code, *paths, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+LIST_MODELS = """
+import lm_eval.models
+from lm_eval.api.registry import model_registry
+print(json.dumps(model_registry))
+"""
+LIST_FOLDERS = """
+import pathlib, lm_eval.tasks._index as index
+built_in = pathlib.Path(index.__file__).parent
+mine = pathlib.Path("/mine")
+print(json.dumps([index.TaskIndex.build([built_in, mine]), index.TaskIndex().build([mine])]))
+"""
+
+
+def test_model_and_tasks_are_added_to_what_lm_eval_has(tmp_path: Path) -> None:
+    built_in = write_lm_eval(tmp_path)
+    assert output(LIST_MODELS, tmp_path) == {"hf": "a:B", "genpoe": "genpoe_plugin.lm:GenPoELM"}
+    # Right after the built-in folder, so that --include_path wins; nowhere if the built-in tasks are not wanted.
+    assert output(LIST_FOLDERS, tmp_path) == [[str(built_in), str(REPOSITORY / "tasks"), "/mine"], ["/mine"]]
+
+
+def test_lm_eval_imported_before_the_hook(tmp_path: Path) -> None:
+    write_lm_eval(tmp_path)
+    code = """
+import sys
+del sys.meta_path[0]  # the hook of the start-up file
+import lm_eval.models
+import genpoe_plugin.registration as registration
+registration.install()
+registration.install()
+"""
+    assert output(code + LIST_MODELS, tmp_path) == {"hf": "a:B", "genpoe": "genpoe_plugin.lm:GenPoELM"}
+
+
+def test_an_lm_eval_that_discovers_entry_points_is_left_alone(tmp_path: Path) -> None:
+    registry = REGISTRY + "def load_plugins(group, registry): pass\n"
+    built_in = write_lm_eval(tmp_path, registry=registry)
+    assert output(LIST_MODELS, tmp_path) == {"hf": "a:B"}
+    # Tasks came to entry points later than models; where lm-eval passes our folder itself, it stays at that.
+    discovered = LIST_FOLDERS.replace("[built_in,", f"[built_in, pathlib.Path({str(REPOSITORY / 'tasks')!r}),")
+    assert output(discovered, tmp_path) == [[str(built_in), str(REPOSITORY / "tasks"), "/mine"], ["/mine"]]
+
+
+def test_switched_off(tmp_path: Path) -> None:
+    built_in = write_lm_eval(tmp_path)
+    assert output(LIST_MODELS, tmp_path, GENPOE_NO_AUTOLOAD="1") == {"hf": "a:B"}
+    assert output(LIST_FOLDERS, tmp_path, GENPOE_NO_AUTOLOAD="1") == [[str(built_in), "/mine"], ["/mine"]]
+
+
+def test_an_lm_eval_of_another_shape_still_works(tmp_path: Path) -> None:
+    write_lm_eval(tmp_path, index="class TaskIndex: pass\n")
+    done = run("import lm_eval.tasks._index as index; print(index.TaskIndex)", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lm-eval-genpoe cannot register with this lm-eval" in done.stderr
+
+
+def test_harmless_without_lm_eval(tmp_path: Path) -> None:
+    code = """
+try:
+    import lm_eval.models
+except ModuleNotFoundError as error:
+    assert error.name == "lm_eval", error
+else:
+    raise AssertionError("lm_eval is here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(REPOSITORY)!r})\n"
+         "import genpoe_plugin.registration as r; r.install()\n" + code],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_it_imports_nothing_but_itself() -> None:
+    line = STARTUP.read_text().strip()
+    code = f"import sys\nbefore = set(sys.modules)\n{line}\nprint(*sorted(set(sys.modules) - before))"
+    code = f"import sys, os; sys.path.append({str(REPOSITORY)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # -S: no site
+    assert done.stdout.split() == ["genpoe_plugin", "genpoe_plugin.registration"], done.stderr
+
+
+def test_both_start_up_files_call_the_same_function() -> None:
+    module, function = STARTUP.with_suffix(".start").read_text().strip().split(":")
+    assert STARTUP.read_text().strip() == f"import {module}; {module}.{function}()"
+
+
+@pytest.mark.parametrize("off", ["0", "1"])
+def test_the_real_lm_eval(off: str) -> None:
+    code = """
+import lm_eval.models, lm_eval.tasks._index as index
+from lm_eval.api.registry import model_registry
+print(json.dumps([list(model_registry), "build_with_ours" in index.TaskIndex.build.__name__]))
+"""
+    models, patched = output(code, GENPOE_NO_AUTOLOAD=off)  # type: ignore[misc]
+    assert {"hf", "vllm", "dummy"} < set(models)
+    assert ("genpoe" in models) == patched == (off == "0")
