@@ -1,0 +1,166 @@
+"""Questions with their answers and retrieved passages, and the files that they come from and go to."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.passages import (
+    RESULTS_FORMAT,
+    RESULTS_VERSION,
+    Passage,
+    check_characters,
+    first_character,
+    json_objects,
+    passage_from_record,
+    read_json_objects,
+    read_tsv_rows,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievedPassage:
+    """A passage with what retriever and reranker said of it; ranks count from 1."""
+
+    passage: Passage
+    score: float
+    rank: int
+    rerank_score: float | None = None
+    rerank_rank: int | None = None
+    has_answer: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, all accepted answers, and its passages, best first."""
+
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[RetrievedPassage, ...] = ()
+
+
+def read_questions(path: str | Path) -> Iterator[Question]:
+    """Read questions one by one, in file order, from any of these files, each also as ``.gz``.
+
+    - DPR results, as one JSON list or as JSON Lines: ``{"question", "answers", "ctxs": [...]}``;
+    - what `write_questions` wrote;
+    - DPR's ``*.qas.csv`` or ``.tsv``: ``question<TAB>['answer', ...]``;
+    - nq_open: JSON Lines of ``{"question", "answer": [...]}``.
+
+    The kind of file is seen from its content.
+
+    Raises:
+        InputError: a line is malformed, a question has no text or no answers, or the file is of a newer version.
+    """
+    kind = first_character(path)
+    if kind == "":
+        raise InputError(f"{path}: the file is empty; give a file of questions")
+    if kind not in "{[":
+        for row, where in read_tsv_rows(path):
+            if len(row) != 2:
+                raise InputError(f"{where}: {len(row)} fields; a line is question<TAB>['answer', ...]")
+            try:
+                answers = ast.literal_eval(row[1])
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise InputError(f"{where}: answers have to be a list of strings, as in ['answer', ...]") from error
+            yield Question(_question(row[0], where), _answers(answers, where))
+        return
+    for record, where in read_json_objects(path):
+        yield Question(
+            _question(record.get("question"), where),
+            _answers(record.get("answers", record.get("answer")), where),
+            passages_from_ctxs(record.get("ctxs") or (), where),
+        )
+
+
+def write_questions(path: str | Path, questions: Iterable[Question], **header: Any) -> None:
+    """Write JSON Lines that `read_questions` reads back: a line with format, version and ``header``, then one object
+    a question in DPR's result form, its passages in the order given, with rank and, where there are any, rerank score,
+    rerank rank and has_answer. ``.gz`` at the end of the name compresses."""
+    with atomic_file(path) as temporary:
+        opener = gzip.open if Path(path).suffix == ".gz" else open
+        with opener(temporary, "wt", encoding="utf-8") as file:
+            file.write(json.dumps({"format": RESULTS_FORMAT, "version": RESULTS_VERSION, **header}) + "\n")
+            for question in questions:
+                file.write(json.dumps(_record(question), ensure_ascii=False) + "\n")
+
+
+def passages_from_ctxs(ctxs: Sequence[Mapping[str, Any]], where: str) -> tuple[RetrievedPassage, ...]:
+    """The passages of a DPR ``ctxs`` list, in its order, which is their rank where they do not carry one; score 0 where
+    there is none.
+
+    Raises:
+        InputError: not a list of passages, or a score or rank that is not a number; ``where`` begins the message.
+    """
+    return tuple(
+        RetrievedPassage(
+            passage=passage_from_record(ctx, ctx_where),
+            score=_number(ctx, "score", ctx_where) or 0.0,
+            rank=_rank(ctx, "rank", ctx_where) or position,
+            rerank_score=_number(ctx, "rerank_score", ctx_where),
+            rerank_rank=_rank(ctx, "rerank_rank", ctx_where),
+            has_answer=None if ctx.get("has_answer") is None else bool(ctx["has_answer"]),
+        )
+        for position, (ctx, ctx_where) in enumerate(json_objects(ctxs, f'{where}, "ctxs"'), 1)
+    )
+
+
+def _question(question: Any, where: str) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f'{where}: a question has to be a string that is not empty, under "question" in JSON')
+    check_characters(question, where)
+    return question
+
+
+def _answers(answers: Any, where: str) -> tuple[str, ...]:
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list | tuple) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f'{where}: a question needs a list of answers, strings, under "answers" or "answer" in JSON')
+    check_characters("".join(answers), where)
+    return tuple(answers)
+
+
+def _number(ctx: Mapping[str, Any], field: str, where: str) -> float | None:
+    value = ctx.get(field)  # DPR writes scores as strings
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f'{where}: "{field}" has to be a number, not {value!r}')
+    return number
+
+
+def _rank(ctx: Mapping[str, Any], field: str, where: str) -> int | None:
+    number = _number(ctx, field, where)
+    if number is not None and (number < 1 or number != int(number)):
+        raise InputError(f'{where}: "{field}" has to be a whole number from 1 up, not {ctx[field]!r}')
+    return None if number is None else int(number)
+
+
+def _record(question: Question) -> dict[str, Any]:
+    ctxs = []
+    for retrieved in question.passages:
+        passage = retrieved.passage
+        ctx = {
+            "id": passage.id,
+            "title": passage.title,
+            "text": passage.text,
+            "score": retrieved.score,
+            "rank": retrieved.rank,
+            "rerank_score": retrieved.rerank_score,
+            "rerank_rank": retrieved.rerank_rank,
+            "has_answer": retrieved.has_answer,
+        }
+        ctxs.append({key: value for key, value in ctx.items() if value is not None})
+    return {"question": question.question, "answers": list(question.answers), "ctxs": ctxs}

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import string
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genpoe_plugin.answers import exact_match, f1, has_answer, normalize_answer
+
+# Words that the normalisation touches, so that random texts overlap and hit its rules often.
+WORDS = st.sampled_from(
+    [
+        "the",
+        "The",
+        "a",
+        "an",
+        "A.",
+        "another",
+        "J.R.R.",
+        "JRR",
+        "Tolkien",
+        "1,000",
+        "1000",
+        "St.",
+        "Louis",
+        "-",
+        "Zürich",
+    ]
+)
+TEXTS = st.lists(WORDS | st.text(max_size=4), max_size=6).map(" ".join)
+
+
+def squad_normalize(text: str) -> str:
+    """SQuAD v1.1's steps, word by word: lower case, punctuation, articles, white space."""
+    kept = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    out, word = [], ""
+    for character in [*kept, " "]:
+        if character.isalnum() or character == "_":
+            word += character
+        else:
+            out += [" " if word in ("a", "an", "the") else word, character]
+            word = ""
+    return " ".join("".join(out).split())
+
+
+def squad_f1(prediction: str, answer: str) -> float:
+    predicted, gold = squad_normalize(prediction).split(), squad_normalize(answer).split()
+    remaining, shared = list(gold), 0
+    for word in predicted:
+        if word in remaining:
+            remaining.remove(word)
+            shared += 1
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+@given(TEXTS)
+def test_normalisation_is_squads(text: str) -> None:
+    assert normalize_answer(text) == squad_normalize(text)
+
+
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=4))
+def test_scores_are_squads(prediction: str, answers: list[str]) -> None:
+    assert exact_match(prediction, answers) == max(squad_normalize(prediction) == squad_normalize(a) for a in answers)
+    assert f1(prediction, answers) == pytest.approx(max(squad_f1(prediction, answer) for answer in answers))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [("J.R.R. Tolkien", "JRR Tolkien"), ("1,000", "1000"), ("O'Brien", "OBrien"), (" The  Beatles.", "beatles")],
+)
+def test_what_squad_takes_for_equal(prediction: str, answer: str) -> None:
+    assert exact_match(prediction, ["something else", answer]) == 1.0
+
+
+def test_what_squad_tells_apart() -> None:
+    assert exact_match("3 - 2", ["3-2"]) == 0.0
+    assert exact_match("", ["x"]) == f1("", ["x"]) == 0.0
+    assert exact_match("x", []) == f1("x", []) == 0.0
+
+
+def test_f1_counts_words_of_a_bag() -> None:
+    # "new york york" and "york new": 2 shared of 3 and of 2.
+    assert f1("New York York", ["York, the New", "Boston"]) == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        ("He was born in St. Louis, Missouri.", "st. louis", True),
+        ("He was born in St. Louis, Missouri.", "St Louis", False),  # "." is a token
+        ("the catalogue", "cat", False),  # whole tokens only
+        ("one two three", "two three", True),
+        ("one two three", "one three", False),  # a run of tokens
+        ("in Zu\u0308rich", "ZÜRICH", True),  # NFD
+        ("in Zurich", "Zürich", False),
+        ("what\tever\nnext", "ever next", True),  # white space and control characters are no tokens
+        ("3-2", "3 - 2", True),
+        ("text", "", False),
+        ("", "", False),
+        ("a \u200b b", "\u200b", False),  # an answer of format characters has no token
+        ("", "x", False),
+    ],
+)
+def test_has_answer(text: str, answer: str, found: bool) -> None:
+    assert has_answer(text, [answer]) is found
+    assert has_answer(text, ["no such answer", answer]) is found
+
+
+def test_no_answers_are_not_found() -> None:
+    assert not has_answer("text", [])
+
+
+def dpr_tokens(text: str) -> list[str]:
+    """DPR's tokens by Unicode category, one character at a time."""
+    tokens: list[str] = []
+    in_word = False
+    for character in unicodedata.normalize("NFD", text):
+        category = unicodedata.category(character)[0]
+        if category in "LNM":
+            tokens = [*tokens[:-1], tokens[-1] + character] if in_word else [*tokens, character]
+        elif category not in "ZC":
+            tokens.append(character)
+        in_word = category in "LNM"
+    return [token.lower() for token in tokens]
+
+
+LATIN = st.characters(max_codepoint=0x24F) | st.sampled_from("Σσς。東京\u0301\u200b")
+
+
+@given(st.text(LATIN, max_size=12), st.text(LATIN, max_size=3), st.integers(0, 12))
+def test_has_answer_is_dprs_match(text: str, answer: str, cut: int) -> None:
+    for needle in (answer, text[cut : cut + 3]):
+        wanted, tokens = dpr_tokens(needle), dpr_tokens(text)
+        runs = [tokens[start : start + len(wanted)] for start in range(len(tokens))]
+        assert has_answer(text, [needle]) == (bool(wanted) and wanted in runs)
