@@ -1,0 +1,207 @@
+"""The tasks as lm-eval sees them: loading, prompts, few-shot, scores. Models here are stand-ins with set answers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from genpoe_plugin.errors import InputError
+
+TASK_FOLDER = Path(__file__).parents[1] / "tasks"
+
+QUESTIONS = [
+    ("who wrote the hobbit", ["J.R.R. Tolkien", "Tolkien"], "JRR Tolkien\nmore text"),
+    ("where is the gateway arch?", ["St. Louis", "St. Louis, Missouri"], " St. Louis."),
+    ("when was rome founded", ["753 BC"], "in 753 BC"),
+    ("Who sings it", ["The Beatles"], "\nThe Beatles"),
+]
+EM = [1.0, 1.0, 0.0, 0.0]
+F1 = [1.0, 1.0, 0.8, 0.0]
+CTXS = [{"id": "7", "title": "Hobbit", "text": "By Tolkien.", "score": "81.5", "has_answer": True}]
+
+
+class SetAnswers(LM):
+    """Answers a prompt by its last question, and keeps the requests."""
+
+    def __init__(self, answers: Mapping[str, str]) -> None:
+        super().__init__()
+        self.answers = answers
+        self.requests: list[Instance] = []
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self.requests += requests
+        return [self.answers[re.findall(r"Question: (.*)\nAnswer:", r.args[0])[-1]] for r in requests]
+
+    def loglikelihood(self, requests: list[Instance]) -> Any:
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> Any:
+        raise NotImplementedError
+
+
+def as_prompted(question: str) -> str:
+    return question[0].upper() + question[1:].rstrip("?") + "?"
+
+
+def evaluate(tasks: list[str], data: Any, **options: Any) -> tuple[dict[str, Any], SetAnswers]:
+    model = SetAnswers({as_prompted(question): generation for question, _, generation in QUESTIONS})
+    manager = TaskManager(
+        include_path=str(TASK_FOLDER), include_defaults=False, metadata={"pretrained": "LLM", "genpoe_data": data}
+    )
+    results = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, **options)
+    assert results is not None
+    return results, model
+
+
+def write_questions(path: Path, *, ctxs: Sequence[Mapping[str, Any]] | None = None) -> Path:
+    """QUESTIONS in the form and compression that the name asks for."""
+    extra = {} if ctxs is None else {"ctxs": ctxs}
+    dpr = [{"question": question, "answers": answers, **extra} for question, answers, _ in QUESTIONS]
+    if ".tsv" in path.name:
+        text = "".join(f"{question}\t{answers!r}\n" for question, answers, _ in QUESTIONS)
+    elif "nq_open" in path.name:
+        text = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a, _ in QUESTIONS)
+    elif ".jsonl" in path.name:
+        text = "".join(json.dumps(row) + "\n" for row in dpr)
+    else:
+        text = json.dumps(dpr)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    return write_questions(tmp_path / "nq_open.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", ["dpr.json", "dpr.json.gz", "dpr.jsonl", "nq_open.jsonl", "nq_open.jsonl.gz", "qas.tsv", "qas.tsv.gz"]
+)
+def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, name: str) -> None:
+    results, model = evaluate(["genpoe_nq"], str(write_questions(tmp_path / name)))
+    scores = results["results"]["genpoe_nq"]
+    assert scores["em,none"] == pytest.approx(statistics.mean(EM))
+    assert scores["f1,none"] == pytest.approx(statistics.mean(F1))
+    # The standard error of a mean, in closed form.
+    assert scores["em_stderr,none"] == pytest.approx(statistics.stdev(EM) / len(EM) ** 0.5)
+    assert scores["f1_stderr,none"] == pytest.approx(statistics.stdev(F1) / len(F1) ** 0.5)
+    assert [request.doc["question"] for request in model.requests] == [question for question, _, _ in QUESTIONS]
+
+
+def test_prompt_and_generation_arguments(questions: Path) -> None:
+    _, model = evaluate(["genpoe_nq"], str(questions))
+    assert [request.args[0] for request in model.requests] == [
+        "Question: Who wrote the hobbit?\nAnswer:",
+        "Question: Where is the gateway arch?\nAnswer:",
+        "Question: When was rome founded?\nAnswer:",
+        "Question: Who sings it?\nAnswer:",
+    ]
+    assert model.requests[0].args[1] == {"until": ["\n"], "do_sample": False, "max_gen_toks": 32}
+
+
+def test_passages_of_the_file_reach_the_model(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "dpr.json", ctxs=CTXS)
+    _, model = evaluate(["genpoe_nq"], str(path))
+    (ctx,) = model.requests[0].doc["ctxs"]
+    assert {key: ctx[key] for key in CTXS[0]} == {**CTXS[0], "score": 81.5}
+    json.dumps(model.requests[0].doc)  # as lm-eval does to hash it
+
+
+def test_no_passages_no_field(questions: Path) -> None:
+    _, model = evaluate(["genpoe_nq"], str(questions))
+    assert set(model.requests[0].doc) == {"question", "answers"}
+
+
+def test_few_shot_examples_come_first_and_end_in_their_answer(questions: Path) -> None:
+    _, model = evaluate(["genpoe_nq"], str(questions), num_fewshot=3)
+    for request, (question, _, _) in zip(model.requests, QUESTIONS, strict=True):
+        *examples, last = request.args[0].split("\n\n")
+        assert last == f"Question: {as_prompted(question)}\nAnswer:"
+        assert len(examples) == 3
+        assert all(re.fullmatch(r"Question: [A-Z].*\?\nAnswer: \S.*", example) for example in examples)
+
+
+def test_the_group_is_the_plain_mean(tmp_path: Path) -> None:
+    nq = write_questions(tmp_path / "nq_open.jsonl")
+    tqa = tmp_path / "tqa.jsonl"
+    tqa.write_text(json.dumps({"question": QUESTIONS[0][0], "answer": ["Tolkien", "JRR Tolkien"]}) + "\n")
+    results, _ = evaluate(["genpoe"], {"genpoe_nq": str(nq), "genpoe_tqa": str(tqa)})
+    assert results["results"]["genpoe_tqa"]["em,none"] == 1.0
+    assert results["groups"]["genpoe"]["em,none"] == pytest.approx((statistics.mean(EM) + 1) / 2)
+    assert results["groups"]["genpoe"]["f1,none"] == pytest.approx((statistics.mean(F1) + 1) / 2)
+
+
+def test_the_normalisation_is_named_in_the_results(questions: Path) -> None:
+    results, _ = evaluate(["genpoe_demo"], str(questions), log_samples=True)
+    assert results["configs"]["genpoe_demo"]["metadata"]["answer_normalisation"] == "SQuAD v1.1"
+    assert results["versions"]["genpoe_demo"] == 1.0
+    assert results["samples"]["genpoe_demo"][0]["target"] == QUESTIONS[0][1]
+
+
+def test_the_hub_data_sets_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    trivia = {"value": "Tolkien", "aliases": ["JRR Tolkien", "Tolkien"], "normalized_value": "tolkien"}
+    hub = {
+        ("google-research-datasets/nq_open", None): {"question": "who wrote the hobbit", "answer": ["Tolkien"]},
+        ("mandarjoshi/trivia_qa", "unfiltered.nocontext"): {"question": "Who wrote the hobbit?", "answer": trivia},
+    }
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        assert split == "validation"
+        return datasets.Dataset.from_list([hub[name, config]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    results, model = evaluate(["genpoe"], None)
+    assert [request.doc["answers"] for request in model.requests] == [["Tolkien"], ["Tolkien", "JRR Tolkien"]]
+    assert results["results"]["genpoe_nq"]["em,none"] == 0.0
+    assert results["results"]["genpoe_tqa"]["em,none"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        ("genpoe_nq", "missing.jsonl", "missing.jsonl: no such file"),
+        ("genpoe_nq", {"genpoe_nk": "x"}, "genpoe_data: 'genpoe_nk' is no task that reads files; these do: genpoe_nq,"),
+        ("genpoe_nq", 7, "genpoe_data: 7 is neither a file nor a mapping from task to file"),
+        ("genpoe_nq", None, "genpoe_nq: cannot load google-research-datasets/nq_open from the hub"),
+        ("genpoe_demo", None, "genpoe_demo: no data; `genpoe demo` makes it"),
+        ("genpoe_demo", {"genpoe_nq": "x"}, "genpoe_demo: no data; `genpoe demo` makes it"),
+    ],
+)
+def test_bad_data_is_one_clear_line(task: str, data: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        evaluate([task], data)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_malformed_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nq_open.jsonl"
+    path.write_text('{"question": "q", "answer": ["a"]}\n{"question": "q"}\n')
+    with pytest.raises(InputError, match=r"nq_open\.jsonl:2: .*answer"):
+        evaluate(["genpoe_nq"], str(path))
+
+
+def test_the_real_nq_questions() -> None:
+    path = Path(__file__).parents[2] / "shared/data/nq/nq-open-gold-passages.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"needs the NQ sample of {path}")
+    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata={"genpoe_data": str(path)})
+    task = manager.load(["genpoe_nq"])["tasks"]["genpoe_nq"]
+    docs = list(task.test_docs())
+    assert len(docs) == 1800
+    assert all(doc["ctxs"][0]["has_answer"] for doc in docs)
+    gold = [task.process_results(doc, [f" {doc['answers'][0]}\n"]) for doc in docs]
+    assert all(scores == {"em": 1.0, "f1": 1.0} for scores in gold if scores["f1"])
+    assert sum(scores["em"] for scores in gold) >= 1795  # a few answers have nothing but articles and punctuation
