@@ -1,0 +1,1 @@
+"""Dense retrieval: bi-encoders, the passage index on disk, and the retriever over both."""
