@@ -1,0 +1,182 @@
+"""A trained hypernetwork as a directory: weights, configuration, and what LLM it belongs to.
+
+model.safetensors   the hypernetwork and its base matrices
+config.json         its configuration, the LLM's and tokenizer's identity, versions, training arguments
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin import __version__
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.files import atomic_directory
+from genpoe_plugin.language_model import embedding_table
+
+FORMAT = "genpoe-hypernetwork"
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def llm_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one LLM from another and stays the same whatever precision it is loaded in.
+
+    Its dimensions, and 256 entries of its embedding table at fixed places: as numbers, since a hash would change
+    with the dtype.
+    """
+    config = model.config.get_text_config()
+    table = embedding_table(model)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(min(table.shape[0], config.vocab_size), (256,), generator=generator)
+    columns = torch.randint(table.shape[1], (256,), generator=generator)
+    sample = table[rows.to(table.device), columns.to(table.device)].detach().float().cpu()
+    return {
+        "name": model.config.name_or_path,
+        **{field: getattr(config, field) for field in _SHAPE_FIELDS},
+        "embedding_sample": [round(value, 7) for value in sample.tolist()],
+    }
+
+
+def _difference(saved: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
+    for field in _SHAPE_FIELDS:
+        if saved[field] != loaded[field]:
+            return f"{field} {saved[field]} there, {loaded[field]} here"
+    ours, theirs = torch.tensor(loaded["embedding_sample"]), torch.tensor(saved["embedding_sample"])
+    # bfloat16 keeps 8 bits, so that much is what two precisions of one model may differ by.
+    if not torch.allclose(ours, theirs, rtol=2**-8, atol=1e-6):
+        return "other embeddings"
+    return None
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of how the tokenizer splits a fixed text, and of its vocabulary."""
+    probe = tokenizer("Who was born in 1872, and where?\n Ça: 東京 — 3.14\tFrançois' cat?", add_special_tokens=False)
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), probe["input_ids"]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def save_hypernetwork(
+    directory: str | Path,
+    hypernetwork: Hypernetwork,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint directory, all of it or nothing.
+
+    Args:
+        directory: where; an older checkpoint there is replaced.
+        hypernetwork: what to save, base matrices included.
+        model, tokenizer: the LLM that it was trained for.
+        training: arguments and results of the training, for the record.
+    """
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "hypernetwork": hypernetwork.config.to_dict(),
+        "llm": llm_identity(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "versions": {"genpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "training": dict(training),
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    with atomic_directory(directory) as temporary:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def resolve_checkpoint(name: str | Path) -> Path:
+    """The local directory of a checkpoint, downloaded from the hub if ``name`` is no directory.
+
+    Raises:
+        InputError: there is none, or a file is missing; the message names the command that makes one.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"hypernetwork {name}: neither a directory nor a repository of the hub within reach; "
+                "`genpoe train hypernetwork` makes one"
+            ) from error
+    for file in (CONFIG, WEIGHTS):
+        if not (directory / file).is_file():
+            raise InputError(f"hypernetwork {name}: {file} is missing; `genpoe train hypernetwork` writes both")
+    return directory
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The content of a checkpoint's config.json.
+
+    Raises:
+        InputError: it is not one of ours.
+    """
+    try:
+        record = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{directory / CONFIG}: not JSON ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise InputError(f"{directory / CONFIG}: not a hypernetwork's configuration")
+    if record.get("version") != FORMAT_VERSION:
+        raise InputError(f"{directory / CONFIG}: format {record.get('version')}; this version reads {FORMAT_VERSION}")
+    return record
+
+
+def load_hypernetwork(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Hypernetwork:
+    """Load a checkpoint for ``model``, on the device of its embeddings, in float32 and evaluation mode.
+
+    Args:
+        name: a directory or a hub id.
+        model, tokenizer: the LLM to use it with; it must be the one that it was trained for, in any precision.
+
+    Raises:
+        InputError: files are missing or damaged, or the checkpoint belongs to another LLM or tokenizer.
+    """
+    directory = resolve_checkpoint(name)
+    record = read_record(directory)
+    here, there = llm_identity(model), record["llm"]
+    if difference := _difference(there, here):
+        raise InputError(
+            f"hypernetwork {name} was trained for {there['name']}, this is {here['name']} ({difference}); "
+            "use that LLM, or train another with `genpoe train hypernetwork`"
+        )
+    if record["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise InputError(
+            f"hypernetwork {name} was trained with the tokenizer of {there['name']}, "
+            f"which is not the one in use ({tokenizer.name_or_path})"
+        )
+    hypernetwork = Hypernetwork(HypernetworkConfig.from_dict(record["hypernetwork"]))
+    try:
+        hypernetwork.load_state_dict(load_file(directory / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{directory / WEIGHTS}: damaged or of another shape than config.json says ({reason})"
+        ) from error
+    return hypernetwork.to(embedding_table(model).device).eval().requires_grad_(False)
+
+
+def checkpoint_fingerprint(name: str | Path) -> str:
+    """A hash of a checkpoint's weights and configuration, the same for the same content anywhere."""
+    directory = resolve_checkpoint(name)
+    digest = hashlib.sha256()
+    for file in (CONFIG, WEIGHTS):
+        with (directory / file).open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]

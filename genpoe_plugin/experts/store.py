@@ -1,0 +1,99 @@
+"""Passages in, experts out: each unique passage becomes an expert once and is kept while there is room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.generator import ExpertGenerator
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.experts.injection import RowExperts
+
+
+class ExpertStore:
+    """Experts of passages in the LLM's dtype, least recently used ones dropped beyond a byte budget.
+
+    Args:
+        hypernetwork: generates what the store lacks; on the device of the LLM's embeddings.
+        model, tokenizer: the LLM that the experts are for.
+        capacity_bytes: budget for the experts kept.
+        batch_size: passages a generation step.
+    """
+
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        capacity_bytes: int = 2**31,
+        batch_size: int = 64,
+    ) -> None:
+        config = hypernetwork.config
+        self.layer = config.layer
+        self.dtype = model.dtype
+        self.batch_size = batch_size
+        expert_bytes = 2 * config.rank * (config.hidden_size + config.expert_width) * self.dtype.itemsize
+        self.capacity = max(1, capacity_bytes // expert_bytes)
+        self._generator = ExpertGenerator(hypernetwork, model, tokenizer)
+        self._experts: OrderedDict[str, Experts] = OrderedDict()
+
+    def prepare(self, passages: Iterable[str], *, progress: bool = True) -> None:
+        """Generate the experts of ``passages`` ahead of their use, as many as the budget holds."""
+        wanted = [passage for passage in dict.fromkeys(passages) if passage not in self._experts][: self.capacity]
+        with tqdm(total=len(wanted), desc="Generating experts", disable=not progress or not wanted) as bar:
+            for begin in range(0, len(wanted), self.batch_size):
+                bar.update(len(self._fetch(wanted[begin : begin + self.batch_size])))
+
+    def rows(
+        self, passages: Sequence[Sequence[str]], gates: Sequence[Sequence[float]], start: Sequence[int]
+    ) -> RowExperts | None:
+        """The experts of one batch.
+
+        Args:
+            passages: the passages of each row, any number of them.
+            gates: a gate for each passage of each row.
+            start: for each row the first position that its experts act on.
+
+        Returns:
+            Experts ``[rows, K]`` with K the largest number of passages, or None if no row has any.
+        """
+        most = max(map(len, passages), default=0)
+        if most == 0:
+            return None
+        unique = list(dict.fromkeys(passage for row in passages for passage in row))
+        experts = self._fetch(unique)
+        # A row with fewer passages points at a last expert of zeros, which adds nothing whatever it is fed.
+        experts.append(Experts(*(torch.zeros_like(weight) for weight in experts[0].weights)))
+        place = {passage: number for number, passage in enumerate(unique)}
+        device = experts[0].w1.device
+        index = torch.full((len(passages), most), len(unique), device=device)
+        gate = torch.zeros(len(passages), most, device=device)
+        for number, (row, row_gates) in enumerate(zip(passages, gates, strict=True)):
+            index[number, : len(row)] = torch.tensor([place[passage] for passage in row], dtype=torch.long)
+            gate[number, : len(row)] = torch.tensor(list(row_gates), dtype=torch.float32)
+        return RowExperts(Experts.stack(experts)[index], gate, torch.tensor(list(start), device=device))
+
+    def _fetch(self, unique: Sequence[str]) -> list[Experts]:
+        """The experts of distinct passages in their order; what is missing is generated in batches."""
+        found = {passage: self._experts[passage] for passage in unique if passage in self._experts}
+        missing = [passage for passage in unique if passage not in found]
+        for begin in range(0, len(missing), self.batch_size):
+            batch = missing[begin : begin + self.batch_size]
+            with torch.inference_mode():
+                generated = self._generator.generate(batch).to(self.dtype)
+            # Cloned one by one: a view would keep the whole batch alive after its neighbours are dropped.
+            found.update(
+                (passage, Experts(*(w.clone() for w in generated[i].weights))) for i, passage in enumerate(batch)
+            )
+        for passage in unique:
+            self._experts[passage] = found[passage]
+            self._experts.move_to_end(passage)
+        while len(self._experts) > self.capacity:
+            self._experts.popitem(last=False)
+        return [found[passage] for passage in unique]
