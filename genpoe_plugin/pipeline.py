@@ -1,0 +1,250 @@
+"""From questions to the passages that each is answered with, for all questions at once and ahead of generation.
+
+retrieve (questions that bring no passages) -> cut -> rerank -> control -> keep the best -> gates
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from genpoe_plugin import controls
+from genpoe_plugin.answers import has_answer
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.passages import Passage
+from genpoe_plugin.prompts import cut_passages
+from genpoe_plugin.questions import Question, RetrievedPassage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from genpoe_plugin.reranking import Reranker
+    from genpoe_plugin.retrieval.index import PassageIndex
+    from genpoe_plugin.retrieval.retriever import Retriever
+
+GATES = ("softmax", "uniform")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What one question is answered with.
+
+    task, question: as given; the question's own passages are those that it brought along.
+    retrieved: what the passages were chosen from, best first (empty where a control needs no retrieval).
+    passages: those kept, best first.
+    strings: their strings, cut to 256 tokens: what reranker, hypernetwork, prompt and expert store see.
+    gates: one for each of them; they add up to 1.
+    """
+
+    task: str
+    question: Question
+    retrieved: tuple[RetrievedPassage, ...] = ()
+    passages: tuple[RetrievedPassage, ...] = ()
+    strings: tuple[str, ...] = ()
+    gates: tuple[float, ...] = ()
+
+
+class Pipeline:
+    """Chooses the passages of every question and gives them their gates.
+
+    Args:
+        tokenizer: the LLM's, by which passages are cut.
+        retriever: for questions that bring no passages.
+        reranker: orders what was retrieved; without one the order is that of rerank scores that passages brought
+            along, else the retriever's.
+        num_retrieved, num_passages: how many at most before and after reranking.
+        gates: ``softmax`` of the rerank scores of the passages kept, or ``uniform``; uniform too without such scores.
+        control: which passages (``controls.CONTROLS``). ``gold`` chooses among all retrieved; ``random`` and
+            ``constant`` draw from the retriever's index, else from all passages that the questions bring along.
+        seed: of the controls.
+        progress: show progress bars.
+
+    Attributes:
+        seconds: time spent so far, by stage.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        retriever: Retriever | None = None,
+        reranker: Reranker | None = None,
+        *,
+        num_retrieved: int = 20,
+        num_passages: int = 4,
+        gates: str = "softmax",
+        control: str = "retrieved",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.retriever = retriever
+        self.reranker = reranker
+        self.num_retrieved = num_retrieved
+        self.num_passages = num_passages
+        self.gates = gates
+        self.control = control
+        self.seed = seed
+        self.progress = progress
+        self.seconds = {"retrieve": 0.0, "rerank": 0.0}
+        self._strings: dict[str, str] = {}
+
+    def select(self, tasks: Sequence[str], questions: Sequence[Question]) -> list[Selection]:
+        """The selection of each question, in their order; ``tasks`` are the names of their tasks.
+
+        Raises:
+            InputError: a passage has no text; there is neither an index nor a question with passages; or the control
+                cannot be carried out.
+        """
+        if self.control == "none" or not questions:
+            return [Selection(task, question) for task, question in zip(tasks, questions, strict=True)]
+        if self.retriever is None and not any(question.passages for question in questions):
+            raise InputError(
+                f"no question of {', '.join(sorted(set(tasks)))} brings passages (`ctxs`) and there is no index; "
+                "give index=DIRECTORY, made by `genpoe index build`"
+            )
+        if self.control in ("random", "constant"):
+            retrieved: list[tuple[RetrievedPassage, ...]] = [()] * len(questions)
+            kept = self._drawn(questions)
+        else:
+            retrieved = self._rerank(questions, self._retrieve(questions))
+            kept = self._chosen(tasks, questions, retrieved)
+        if without := sum(not passages for passages in kept):
+            _log.warning("%d of %d questions have no passages and are answered without", without, len(kept))
+        self._cut(kept)
+        return [
+            Selection(
+                task=task,
+                question=question,
+                retrieved=candidates,
+                passages=passages,
+                strings=tuple(self._strings[passage.passage.string] for passage in passages),
+                gates=self._gates(passages),
+            )
+            for task, question, candidates, passages in zip(tasks, questions, retrieved, kept, strict=True)
+        ]
+
+    def _retrieve(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
+        found: dict[str, tuple[RetrievedPassage, ...]] = {}
+        if self.retriever is not None:
+            wanted = list(dict.fromkeys(question.question for question in questions if not question.passages))
+            with self._timed("retrieve"):
+                passages = self.retriever.retrieve(wanted, self.num_retrieved, progress=self.progress)
+            found = dict(zip(wanted, passages, strict=True))
+        return [
+            tuple(
+                passage if passage.has_answer is not None else _labelled(passage, question)
+                for passage in question.passages[: self.num_retrieved] or found.get(question.question, ())
+            )
+            for question in questions
+        ]
+
+    def _rerank(
+        self, questions: Sequence[Question], retrieved: list[tuple[RetrievedPassage, ...]]
+    ) -> list[tuple[RetrievedPassage, ...]]:
+        self._cut(retrieved)
+        if self.reranker is not None:
+            pairs = [
+                [(question.question, self._strings[passage.passage.string]) for passage in passages]
+                for question, passages in zip(questions, retrieved, strict=True)
+            ]
+            unique = list(dict.fromkeys(pair for row in pairs for pair in row))
+            with self._timed("rerank"):
+                scores = dict(zip(unique, self.reranker.score(unique, progress=self.progress).tolist(), strict=True))
+            retrieved = [
+                tuple(replace(passage, rerank_score=scores[pair]) for passage, pair in zip(passages, row, strict=True))
+                for passages, row in zip(retrieved, pairs, strict=True)
+            ]
+        return [_by_rerank_score(passages) for passages in retrieved]
+
+    def _chosen(
+        self, tasks: Sequence[str], questions: Sequence[Question], retrieved: Sequence[tuple[RetrievedPassage, ...]]
+    ) -> list[tuple[RetrievedPassage, ...]]:
+        if self.control == "gold":
+            if all(passage.has_answer is None for passages in retrieved for passage in passages):
+                raise InputError("passages=gold needs docs with `answers`, or passages with `has_answer`")
+            retrieved = [controls.gold(passages) for passages in retrieved]
+        kept = [passages[: self.num_passages] for passages in retrieved]
+        if self.control != "shuffled":
+            return kept
+        rows_of: defaultdict[str, list[int]] = defaultdict(list)
+        for row, task in enumerate(tasks):
+            rows_of[task].append(row)
+        for rows in rows_of.values():
+            given = controls.shuffled([replace(questions[row], passages=kept[row]) for row in rows], self.seed)
+            for row, passages in zip(rows, given, strict=True):
+                kept[row] = tuple(_labelled(passage, questions[row]) for passage in passages)
+        return kept
+
+    def _drawn(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
+        pool: controls.Pool
+        if self.retriever is not None:
+            pool = _IndexPool(self.retriever.index)
+        else:
+            unique = {passage.passage for question in questions for passage in question.passages}
+            pool = sorted(unique, key=lambda passage: (passage.string, passage.id))
+        if self.control == "constant":
+            passages = controls.constant(pool, self.seed)
+            drawn = [passages] * len(questions)
+        else:
+            drawn = [controls.drawn(question, pool, self.num_passages, self.seed) for question in questions]
+        return [
+            tuple(_labelled(passage, question) for passage in passages)
+            for question, passages in zip(questions, drawn, strict=True)
+        ]
+
+    def _cut(self, rows: Sequence[Sequence[RetrievedPassage]]) -> None:
+        """Note the cut string of every passage, once for each."""
+        new = {entry.passage.string: entry.passage for row in rows for entry in row}
+        new = {string: passage for string, passage in new.items() if string not in self._strings}
+        for passage in new.values():
+            if not passage.text.strip():
+                raise InputError(f"passage {passage.id!r} has no text; remove it")
+        self._strings.update(zip(new, cut_passages(list(new), self.tokenizer), strict=True))
+
+    def _gates(self, passages: Sequence[RetrievedPassage]) -> tuple[float, ...]:
+        scores = [passage.rerank_score for passage in passages if passage.rerank_score is not None]
+        if self.gates == "uniform" or len(scores) < len(passages):
+            return (1 / len(passages),) * len(passages) if passages else ()
+        weights = [math.exp(score - max(scores)) for score in scores]
+        return tuple(weight / sum(weights) for weight in weights)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
+
+
+@dataclass(frozen=True, slots=True)
+class _IndexPool:
+    index: PassageIndex
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int, /) -> Passage:
+        return self.index.passage(number)
+
+
+def _labelled(passage: RetrievedPassage, question: Question) -> RetrievedPassage:
+    """Say whether the passage contains an answer to this question; None where its answers are not known."""
+    found = has_answer(passage.passage.text, question.answers) if question.answers else None
+    return replace(passage, has_answer=found)
+
+
+def _by_rerank_score(passages: tuple[RetrievedPassage, ...]) -> tuple[RetrievedPassage, ...]:
+    scores = [passage.rerank_score for passage in passages]
+    if None in scores:
+        return passages
+    order = sorted(passages, key=lambda passage: -(passage.rerank_score or 0.0))
+    return tuple(replace(passage, rerank_rank=rank) for rank, passage in enumerate(order, 1))

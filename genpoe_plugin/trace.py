@@ -1,0 +1,67 @@
+"""The trace: a JSON Lines file that says, for every sample, which passages it was answered with and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from genpoe_plugin.files import atomic_file, open_text
+from genpoe_plugin.pipeline import Selection
+from genpoe_plugin.questions import RetrievedPassage
+
+
+class Trace:
+    """Collects the lines of one run and writes them after every call, all of them or nothing.
+
+    A run's first write replaces what an earlier run left, but for `keep_earlier`.
+
+    Args:
+        path: the file; under data parallelism each process but the first writes ``name.rank1.jsonl`` and so on.
+        rank: of this process.
+    """
+
+    def __init__(self, path: str | Path, rank: int = 0) -> None:
+        path = Path(path)
+        self.path = path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+        self._lines: dict[tuple[Any, ...], str] = {}
+
+    def add(self, doc_id: int | None, selection: Selection, **facts: Any) -> None:
+        """Note a sample; requests of one sample (the choices of a doc) make one line. ``facts`` go in as they are."""
+        line = {
+            "task": selection.task,
+            "doc_id": doc_id,
+            "question": selection.question.question,
+            **facts,
+            "retrieved": [_scores(passage) for passage in selection.retrieved],
+            "passages": [
+                {**_scores(passage), "title": passage.passage.title, "gate": gate}
+                for passage, gate in zip(selection.passages, selection.gates, strict=True)
+            ],
+        }
+        self._lines[_key(line)] = json.dumps(line, ensure_ascii=False)
+
+    def keep_earlier(self) -> None:
+        """Take over the lines of an earlier run: what `lm_eval --use_cache` answers from it never reaches the model."""
+        if self.path.is_file():
+            with open_text(self.path) as file:
+                self._lines = {_key(json.loads(line)): line.rstrip("\n") for line in file}
+
+    def write(self) -> None:
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in self._lines.values()), encoding="utf-8")
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line["task"], line["doc_id"], line["question"]
+
+
+def _scores(passage: RetrievedPassage) -> dict[str, Any]:
+    return {
+        "id": passage.passage.id,
+        "rank": passage.rank,
+        "score": passage.score,
+        "rerank_rank": passage.rerank_rank,
+        "rerank_score": passage.rerank_score,
+        "has_answer": passage.has_answer,
+    }
