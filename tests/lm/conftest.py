@@ -1,0 +1,180 @@
+"""A tiny LLM with a loud random hypernetwork, docs with and without passages, and the arithmetic done by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from genpoe_plugin.checkpoint import load_hypernetwork, save_hypernetwork
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.prompts import closed_book_prompt
+
+LAYER = 1
+FACTS = [
+    ("Rossini", "Gioachino Rossini was an Italian composer born in Pesaro in 1792."),
+    ("Marie Curie", "Marie Curie discovered polonium and radium, and won two Nobel prizes."),
+    ("Canberra", "Canberra is the capital of the country and was founded in 1913."),
+    ("", "The quick brown fox jumps over the lazy dog in Zürich."),
+    ("Pesaro", "Pesaro is where a barber wrote an opera."),
+]
+
+
+def _doc(question: str, *passages: int, answers: Sequence[str] = ("Pesaro",)) -> dict[str, Any]:
+    """A doc in the form of DPR results; rerank scores come along, so gates are not all alike."""
+    ctxs = [
+        {
+            "id": str(n),
+            "title": FACTS[n][0],
+            "text": FACTS[n][1],
+            "score": str(9.5 - rank),
+            "rerank_score": 1.0 - rank / 2,
+        }
+        for rank, n in enumerate(passages)
+    ]
+    return {"question": question, "answers": list(answers), "ctxs": ctxs}
+
+
+@pytest.fixture(scope="session")
+def docs() -> list[dict[str, Any]]:
+    return [
+        _doc("who wrote the opera about a barber", 0, 4),
+        _doc("where is the capital of the country", 2),
+        _doc("who won two prizes", 1, 0, 3, 2),
+        _doc("who jumps over the dog in the Swiss city of Zürich"),
+        _doc("where was the Italian composer born", 4, 3, 0),
+        _doc("when was it founded", 2, 1),
+    ]
+
+
+def _generation(docs: Sequence[dict[str, Any]], **gen_kwargs: Any) -> list[Instance]:
+    gen_kwargs = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False} | gen_kwargs
+    return [
+        Instance("generate_until", doc, (closed_book_prompt(doc["question"]), gen_kwargs), 0, ("qa", number, 1))
+        for number, doc in enumerate(docs)
+    ]
+
+
+def _choices(docs: Sequence[dict[str, Any]]) -> list[Instance]:
+    return [
+        Instance("loglikelihood", doc, (closed_book_prompt(doc["question"]), choice), i, ("mc", number, 1))
+        for number, doc in enumerate(docs)
+        for i, choice in enumerate((" Rossini", " Canberra, 1913", " a"))
+    ]
+
+
+@pytest.fixture(scope="session")
+def llm(make_llm):
+    return make_llm("llama")
+
+
+@pytest.fixture(scope="session")
+def hypernetwork_dir(tmp_path_factory, make_llm, llm, tokenizer) -> Path:
+    """Random base and large output, so that its experts change every answer."""
+    torch.manual_seed(5)
+    config = HypernetworkConfig(
+        hidden_size=32, layer=LAYER, rank=4, expert_width=16, code_size=16, base="random", generator_gain=3.0
+    )
+    directory = tmp_path_factory.mktemp("checkpoint") / "hypernetwork"
+    save_hypernetwork(directory, Hypernetwork(config), llm, tokenizer, {})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_lm(llm, tokenizer, hypernetwork_dir) -> Callable[..., GenPoELM]:
+    def make(mode: str = "genpoe", **options: Any) -> GenPoELM:
+        if mode.startswith("genpoe"):
+            options.setdefault("hypernetwork", str(hypernetwork_dir))
+        options = {"pretrained": llm, "tokenizer": tokenizer, "device": "cpu", "batch_size": 4} | options
+        return GenPoELM(mode=mode, **options)
+
+    return make
+
+
+class ByHand:
+    """The LLM with experts, one prompt at a time, without cache, padding, or any code of ours but the hypernetwork."""
+
+    def __init__(self, llm, tokenizer, directory: Path) -> None:
+        self.llm, self.tokenizer = llm, tokenizer
+        self.network = load_hypernetwork(directory, llm, tokenizer)
+
+    def logits(self, ids: list[int], passages: Sequence[str], gates: Sequence[float], start: int) -> torch.Tensor:
+        weights = []
+        for passage in passages:
+            tokens = torch.tensor([self.tokenizer(passage, add_special_tokens=False)["input_ids"][:256]])
+            states = self.llm.get_input_embeddings()(tokens)
+            weights.append(self.network(states, torch.ones_like(tokens).bool()))
+
+        def branch(module, args, output):
+            for position in range(start, len(ids)):
+                x = args[0][0, position].double()
+                for gate, expert in zip(gates, weights, strict=True):
+                    w1, w2, w3, w4 = (w[0].double() for w in expert.weights)
+                    output[0, position] += (gate * (w4 @ (w3 @ torch.relu(w2 @ (w1 @ x))))).float()
+            return output
+
+        handle = self.llm.model.layers[LAYER].mlp.register_forward_hook(branch)
+        try:
+            with torch.no_grad():
+                return self.llm(torch.tensor([ids])).logits[0]
+        finally:
+            handle.remove()
+
+    def generate(self, prompt: str, passages, gates, start: int, tokens: int = 8) -> tuple[str, float]:
+        """The greedy answer's first line, and the smallest gap between the two best logits on the way."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        new: list[int] = []
+        gap = float("inf")
+        while len(new) < tokens and self.tokenizer.eos_token_id not in new:
+            logits = self.logits(ids + new, passages, gates, start)[-1]
+            best = logits.topk(2).values
+            gap = min(gap, float(best[0] - best[1]))
+            new.append(int(logits.argmax()))
+        return self.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0], gap
+
+    def score(self, prompt: str, continuation: str, passages, gates, start: int) -> float:
+        context = self.tokenizer(prompt)["input_ids"]
+        whole = self.tokenizer(prompt + continuation)["input_ids"]
+        logprobs = self.logits(whole[:-1], passages, gates, start).double().log_softmax(-1)
+        return float(sum(logprobs[i - 1, whole[i]] for i in range(len(context), len(whole))))
+
+
+@pytest.fixture(scope="session")
+def by_hand(llm, tokenizer, hypernetwork_dir) -> ByHand:
+    return ByHand(llm, tokenizer, hypernetwork_dir)
+
+
+def _expected_row(doc: dict[str, Any], most: int = 4) -> tuple[list[str], list[float]]:
+    """The strings and gates of a doc made by `make_doc`, whose passages are best first already."""
+    kept = doc["ctxs"][:most]
+    strings = [f"{ctx['title']}: {ctx['text']}" if ctx["title"] else ctx["text"] for ctx in kept]
+    gates = torch.tensor([ctx["rerank_score"] for ctx in kept], dtype=torch.float64).softmax(0).tolist()
+    return strings, gates
+
+
+@pytest.fixture(scope="session")
+def make_doc():
+    return _doc
+
+
+@pytest.fixture(scope="session")
+def generation():
+    """``generation(docs, **gen_kwargs)``: a request to generate for each doc."""
+    return _generation
+
+
+@pytest.fixture(scope="session")
+def choices():
+    """``choices(docs)``: three continuations to score for each doc."""
+    return _choices
+
+
+@pytest.fixture(scope="session")
+def expected_row():
+    return _expected_row

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from lm_eval.api.model import CachingLM
+
+
+def test_a_line_for_every_sample(make_lm, docs, generation, choices, expected_row, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    lm = make_lm(trace=str(path), num_passages=2)
+    lm.generate_until(generation(docs))
+    lm.loglikelihood(choices(docs))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["task"], line["doc_id"]) for line in lines] == [
+        (task, number) for task in ("qa", "mc") for number in range(len(docs))
+    ]
+    for doc, line in zip(docs * 2, lines, strict=True):
+        assert line["question"] == doc["question"]
+        assert line["mode"] == "genpoe" and line["control"] == "retrieved"
+        assert line["hypernetwork"] == lm.fingerprint["hypernetwork"]
+        assert [entry["id"] for entry in line["retrieved"]] == [ctx["id"] for ctx in doc["ctxs"]]
+        assert [entry["id"] for entry in line["passages"]] == [ctx["id"] for ctx in doc["ctxs"][:2]]
+        assert [entry["gate"] for entry in line["passages"]] == pytest.approx(expected_row(doc, 2)[1])
+        assert [entry["has_answer"] for entry in line["retrieved"]] == ["Pesaro" in ctx["text"] for ctx in doc["ctxs"]]
+
+
+def test_closed_book_has_no_passages_to_trace(make_lm, docs, generation, tmp_path):
+    make_lm("closed_book", trace=str(tmp_path / "t.jsonl")).generate_until(generation(docs[:1]))
+    (line,) = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert line["passages"] == line["retrieved"] == []
+    assert line["hypernetwork"] is None
+
+
+def test_a_run_with_a_cache_keeps_the_lines_of_what_it_does_not_ask_again(make_lm, docs, generation, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    before = None
+    for _ in range(2):
+        lm = CachingLM(make_lm(trace=str(path)), str(tmp_path / "cache.db"))
+        lm.generate_until(generation(docs))
+        lm.dbdict.close()
+        assert before in (None, path.read_text(encoding="utf-8"))
+        before = path.read_text(encoding="utf-8")
+    assert len(before.splitlines()) == len(docs)
+    make_lm(trace=str(path)).generate_until(generation(docs[:2]))
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2, "a run without a cache replaces"
