@@ -19,7 +19,7 @@ from genpoe_plugin.answers import has_answer
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.passages import Passage
 from genpoe_plugin.prompts import cut_passages
-from genpoe_plugin.questions import Question, RetrievedPassage
+from genpoe_plugin.questions import Question, RetrievedPassage, by_rerank_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,7 +162,7 @@ class Pipeline:
                 tuple(replace(passage, rerank_score=scores[pair]) for passage, pair in zip(passages, row, strict=True))
                 for passages, row in zip(retrieved, pairs, strict=True)
             ]
-        return [_by_rerank_score(passages) for passages in retrieved]
+        return [by_rerank_score(passages) for passages in retrieved]
 
     def _chosen(
         self, tasks: Sequence[str], questions: Sequence[Question], retrieved: Sequence[tuple[RetrievedPassage, ...]]
@@ -240,11 +240,3 @@ def _labelled(passage: RetrievedPassage, question: Question) -> RetrievedPassage
     """Say whether the passage contains an answer to this question; None where its answers are not known."""
     found = has_answer(passage.passage.text, question.answers) if question.answers else None
     return replace(passage, has_answer=found)
-
-
-def _by_rerank_score(passages: tuple[RetrievedPassage, ...]) -> tuple[RetrievedPassage, ...]:
-    scores = [passage.rerank_score for passage in passages]
-    if None in scores:
-        return passages
-    order = sorted(passages, key=lambda passage: -(passage.rerank_score or 0.0))
-    return tuple(replace(passage, rerank_rank=rank) for rank, passage in enumerate(order, 1))

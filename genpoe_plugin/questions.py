@@ -7,7 +7,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,15 @@ def write_questions(path: str | Path, questions: Iterable[Question], **header: A
             file.write(json.dumps({"format": RESULTS_FORMAT, "version": RESULTS_VERSION, **header}) + "\n")
             for question in questions:
                 file.write(json.dumps(_record(question), ensure_ascii=False) + "\n")
+
+
+def by_rerank_score(passages: tuple[RetrievedPassage, ...]) -> tuple[RetrievedPassage, ...]:
+    """Passages with their rerank ranks, best first; ties keep their order, as do passages of which one has no score."""
+    scores = [passage.rerank_score for passage in passages]
+    if None in scores:
+        return passages
+    order = sorted(passages, key=lambda passage: -(passage.rerank_score or 0.0))
+    return tuple(replace(passage, rerank_rank=rank) for rank, passage in enumerate(order, 1))
 
 
 def passages_from_ctxs(ctxs: Sequence[Mapping[str, Any]], where: str) -> tuple[RetrievedPassage, ...]:

@@ -1,0 +1,1 @@
+"""Training the two parts that are trained: the reranker and the hypernetwork."""

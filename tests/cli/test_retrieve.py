@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from genpoe_plugin.passages import Passage
+from genpoe_plugin.questions import read_questions
+from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.retrieval.encoder import load_encoder
+from genpoe_plugin.retrieval.index import PassageIndex
+from train_cli.main import main
+
+WORDS = ["rossini", "barber", "curie", "radium", "polonium", "fox", "opera", "pesaro"]
+PASSAGES = [
+    Passage("1", "barber", "rossini barber opera"),
+    Passage("2", "curie", "curie radium polonium"),
+    Passage("3", "", "fox fox"),
+    *(Passage(f"filler {i}", "", " ".join(WORDS[i % 8 :] + WORDS[: i % 3])) for i in range(27)),
+]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("retrieve")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    encoder = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=16)], device="cpu")
+    encoder.save(str(directory / "encoder"))
+    loaded = load_encoder(str(directory / "encoder"))
+    PassageIndex.build(PASSAGES, loaded, directory / "index", progress=False)
+    return directory / "index"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.tsv"
+    path.write_text("barber opera\t['Rossini']\nfox\t['quagga', 'FOX']\nradium\t['fox']\npolonium\t['tungsten']\n")
+    return path
+
+
+def run(index: Path, questions: Path, out: Path, *arguments: object) -> Result:
+    options = ["--index", index, "--questions", questions, "--out", out, *arguments]
+    return CliRunner().invoke(main, ["retrieve", *map(str, options)])
+
+
+def recall(ranked: Sequence[Sequence[bool]]) -> str:
+    """The figures of the printed line, from the questions' passages that hold an answer."""
+    return "  ".join(f"recall@{k} {np.mean([any(row[:k]) for row in ranked]):.4f}" for k in (1, 5, 20))
+
+
+def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path, tmp_path: Path) -> None:
+    result = run(index, questions, tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert (header["format"], header["version"], header["num_retrieved"]) == ("genpoe-retrieval", 1, 20)
+    assert header["index"] == PassageIndex.load(index).fingerprint
+
+    encoder = load_encoder(str(index.parent / "encoder"))
+    written = list(read_questions(tmp_path / "out.jsonl"))
+    asked = list(read_questions(questions))
+    assert [(q.question, q.answers) for q in written] == [(q.question, q.answers) for q in asked]
+    hits = []
+    for question in written:
+        scores = encoder.encode_passages(PASSAGES) @ encoder.encode_questions([question.question])[0]
+        order = np.argsort(-scores, kind="stable")[:20]
+        assert [item.score for item in question.passages] == pytest.approx(scores[order].tolist(), abs=1e-5)
+        assert [item.rank for item in question.passages] == list(range(1, 21))
+        words = [set(item.passage.text.split()) for item in question.passages]
+        hits.append([bool(w & {answer.lower() for answer in question.answers}) for w in words])
+        assert [item.has_answer for item in question.passages] == hits[-1]
+        assert all(item.rerank_rank is None for item in question.passages)
+    assert result.stdout.splitlines()[0] == f"retrieved  {recall(hits)}"
+    assert 0 < np.mean([row[0] for row in hits]) < 1
+
+
+class ByLength:
+    """Stands in for a reranker: long passages are good ones, and questions must come with their own passages."""
+
+    fingerprint = "by-length"
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> np.ndarray:
+        assert {query for query, _ in pairs} == {"barber opera", "fox", "radium", "polonium"}
+        return np.array([len(passage.split()) for _, passage in pairs], np.float32)
+
+
+def test_reranked_passages(index: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name, **options: ByLength()))
+    result = run(index, questions, tmp_path / "out.jsonl", "--reranker", "some/reranker")
+    assert result.exit_code == 0, result.output
+    run(index, questions, tmp_path / "before.jsonl")
+    hits = []
+    written, before = read_questions(tmp_path / "out.jsonl"), read_questions(tmp_path / "before.jsonl")
+    for question, dense in zip(written, before, strict=True):
+        expected = sorted(dense.passages, key=lambda item: (-len(item.passage.string.split()), item.rank))
+        assert [(item.passage, item.score, item.rank) for item in question.passages] == [
+            (item.passage, item.score, item.rank) for item in expected
+        ]
+        assert [item.rerank_rank for item in question.passages] == list(range(1, 21))
+        assert [item.rerank_score for item in question.passages] == [
+            len(item.passage.string.split()) for item in expected
+        ]
+        hits.append([bool(item.has_answer) for item in question.passages])
+    assert [line.split()[0] for line in result.stdout.splitlines()[:2]] == ["retrieved", "reranked"]
+    assert result.stdout.splitlines()[1] == f"reranked   {recall(hits)}"
+    header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert (header["reranker"], header["reranker_fingerprint"]) == ("some/reranker", "by-length")
+
+
+def test_recall_is_printed_only_as_far_as_was_retrieved(index: Path, questions: Path, tmp_path: Path) -> None:
+    result = run(index, questions, tmp_path / "out.jsonl", "--num-retrieved", 5)
+    assert "recall@5" in result.stdout and "recall@20" not in result.stdout
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(index: Path, questions: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.tsv"
+    broken.write_text("fox\t['fox']\nfox\n")
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    for arguments, message in [
+        ((index, broken), "broken.tsv:2: 1 fields"),
+        ((index, empty), "empty.json: no questions"),
+        ((index, tmp_path / "none.tsv"), "none.tsv: no such file"),
+        ((tmp_path, questions), "not an index"),
+        ((index, questions, "--num-retrieved", 0), "--num-retrieved"),
+        ((index, questions, "--encoder", "no-such/encoder"), "no-such/encoder: "),
+    ]:
+        index_directory, question_file, *options = arguments
+        result = run(index_directory, question_file, tmp_path / "out.jsonl", *options)
+        assert result.exit_code == 2
+        last = result.stderr.splitlines()[-1]
+        assert last.lower().startswith("error: ") and message in last and "Traceback" not in result.stderr
+        assert not (tmp_path / "out.jsonl").exists()

@@ -1,0 +1,60 @@
+"""``genpoe train reranker`` through the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.training.reranker import RerankerTrainingConfig
+from train_cli.main import main
+from train_cli.train_reranker import reranker as command
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"query": "q", "pos": ["p"], "neg": ["n1", "n2"], "prompt": "Well?"}) + "\n")
+    return path
+
+
+def test_trains_and_says_where(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--max-steps", "2", "--lora-rank", "2", "--lora-targets", "q_proj,v_proj", "--eval-data", str(data)]
+    arguments = ["train", "reranker", "--model", str(llm_dir), "--data", str(data), "--out", str(out), *options]
+    run = CliRunner().invoke(main, arguments)
+    assert run.exit_code == 0, run.output
+    assert str(out) in run.stdout
+    assert "recall@1 before training: 0." in run.stdout or "recall@1 before training: 1." in run.stdout
+    assert Reranker.load(out).prompt == "Well?"
+    record = json.loads((out / "training.json").read_text())
+    assert record["arguments"]["lora_targets"] == ["q_proj", "v_proj"]
+    assert len(record["loss"]) == 2
+    assert {*record["before"]} == {*record["after"]} == {"recall@1", "mrr@10"}
+
+
+def test_options_are_the_settings_with_their_defaults() -> None:
+    settings = {field.name: field.default for field in dataclasses.fields(RerankerTrainingConfig)}
+    options = {option.name: option for option in command.params}
+    assert set(options) == set(settings)
+    for name in set(settings) - {"model", "data", "out", "lora_targets"}:
+        assert options[name].to_info_dict()["default"] == settings[name], name
+
+
+def test_bad_input_is_one_line(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for model, file, more in [
+        (tmp_path / "nowhere", data, []),
+        (llm_dir, tmp_path / "nothing.jsonl", []),
+        (llm_dir, data, ["--lora-rank", "-1"]),
+    ]:
+        run = CliRunner().invoke(
+            main, ["train", "reranker", "--model", str(model), "--data", str(file), "--out", str(out), *more]
+        )
+        assert run.exit_code == 2
+        assert [line[:7] for line in run.stderr.splitlines()] == ["error: "]
+        assert not out.exists()

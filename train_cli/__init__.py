@@ -1,0 +1,1 @@
+"""The ``genpoe`` command: one module per command, thin over ``genpoe_plugin``."""
