@@ -57,9 +57,7 @@ class DenseHead(nn.Module):
         d, r, h = config.hidden_size, config.rank, config.expert_width
         self.shapes = ((r, d), (h, r), (r, h), (d, r))
         self.generate = nn.Linear(config.code_size, 2 * r * (d + h))
-        with torch.no_grad():
-            self.generate.weight.mul_(config.generator_gain)
-            self.generate.bias.mul_(config.generator_gain)
+        self.gain = config.generator_gain
         for number, shape in enumerate(self.shapes, start=1):
             base = torch.empty(shape)
             nn.init.kaiming_uniform_(base, a=math.sqrt(5))
@@ -69,7 +67,7 @@ class DenseHead(nn.Module):
             self.register_buffer(f"base{number}", base)
 
     def forward(self, code: Tensor) -> Experts:
-        parts = self.generate(code).split([rows * columns for rows, columns in self.shapes], dim=-1)
+        parts = (self.gain * self.generate(code)).split([rows * columns for rows, columns in self.shapes], dim=-1)
         return Experts(
             *(
                 part.unflatten(-1, shape) + self.get_buffer(f"base{number}")

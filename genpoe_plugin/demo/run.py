@@ -1,0 +1,200 @@
+"""The demo: a world, its index, a reranker and a hypernetwork trained on its train side, and lm_eval on its test side.
+
+Every stage calls the code of the real commands and writes into one folder; a stage whose output is there is skipped.
+The LLM and the encoder, which a real user downloads, come small with the package (`genpoe_plugin.demo.pretrain`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from genpoe_plugin import __version__
+from genpoe_plugin.demo.table import Row, read_row
+from genpoe_plugin.demo.world import Side, World, WorldQuestion, make_world
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.language_model import load_language_model
+from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
+from genpoe_plugin.reranking import Reranker, rerank
+from genpoe_plugin.retrieval.encoder import load_encoder
+from genpoe_plugin.retrieval.index import PassageIndex
+from genpoe_plugin.retrieval.retriever import Retriever
+from genpoe_plugin.training.hypernetwork import HypernetworkTraining, train_hypernetwork, training_examples
+from genpoe_plugin.training.reranker import RerankerTrainingConfig, train_reranker
+from genpoe_plugin.training.reranker_data import write_reranker_data
+
+ASSETS = Path(__file__).parent / "assets"
+LLM, ENCODER = ASSETS / "llm", ASSETS / "encoder"
+TASK = "genpoe_demo"
+NUM_RETRIEVED = 20
+RERANKER_PROMPT = "Does B answer A? Yes or No:"  # short, since every pair is read on a CPU
+
+RUNS = (
+    ("closed_book", "none"),
+    ("rag", "retrieved"),
+    ("genpoe", "retrieved"),
+    ("genpoe_rag", "retrieved"),
+    ("genpoe", "gold"),
+    ("genpoe", "shuffled"),
+    ("genpoe", "random"),
+    ("genpoe", "constant"),
+    ("genpoe", "none"),
+)
+"""Mode and passages of each lm_eval run: the four modes, then the controls."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What decides the demo's result; a folder holds the outputs of one such set."""
+
+    seed: int = 0
+    train_entities: int = 2500
+    test_entities: int = 120
+    reranker_questions: int = 2000
+    reranker_steps: int = 120
+    hypernetwork_steps: int = 2000
+    version: str = __version__
+
+
+def run_demo(out: str | Path, settings: DemoSettings) -> list[Row]:
+    """Run every stage that ``out`` lacks, write ``out/table.json`` and return its rows.
+
+    Raises:
+        InputError: ``out`` holds a demo with other settings, or an lm_eval run failed.
+    """
+    out = Path(out)
+    _claim(out, settings)
+    world = make_world(settings.seed, settings.train_entities, settings.test_entities)
+    _retrieve(out, world, settings)
+    _train_reranker(out, settings)
+    _rerank_test(out)
+    _train_hypernetwork(out, settings)
+    _evaluate(out, settings)
+    rows = [read_row(results_directory(out, *run), *run, _test_file(out)) for run in RUNS]
+    with atomic_file(out / "table.json") as temporary:
+        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+def _claim(out: Path, settings: DemoSettings) -> None:
+    """Make ``out`` the folder of these settings, or refuse it."""
+    path = out / "settings.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != asdict(settings):
+            different = [name for name, value in asdict(settings).items() if found.get(name) != value]
+            raise InputError(f"{out}: made with another {', '.join(different)}; choose another --out or delete it")
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+
+
+def _test_file(out: Path) -> Path:
+    return out / "test.jsonl"
+
+
+def _retrieve(out: Path, world: World, settings: DemoSettings) -> None:
+    """The index over all passages of the world, and the passages that it finds for the questions of either side."""
+    if not (out / "index").is_dir():
+        encoder = load_encoder(str(ENCODER))
+        PassageIndex.build(world.passages, encoder, out / "index", total=len(world.passages))
+    targets: dict[Side, Path] = {"train": out / "train.jsonl", "test": out / "test.retrieved.jsonl"}
+    for side, target in targets.items():
+        if not target.is_file():
+            retriever = Retriever.load(out / "index", encoder=str(ENCODER))
+            questions = world.questions[side]
+            found = retriever.retrieve([question.question for question in questions], NUM_RETRIEVED, progress=True)
+            write_questions(target, map(_with_passages, questions, found))
+
+
+def _with_passages(question: WorldQuestion, passages: tuple[RetrievedPassage, ...]) -> Question:
+    """The world knows which passage answers a question, so no other counts, even if the answer occurs in it."""
+    marked = tuple(replace(item, has_answer=item.passage.id == question.passage_id) for item in passages)
+    return Question(question.question, question.answers, marked)
+
+
+def _train_reranker(out: Path, settings: DemoSettings) -> None:
+    if not (data := out / "reranker.jsonl").is_file():
+        write_reranker_data([out / "train.jsonl"], data, negatives=NUM_RETRIEVED - 1, prompt=RERANKER_PROMPT)
+    if not (out / "reranker").is_dir():
+        train_reranker(
+            RerankerTrainingConfig(
+                model=str(LLM),
+                data=str(data),
+                out=str(out / "reranker"),
+                max_steps=settings.reranker_steps,
+                seed=settings.seed,
+            )
+        )
+
+
+def _rerank_test(out: Path) -> None:
+    if not _test_file(out).is_file():
+        questions = list(read_questions(out / "test.retrieved.jsonl"))
+        write_questions(_test_file(out), rerank(questions, Reranker.load(str(out / "reranker")), progress=True))
+
+
+def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
+    if (out / "hypernetwork").is_dir():
+        return
+    model, tokenizer = load_language_model(str(LLM), dtype="float32")
+    config = HypernetworkConfig(hidden_size=model.config.hidden_size, layer=1, rank=16, expert_width=128)
+    training = HypernetworkTraining(
+        epochs=100, max_steps=settings.hypernetwork_steps, learning_rate=2e-3, knowledge=0.1, seed=settings.seed
+    )
+    examples = training_examples(read_questions(out / "train.jsonl"))
+    train_hypernetwork(config, training, examples, model, tokenizer, out / "hypernetwork")
+
+
+def results_directory(out: Path, mode: str, passages: str) -> Path:
+    """Where the lm_eval run of one row writes."""
+    return out / "results" / f"{mode}-{passages}"
+
+
+def lm_eval_command(out: Path, mode: str, passages: str, settings: DemoSettings) -> list[str]:
+    """The stock lm_eval command of one row, as a user would type it."""
+    arguments = {
+        "pretrained": LLM,
+        "dtype": "float32",
+        "mode": mode,
+        "passages": passages,
+        "hypernetwork": out / "hypernetwork",
+        "seed": settings.seed,
+        "trace": results_directory(out, mode, passages) / "trace.jsonl",
+    }
+    return [
+        "lm_eval", "--model", "genpoe", "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()),
+        "--tasks", TASK, "--metadata", json.dumps({"genpoe_data": str(_test_file(out))}), "--batch_size", "48",
+        "--device", "cpu", "--log_samples", "--output_path", str(results_directory(out, mode, passages)),
+    ]  # fmt: skip
+
+
+def _evaluate(out: Path, settings: DemoSettings) -> None:
+    """Run lm_eval for every row that has no results yet, two rows at a time."""
+    missing = [run for run in RUNS if not list(results_directory(out, *run).rglob("results_*.json"))]
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+
+    def evaluate(run: tuple[str, str]) -> None:
+        _, *arguments = lm_eval_command(out, *run, settings)
+        directory = results_directory(out, *run)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lm_eval.log").open("w", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "lm_eval", *arguments]
+            done = subprocess.run(command, env=environment, stdout=log, stderr=log)
+        if done.returncode:
+            raise InputError(f"lm_eval of {run[0]} with {run[1]} passages failed; see {log.name}")
+
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(missing), desc="Running lm_eval", disable=not missing) as bar:
+        for finished in as_completed([pool.submit(evaluate, run) for run in missing]):
+            finished.result()
+            bar.update()
