@@ -17,13 +17,15 @@ import click
 @click.option("--code-size", default=128, show_default=True, help="Width of a passage's code.")
 @click.option("--normalise/--no-normalise", default=True, show_default=True, help="RMS-normalise the embeddings.")
 @click.option("--base", type=click.Choice(["silent", "random"]), default="silent", show_default=True)
-@click.option("--generator-gain", default=0.1, show_default=True, help="Factor on the generator's initial weights.")
+@click.option("--generator-gain", default=0.1, show_default=True, help="Factor on what is generated.")
 @click.option("--epochs", default=1, show_default=True)
 @click.option("--max-steps", type=int, help="Stop after so many optimizer steps.")
 @click.option("--batch-size", default=32, show_default=True, help="Examples a step.")
 @click.option("--learning-rate", default=1e-4, show_default=True)
 @click.option("--warmup-steps", default=100, show_default=True)
-@click.option("--knowledge", default=0.0, show_default=True, help="Share of prompts that also hold the passage's text.")
+@click.option(
+    "--knowledge", default=0.0, show_default=True, help="Share of steps whose prompts hold the passage's text."
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
 @click.option("--seed", default=0, show_default=True)

@@ -45,6 +45,13 @@ class Documents:
                 entities.append(entity)
         return entities
 
+    def _other_than(self, entity: Entity) -> Entity:
+        """Another train-side entity of the same kind, often a namesake."""
+        while True:
+            other = namesake(self.rng, entity) if self.rng.random() < 0.3 else draw_entity(self.rng, entity.kind)
+            if other.side == "train" and other.name != entity.name:
+                return other
+
     def _articles(self, count: int) -> list[tuple[Entity, Passage]]:
         return [(entity, write_article(self.rng, entity, "0")) for entity in self._alike(count)]
 
@@ -100,8 +107,7 @@ class Documents:
             entity = next(self.entities)
             query = ask(self.rng, entity, self.rng.choice(entity.facts), "0").question
             relevant = self.rng.random() < 0.5
-            other = namesake(self.rng, entity) if self.rng.random() < 0.3 else draw_entity(self.rng, entity.kind)
-            passage = write_article(self.rng, entity if relevant else other, "0").string
+            passage = write_article(self.rng, entity if relevant else self._other_than(entity), "0").string
             parts = [f"Query: {query}\n", f"Passage: {passage}\n"]
             self.rng.shuffle(parts)
             document += [("".join(parts) + "Relevant:", QUESTION), (" yes\n" if relevant else " no\n", ANSWER)]

@@ -59,9 +59,8 @@ class DemoSettings:
     seed: int = 0
     train_entities: int = 2500
     test_entities: int = 120
-    reranker_questions: int = 2000
     reranker_steps: int = 120
-    hypernetwork_steps: int = 2000
+    hypernetwork_steps: int = 1300
     version: str = __version__
 
 
@@ -131,7 +130,12 @@ def _train_reranker(out: Path, settings: DemoSettings) -> None:
                 model=str(LLM),
                 data=str(data),
                 out=str(out / "reranker"),
+                negatives=3,
+                micro_batch_size=4,
                 max_steps=settings.reranker_steps,
+                learning_rate=3e-3,
+                lora_rank=0,  # an LLM so small has no room for an adapter
+                max_length=48,  # title and first words name the entity; the rest would cost most of the time
                 seed=settings.seed,
             )
         )
@@ -147,9 +151,14 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
     if (out / "hypernetwork").is_dir():
         return
     model, tokenizer = load_language_model(str(LLM), dtype="float32")
-    config = HypernetworkConfig(hidden_size=model.config.hidden_size, layer=1, rank=16, expert_width=128)
+    config = HypernetworkConfig(hidden_size=model.config.hidden_size, layer=2, rank=16, expert_width=128)
     training = HypernetworkTraining(
-        epochs=100, max_steps=settings.hypernetwork_steps, learning_rate=2e-3, knowledge=0.1, seed=settings.seed
+        epochs=100,
+        max_steps=settings.hypernetwork_steps,
+        batch_size=64,
+        learning_rate=4e-3,
+        knowledge=0.1,
+        seed=settings.seed,
     )
     examples = training_examples(read_questions(out / "train.jsonl"))
     train_hypernetwork(config, training, examples, model, tokenizer, out / "hypernetwork")

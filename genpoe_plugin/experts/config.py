@@ -26,7 +26,8 @@ class HypernetworkConfig:
         head: how a code becomes an expert; ``dense`` generates all four matrices entry by entry.
         base: the shared matrices that generated ones are added to: ``random`` draws all four (the paper's form),
             ``silent`` draws three and makes the last zero, so that an untrained expert says nothing.
-        generator_gain: factor on the initial weights of the generating layer.
+        generator_gain: factor on all that is generated; below 1 it slows the generating layer, whose many inputs would
+            otherwise move an expert by more than its base in a few steps (the paper's form has 1).
     """
 
     hidden_size: int

@@ -93,9 +93,7 @@ def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, token
     elif mask is not None:
         positions = (mask.to(device).long().cumsum(1) - 1)[:, -tokens:]
     else:
-        cache = arguments.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        positions = (torch.arange(tokens, device=device) + past).expand(rows, tokens)
+        positions = (torch.arange(tokens, device=device) + arguments["past"]).expand(rows, tokens)
     active = positions >= start.unsqueeze(1)
     if mask is not None and mask.shape[1] == tokens:
         active = active & mask.to(device).bool()
@@ -121,7 +119,10 @@ def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Itera
     branch = _Branch(rows)
 
     def note_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        branch.arguments = signature.bind_partial(*args, **kwargs).arguments
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        cache = arguments.get("past_key_values")
+        # Asked before the layers run, since each of them adds this pass's tokens to the cache.
+        branch.arguments = {**arguments, "past": 0 if cache is None else cache.get_seq_length()}
 
     def add_experts(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + branch(args[0])

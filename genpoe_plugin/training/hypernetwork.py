@@ -46,7 +46,8 @@ class HypernetworkTraining:
         batch_size: examples a step.
         learning_rate: peak of AdamW's rate, reached after ``warmup_steps`` and lowered to a hundredth by a cosine.
         max_gradient_norm: gradients are clipped to this length.
-        knowledge: share of the examples whose prompt also holds the passage as text, as in ``genpoe_rag``.
+        knowledge: share of the steps whose prompts also hold the passage as text, as in ``genpoe_rag``; whole steps,
+            since one long prompt would make a batch of short ones as long.
         seed: of initialisation, order and draws.
     """
 
@@ -107,13 +108,14 @@ class Batch:
     passages: tuple[str, ...]
 
 
-def make_batch(
-    examples: Sequence[TrainingExample], with_knowledge: Sequence[bool], tokenizer: PreTrainedTokenizerBase
-) -> Batch:
-    """Tokenise examples; the target is `` answer\\n``, its space put where the tokenizer itself puts it."""
+def make_batch(examples: Sequence[TrainingExample], knowledge: bool, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Tokenise examples, as RAG prompts with ``knowledge``.
+
+    The target is `` answer\\n``, its space put where the tokenizer itself puts it.
+    """
     rows: list[tuple[list[int], int]] = []
     starts = []
-    for example, knowledge in zip(examples, with_knowledge, strict=True):
+    for example in examples:
         prompt = rag_prompt(example.question, [example.passage] if knowledge else [])
         encoding = tokenizer(f"{prompt} {example.answer}\n", return_offsets_mapping=True)
         offsets = encoding["offset_mapping"]
@@ -234,5 +236,4 @@ def _batches(
             epoch += 1
         chosen, order = order[: training.batch_size], order[training.batch_size :]
         draws = random.Random(f"{training.seed}-draws-{step}")
-        knowledge = [draws.random() < training.knowledge for _ in chosen]
-        yield make_batch([examples[number] for number in chosen], knowledge, tokenizer)
+        yield make_batch([examples[number] for number in chosen], draws.random() < training.knowledge, tokenizer)

@@ -48,13 +48,13 @@ def test_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
     generate = hypernetwork.head.generate
     for row in range(3):
         code = naive_code(hypernetwork, states[row][mask[row]])
-        flat = generate.weight.double().numpy() @ code + generate.bias.double().numpy()
+        flat = 4.0 * (generate.weight.double().numpy() @ code + generate.bias.double().numpy())  # the gain
         place = 0
         for number, shape in enumerate([(r, d), (h, r), (r, h), (d, r)], start=1):
             size = shape[0] * shape[1]
             base = hypernetwork.head.get_buffer(f"base{number}").double().numpy()
             expected = base + flat[place : place + size].reshape(shape)
-            np.testing.assert_allclose(experts.weights[number - 1][row].numpy(), expected, atol=2e-4)
+            np.testing.assert_allclose(experts.weights[number - 1][row].numpy(), expected, atol=1e-3)
             place += size
         assert place == len(flat)
 

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.expert import Experts, mix_experts
+from genpoe_plugin.experts.injection import RowExperts, find_mlp, inject
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "gpt2")
+LAYER = 1
+
+
+@pytest.fixture
+def rows(random_experts):
+    """Two rows: three experts from the first token on, and one expert from the fourth."""
+    gates = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
+    return RowExperts(random_experts(2, 3), gates, torch.tensor([0, 3]))
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    return torch.randint(5, len(tokenizer), (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def by_hand(model, ids, rows):
+    """Logits with the branch written into the MLP's own forward, positions counted from the first column."""
+    mlp = find_mlp(model, LAYER)
+    original = mlp.forward
+
+    def forward(x):
+        mask = (torch.arange(x.shape[1]) >= rows.start.unsqueeze(1)).unsqueeze(-1)
+        return original(x) + mix_experts(x, rows.experts, rows.gates) * mask
+
+    mlp.forward = forward
+    try:
+        return model(ids, use_cache=False).logits
+    finally:
+        del mlp.forward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_runs_the_branch_and_forgets_it(make_llm, rows, prompts, family):
+    model = make_llm(family)
+    plain = model(prompts).logits
+    with inject(model, LAYER, rows):
+        branched = model(prompts).logits
+    torch.testing.assert_close(branched, by_hand(model, prompts, rows), atol=1e-5, rtol=1e-5)
+    assert torch.equal(branched[1, :3], plain[1, :3])
+    assert (branched - plain)[0].abs().max() > 1e-2
+    assert torch.equal(model(prompts).logits, plain)
+    with inject(model, LAYER, None):
+        assert torch.equal(model(prompts).logits, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padding_and_cache_do_not_move_the_start(make_llm, rows, prompts, family):
+    model = make_llm(family)
+    padded = torch.cat([torch.full((2, 4), model.config.pad_token_id), prompts], 1)
+    mask = (torch.arange(13) >= 4).long().expand(2, 13)
+    with inject(model, LAYER, rows):
+        generated = model.generate(padded, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        whole = prompts
+        for _ in range(6):
+            whole = torch.cat([whole, model(whole, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated[:, 4:], whole)
+
+
+@torch.no_grad()
+def test_chunked_prefill_equals_one_pass(make_llm, rows, prompts):
+    model = make_llm("llama")
+    with inject(model, LAYER, rows):
+        whole = model(prompts).logits
+        first = model(prompts[:, :2], use_cache=True)
+        second = model(prompts[:, 2:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_beams_share_the_experts_of_their_row(make_llm, rows, prompts):
+    model = make_llm("llama")
+    with inject(model, LAYER, rows):
+        repeated = model(prompts.repeat_interleave(3, 0)).logits
+        once = model(prompts).logits
+    torch.testing.assert_close(repeated, once.repeat_interleave(3, 0), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_stays_bfloat16(make_llm, rows, prompts):
+    model = make_llm("llama").bfloat16()
+    low = RowExperts(rows.experts.to(torch.bfloat16), rows.gates, rows.start)
+    with inject(model, LAYER, low):
+        logits = model(prompts).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
+
+
+def test_hooks_go_away_after_an_error(make_llm, rows, prompts):
+    model = make_llm("llama")
+    with torch.no_grad():
+        plain = model(prompts).logits
+        with pytest.raises(RuntimeError, match="stop"), inject(model, LAYER, rows):
+            raise RuntimeError("stop")
+        assert torch.equal(model(prompts).logits, plain)
+
+
+def test_what_does_not_fit_is_named(make_llm, random_experts, prompts):
+    model = make_llm("llama")
+    with pytest.raises(InputError, match="layer 7"):
+        find_mlp(model, 7)
+    narrow = RowExperts(random_experts(2, 1, d=16), torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(InputError, match="width 16"), inject(model, LAYER, narrow):
+        model(prompts)
+    three = RowExperts(random_experts(3, 1), torch.ones(3, 1), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(InputError, match="3 rows"), inject(model, LAYER, three):
+        model(prompts)
+
+
+def test_gradients_reach_the_experts_and_not_the_llm(make_llm, random_experts, prompts):
+    model = make_llm("llama").requires_grad_(False)
+    experts = Experts(*(weight.requires_grad_() for weight in random_experts(2, 1).weights))
+    rows = RowExperts(experts, torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
+    with inject(model, LAYER, rows):
+        model(prompts, use_cache=False).logits.square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in experts.weights)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from genpoe_plugin.checkpoint import CONFIG, WEIGHTS, checkpoint_fingerprint, load_hypernetwork, save_hypernetwork
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+
+
+@pytest.fixture
+def llm(make_llm):
+    return make_llm("llama")
+
+
+@pytest.fixture
+def saved(tmp_path, llm, tokenizer):
+    hypernetwork = Hypernetwork(HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random"))
+    save_hypernetwork(tmp_path / "checkpoint", hypernetwork, llm, tokenizer, {"seed": 0})
+    return tmp_path / "checkpoint", hypernetwork
+
+
+def test_save_and_load_is_identity(saved, llm, tokenizer):
+    """The random base included: the research code drew another one at every start."""
+    directory, hypernetwork = saved
+    loaded = load_hypernetwork(directory, llm, tokenizer)
+    assert loaded.config == hypernetwork.config
+    states, mask = torch.randn(3, 5, 32), torch.ones(3, 5, dtype=torch.bool)
+    for ours, theirs in zip(loaded(states, mask).weights, hypernetwork(states, mask).weights, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_any_precision_of_the_same_llm_will_do(saved, llm, tokenizer):
+    load_hypernetwork(saved[0], llm.bfloat16(), tokenizer)
+
+
+def test_another_llm_is_refused_and_named(saved, make_llm, tokenizer):
+    with pytest.raises(InputError, match="other embeddings"):
+        load_hypernetwork(saved[0], make_llm("llama", seed=1), tokenizer)
+    with pytest.raises(InputError, match="num_hidden_layers 3 there, 4 here"):
+        load_hypernetwork(saved[0], make_llm("llama", num_hidden_layers=4), tokenizer)
+
+
+def test_another_tokenizer_is_refused(saved, llm, tokenizer):
+    other = tokenizer.__class__.from_pretrained(_saved_with_another_token(tokenizer, saved[0].parent / "other"))
+    with pytest.raises(InputError, match="tokenizer"):
+        load_hypernetwork(saved[0], llm, other)
+
+
+def _saved_with_another_token(tokenizer, directory):
+    tokenizer.save_pretrained(directory)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<extra>"})
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named_with_the_command_that_makes_it(saved, llm, tokenizer, file):
+    (saved[0] / file).unlink()
+    with pytest.raises(InputError, match=rf"{file} is missing; `genpoe train hypernetwork`"):
+        load_hypernetwork(saved[0], llm, tokenizer)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 2000])
+def test_truncated_weights_are_refused_in_one_line(saved, llm, tokenizer, keep):
+    weights = saved[0] / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(InputError, match="damaged") as error:
+        load_hypernetwork(saved[0], llm, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_and_foreign_configurations_are_refused(saved, llm, tokenizer):
+    config = saved[0] / CONFIG
+    config.write_text('{"format"')
+    with pytest.raises(InputError, match="not JSON"):
+        load_hypernetwork(saved[0], llm, tokenizer)
+    config.write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match="not a hypernetwork"):
+        load_hypernetwork(saved[0], llm, tokenizer)
+
+
+def test_no_such_checkpoint(tmp_path, llm, tokenizer):
+    with pytest.raises(InputError, match="neither a directory nor"):
+        load_hypernetwork(tmp_path / "nothing", llm, tokenizer)
+
+
+def test_the_fingerprint_is_of_the_content(saved, tmp_path, llm, tokenizer):
+    directory, hypernetwork = saved
+    copy = tmp_path / "copy"
+    save_hypernetwork(copy, hypernetwork, llm, tokenizer, {"seed": 0})
+    assert checkpoint_fingerprint(copy) == checkpoint_fingerprint(directory)
+    save_hypernetwork(copy, hypernetwork, llm, tokenizer, {"seed": 1})
+    assert checkpoint_fingerprint(copy) != checkpoint_fingerprint(directory)
