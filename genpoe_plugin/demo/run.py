@@ -59,7 +59,7 @@ class DemoSettings:
     seed: int = 0
     train_entities: int = 2500
     test_entities: int = 120
-    reranker_steps: int = 120
+    reranker_steps: int = 130
     hypernetwork_steps: int = 1300
     version: str = __version__
 
@@ -131,11 +131,12 @@ def _train_reranker(out: Path, settings: DemoSettings) -> None:
                 data=str(data),
                 out=str(out / "reranker"),
                 negatives=3,
-                micro_batch_size=4,
+                batch_size=32,
+                micro_batch_size=16,
                 max_steps=settings.reranker_steps,
-                learning_rate=3e-3,
+                learning_rate=2e-3,
                 lora_rank=0,  # an LLM so small has no room for an adapter
-                max_length=48,  # title and first words name the entity; the rest would cost most of the time
+                max_length=40,  # title and first words name the entity; the rest would cost most of the time
                 seed=settings.seed,
             )
         )
