@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.pipeline import GATES, Pipeline, Selection
 from genpoe_plugin.prompts import EXPERT_MODES, MODES, PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
 from genpoe_plugin.questions import Question, passages_from_ctxs
+from genpoe_plugin.timing import timed
 from genpoe_plugin.trace import Trace
 
 _log = logging.getLogger(__name__)
@@ -326,10 +326,10 @@ class GenPoELM(HFLM):
         self._questions.update(self._sample(request)[:2] for request in requests)
         self._widest = max(selections, key=lambda selection: len(selection.strings), default=None)
         if self.store is not None:
-            with self._timed("experts"):
+            with timed(self.seconds, "experts"):
                 strings = (string for selection in selections for string in selection.strings)
                 self.store.prepare(strings, progress=self.rank == 0)
-        with self._timed("generate"):
+        with timed(self.seconds, "generate"):
             yield selections
         if self._trace is not None:
             for request, selection in zip(requests, selections, strict=True):
@@ -358,14 +358,6 @@ class GenPoELM(HFLM):
     def _sample(request: Instance) -> tuple[Any, ...]:
         """What the requests of one sample, such as the choices of a doc, have in common."""
         return request.task_name, request.doc_id, request.args[0]
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - begin
 
     # Passages in prompts
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.passages import Passage
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.questions import Question, RetrievedPassage, by_rerank_score
+from genpoe_plugin.timing import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,7 +134,7 @@ class Pipeline:
         found: dict[str, tuple[RetrievedPassage, ...]] = {}
         if self.retriever is not None:
             wanted = list(dict.fromkeys(question.question for question in questions if not question.passages))
-            with self._timed("retrieve"):
+            with timed(self.seconds, "retrieve"):
                 passages = self.retriever.retrieve(wanted, self.num_retrieved, progress=self.progress)
             found = dict(zip(wanted, passages, strict=True))
         return [
@@ -156,7 +155,7 @@ class Pipeline:
                 for question, passages in zip(questions, retrieved, strict=True)
             ]
             unique = list(dict.fromkeys(pair for row in pairs for pair in row))
-            with self._timed("rerank"):
+            with timed(self.seconds, "rerank"):
                 scores = dict(zip(unique, self.reranker.score(unique, progress=self.progress).tolist(), strict=True))
             retrieved = [
                 tuple(replace(passage, rerank_score=scores[pair]) for passage, pair in zip(passages, row, strict=True))
@@ -215,14 +214,6 @@ class Pipeline:
             return (1 / len(passages),) * len(passages) if passages else ()
         weights = [math.exp(score - max(scores)) for score in scores]
         return tuple(weight / sum(weights) for weight in weights)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - begin
 
 
 @dataclass(frozen=True, slots=True)
