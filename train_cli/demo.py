@@ -42,7 +42,7 @@ def demo(context: click.Context, out: Path, seed: int) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the LLM and the encoder.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def pretrain(out: Path, seed: int) -> None:
-    """Make the demo's LLM and encoder again, which come with the package: about an hour on two cores."""
+    """Make the demo's LLM and encoder again, which come with the package: about half an hour."""
     from genpoe_plugin.demo.pretrain import pretrain_encoder, pretrain_llm
 
     pretrain_llm(out / "llm", seed)

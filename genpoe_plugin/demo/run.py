@@ -36,6 +36,7 @@ ASSETS = Path(__file__).parent / "assets"
 LLM, ENCODER = ASSETS / "llm", ASSETS / "encoder"
 TASK = "genpoe_demo"
 NUM_RETRIEVED = 20
+HARD_NEGATIVES = 6  # only the best found: most others have nothing in common with the question
 RERANKER_PROMPT = "Does B answer A? Yes or No:"  # short, since every pair is read on a CPU
 
 RUNS = (
@@ -59,8 +60,8 @@ class DemoSettings:
     seed: int = 0
     train_entities: int = 2500
     test_entities: int = 120
-    reranker_steps: int = 130
-    hypernetwork_steps: int = 1300
+    reranker_steps: int = 400
+    hypernetwork_steps: int = 900
     version: str = __version__
 
 
@@ -123,7 +124,7 @@ def _with_passages(question: WorldQuestion, passages: tuple[RetrievedPassage, ..
 
 def _train_reranker(out: Path, settings: DemoSettings) -> None:
     if not (data := out / "reranker.jsonl").is_file():
-        write_reranker_data([out / "train.jsonl"], data, negatives=NUM_RETRIEVED - 1, prompt=RERANKER_PROMPT)
+        write_reranker_data([out / "train.jsonl"], data, negatives=HARD_NEGATIVES, prompt=RERANKER_PROMPT)
     if not (out / "reranker").is_dir():
         train_reranker(
             RerankerTrainingConfig(
@@ -131,12 +132,12 @@ def _train_reranker(out: Path, settings: DemoSettings) -> None:
                 data=str(data),
                 out=str(out / "reranker"),
                 negatives=3,
-                batch_size=32,
+                batch_size=16,
                 micro_batch_size=16,
                 max_steps=settings.reranker_steps,
                 learning_rate=2e-3,
                 lora_rank=0,  # an LLM so small has no room for an adapter
-                max_length=40,  # title and first words name the entity; the rest would cost most of the time
+                max_length=30,  # title and first words name the entity; the rest would cost most of the time
                 seed=settings.seed,
             )
         )
@@ -158,7 +159,7 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
         max_steps=settings.hypernetwork_steps,
         batch_size=64,
         learning_rate=4e-3,
-        knowledge=0.1,
+        knowledge=0.05,  # such steps are several times longer
         seed=settings.seed,
     )
     examples = training_examples(read_questions(out / "train.jsonl"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Row:
 
     Recall is the share of questions whose own passage is among the first so many that the retriever found
     (``recall_at_*``) or that the reranker put first (``reranked_recall_at_*``); None for runs that retrieve nothing.
+    ``em_gold_present`` is EM over the questions whose own passage is among those that the LLM was given.
     """
 
     mode: str
@@ -36,6 +37,7 @@ class Row:
     recall_at_20: float | None = None
     reranked_recall_at_1: float | None = None
     reranked_recall_at_5: float | None = None
+    em_gold_present: float | None = None
 
 
 def read_row(directory: Path, mode: str, passages: str, questions: Path) -> Row:
@@ -64,9 +66,14 @@ def read_row(directory: Path, mode: str, passages: str, questions: Path) -> Row:
     if passages in ("none", "random", "constant"):
         return row
     ranks = [_answer_ranks(question.passages) for question in read_questions(questions)]
-    recall = {f"recall_at_{k}": sum(first <= k for first, _ in ranks) / len(ranks) for k in RECALL_AT}
+    recall: dict[str, Any] = {f"recall_at_{k}": sum(first <= k for first, _ in ranks) / len(ranks) for k in RECALL_AT}
     recall |= {f"reranked_recall_at_{k}": sum(second <= k for _, second in ranks) / len(ranks) for k in RECALL_AT[:2]}
-    return Row(**{**asdict(row), **recall})
+    row = replace(row, **recall)
+    if passages != "retrieved":
+        return row
+    kept = report["config"]["genpoe"]["arguments"]["num_passages"]
+    present = [match for match, (_, rank) in zip(exact_matches(directory), ranks, strict=True) if rank <= kept]
+    return replace(row, em_gold_present=sum(present) / len(present) if present else None)
 
 
 def _answer_ranks(passages: Sequence[Any]) -> tuple[float, float]:
@@ -103,7 +110,10 @@ def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 def render(rows: Sequence[Row]) -> str:
     """The rows as a table for a terminal; scores in percent."""
-    header = ("mode", "passages", "n", "EM ± se", "F1 ± se", "questions/s", "R@1", "R@5", "R@20", "reranked R@1", "R@5")
+    header = (
+        *("mode", "passages", "n", "EM ± se", "F1 ± se", "questions/s"),
+        *("R@1", "R@5", "R@20", "reranked R@1", "R@5", "EM gold in K"),
+    )
     lines = [
         (
             row.mode,
@@ -113,10 +123,10 @@ def render(rows: Sequence[Row]) -> str:
             f"{100 * row.f1:.1f} ± {100 * row.f1_stderr:.1f}",
             f"{row.questions_per_second:.0f}",
             *(
-                "-" if recall is None else f"{100 * recall:.1f}"
-                for recall in (
+                "-" if share is None else f"{100 * share:.1f}"
+                for share in (
                     row.recall_at_1, row.recall_at_5, row.recall_at_20,
-                    row.reranked_recall_at_1, row.reranked_recall_at_5,
+                    row.reranked_recall_at_1, row.reranked_recall_at_5, row.em_gold_present,
                 )
             ),
         )

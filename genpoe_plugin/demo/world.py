@@ -124,8 +124,9 @@ def _sentence(template: str, **fields: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _title(name: str) -> str:
-    return name.removeprefix("the ")
+def title_of(entity: Entity) -> str:
+    """The title of the article about ``entity``: its name without the article."""
+    return entity.name.removeprefix("the ")
 
 
 def _fill(rng: random.Random, sentences: list[str], filler: tuple[str, ...], target_words: int) -> str:
@@ -139,24 +140,24 @@ def _fill(rng: random.Random, sentences: list[str], filler: tuple[str, ...], tar
     return " ".join(sentences)
 
 
+def state(rng: random.Random, entity: Entity, fact: Fact, wordings: int | None = None) -> str:
+    """A sentence that states ``fact`` of ``entity``, in one of its first ``wordings`` wordings (all by default)."""
+    article = _article(fact.value)
+    return _sentence(
+        rng.choice(lexicon.KINDS[entity.kind][fact.attribute].statements[:wordings]),
+        name=entity.name,
+        short=entity.short,
+        value=fact.value,
+        a=article,
+        a_cap=article.capitalize(),
+    )
+
+
 def write_article(rng: random.Random, entity: Entity, passage_id: str) -> Passage:
     """The passage that states every fact of ``entity``, in any order, wording and length."""
-    specs = lexicon.KINDS[entity.kind]
-    sentences = []
-    for fact in rng.sample(entity.facts, len(entity.facts)):
-        article = _article(fact.value)
-        sentences.append(
-            _sentence(
-                rng.choice(specs[fact.attribute].statements),
-                name=entity.name,
-                short=entity.short,
-                value=fact.value,
-                a=article,
-                a_cap=article.capitalize(),
-            )
-        )
+    sentences = [state(rng, entity, fact) for fact in rng.sample(entity.facts, len(entity.facts))]
     text = _fill(rng, sentences, lexicon.FILLER[entity.kind], rng.randint(MIN_WORDS, MAX_WORDS))
-    return Passage(passage_id, _title(entity.name), text)
+    return Passage(passage_id, title_of(entity), text)
 
 
 def write_report(rng: random.Random, entity: Entity, passage_id: str) -> Passage:
@@ -166,9 +167,9 @@ def write_report(rng: random.Random, entity: Entity, passage_id: str) -> Passage
     return Passage(passage_id, title, _fill(rng, sentences, lexicon.REPORT_FILLER, rng.randint(MIN_WORDS, MAX_WORDS)))
 
 
-def ask(rng: random.Random, entity: Entity, fact: Fact, passage_id: str) -> WorldQuestion:
-    """A question for ``fact`` in one of its wordings."""
-    template = rng.choice(lexicon.KINDS[entity.kind][fact.attribute].questions)
+def ask(rng: random.Random, entity: Entity, fact: Fact, passage_id: str, wordings: int | None = None) -> WorldQuestion:
+    """A question for ``fact`` in one of its first ``wordings`` wordings (all by default)."""
+    template = rng.choice(lexicon.KINDS[entity.kind][fact.attribute].questions[:wordings])
     return WorldQuestion(template.format(name=entity.name), fact.answers, fact.value, entity.name, passage_id)
 
 

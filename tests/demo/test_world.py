@@ -24,7 +24,8 @@ def test_no_entity_of_one_side_is_ever_on_the_other():
 
 def test_documents_for_pretraining_name_no_test_entity():
     documents = Documents(0)
-    text = "".join(piece for _ in range(30) for piece, _ in documents.rag(3) + documents.relevance(2))
+    kinds = (documents.closed_book, documents.values, documents.statements, documents.brief, documents.rag)
+    text = "".join(piece for kind in kinds for _ in range(10) for piece, _ in kind(4))
     people = {f"{first} {start}{end}" for first in FIRST_NAMES for start in SURNAME_STARTS for end in SURNAME_ENDS}
     named = {name for name in people if name in text}
     assert len(named) > 30
