@@ -25,7 +25,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.files import atomic_directory
-from genpoe_plugin.language_model import embedding_table
+from genpoe_plugin.language_model import embedding_entries, embedding_table
 
 FORMAT = "genpoe-hypernetwork"
 FORMAT_VERSION = 1
@@ -40,11 +40,10 @@ def llm_identity(model: PreTrainedModel) -> dict[str, Any]:
     with the dtype.
     """
     config = model.config.get_text_config()
-    table = embedding_table(model)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(min(table.shape[0], config.vocab_size), (256,), generator=generator)
-    columns = torch.randint(table.shape[1], (256,), generator=generator)
-    sample = table[rows.to(table.device), columns.to(table.device)].detach().float().cpu()
+    rows = torch.randint(config.vocab_size, (256,), generator=generator)
+    columns = torch.randint(config.hidden_size, (256,), generator=generator)
+    sample = embedding_entries(model, rows, columns)
     return {
         "name": model.config.name_or_path,
         **{field: getattr(config, field) for field in _SHAPE_FIELDS},
@@ -52,15 +51,18 @@ def llm_identity(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _difference(saved: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
+def _difference(saved: Mapping[str, Any], loaded: Mapping[str, Any], quantised: bool) -> str | None:
     for field in _SHAPE_FIELDS:
         if saved[field] != loaded[field]:
             return f"{field} {saved[field]} there, {loaded[field]} here"
     ours, theirs = torch.tensor(loaded["embedding_sample"]), torch.tensor(saved["embedding_sample"])
-    # bfloat16 keeps 8 bits, so that much is what two precisions of one model may differ by.
-    if not torch.allclose(ours, theirs, rtol=2**-8, atol=1e-6):
-        return "other embeddings"
-    return None
+    if quantised:
+        # Some forms (GGUF) round embeddings to a few bits; another LLM's are further away than their own size.
+        same = torch.dist(ours, theirs) <= theirs.norm() / 4
+    else:
+        # bfloat16 keeps 8 bits, so that much is what two precisions of one model may differ by.
+        same = torch.allclose(ours, theirs, rtol=2**-8, atol=1e-6)
+    return None if same else "other embeddings"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -138,12 +140,22 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint of ours, of any LLM."""
+    try:
+        read_record(directory)
+    except (InputError, OSError):
+        return False
+    return True
+
+
 def load_hypernetwork(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Hypernetwork:
     """Load a checkpoint for ``model``, on the device of its embeddings, in float32 and evaluation mode.
 
     Args:
         name: a directory or a hub id.
-        model, tokenizer: the LLM to use it with; it must be the one that it was trained for, in any precision.
+        model, tokenizer: the LLM to use it with; it must be the one that it was trained for, in any precision or
+            quantised.
 
     Raises:
         InputError: files are missing or damaged, or the checkpoint belongs to another LLM or tokenizer.
@@ -151,7 +163,7 @@ def load_hypernetwork(name: str | Path, model: PreTrainedModel, tokenizer: PreTr
     directory = resolve_checkpoint(name)
     record = read_record(directory)
     here, there = llm_identity(model), record["llm"]
-    if difference := _difference(there, here):
+    if difference := _difference(there, here, getattr(model, "is_quantized", False)):
         raise InputError(
             f"hypernetwork {name} was trained for {there['name']}, this is {here['name']} ({difference}); "
             "use that LLM, or train another with `genpoe train hypernetwork`"
@@ -169,7 +181,8 @@ def load_hypernetwork(name: str | Path, model: PreTrainedModel, tokenizer: PreTr
         raise InputError(
             f"{directory / WEIGHTS}: damaged or of another shape than config.json says ({reason})"
         ) from error
-    return hypernetwork.to(embedding_table(model).device).eval().requires_grad_(False)
+    with embedding_table(model) as table:
+        return hypernetwork.to(table.device).eval().requires_grad_(False)
 
 
 def checkpoint_fingerprint(name: str | Path) -> str:

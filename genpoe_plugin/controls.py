@@ -48,7 +48,7 @@ def shuffled(questions: Sequence[Question], seed: int) -> list[tuple[RetrievedPa
     their passages.
 
     Args:
-        questions: those of one task; under data parallelism, of one process.
+        questions: those of one task.
         seed: of the order.
 
     Returns:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, cast
@@ -51,6 +51,22 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(target: str | Path, is_ours: Callable[[Path], bool], kind: str) -> None:
+    """Refuse to replace what is not ours: to be called before the work whose result `atomic_directory` writes.
+
+    Args:
+        target: where the result will be; it may be missing or an empty directory.
+        is_ours: whether what is there is a ``kind``, such as "an index", which may be replaced.
+
+    Raises:
+        InputError: something else is there.
+    """
+    target = Path(target)
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not is_ours(target):
+        raise InputError(f"{target}: holds something that is not {kind}; give another directory")
 
 
 @contextmanager

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
+import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.errors import InputError
@@ -17,8 +22,11 @@ def load_language_model(
     """An LLM from a directory or the hub, without gradients and in evaluation mode, and its tokenizer.
 
     Raises:
-        InputError: it cannot be loaded, or its tokenizer cannot tell which characters a token covers.
+        InputError: it cannot be loaded, or its tokenizer cannot tell which characters a token covers; there is no such
+            device or dtype.
     """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -27,10 +35,36 @@ def load_language_model(
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
     if not tokenizer.is_fast:
         raise InputError(f"LLM {name}: its tokenizer gives no character offsets; one of the fast kind is needed")
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), tokenizer
+    return to_device(model, device).eval().requires_grad_(False), tokenizer
 
 
-def embedding_table(model: PreTrainedModel) -> Tensor:
-    """The LLM's token embeddings, ``[vocabulary, d]``."""
-    return cast(Tensor, model.get_input_embeddings().weight)
+def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Move a model, and return it.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    try:
+        return model.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device}: cannot be used ({str(error).strip().splitlines()[0]})") from error
+
+
+@contextmanager
+def embedding_table(model: PreTrainedModel) -> Iterator[Tensor]:
+    """The LLM's token embeddings, ``[vocabulary, d]`` unless they are quantised, on the device that computes with them.
+
+    An LLM may keep them elsewhere between its passes (accelerate's offloading), so they are at hand inside the block.
+    """
+    module = model.get_input_embeddings()
+    with align_module_device(module):
+        yield cast(Tensor, module.weight)
+
+
+def embedding_entries(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Tensor:
+    """Entries of the embedding table, one for each pair of ``rows`` and ``columns``, in float32 on the CPU."""
+    with embedding_table(model) as table:
+        rows = rows.to(table.device)
+        # Looking up keeps the table's own numbers, where a module may scale what it gives; integers mean nothing alone.
+        found = functional.embedding(rows, table) if table.is_floating_point() else model.get_input_embeddings()(rows)
+        return found.detach()[range(len(rows)), columns.to(found.device)].float().cpu()

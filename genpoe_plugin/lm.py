@@ -43,6 +43,12 @@ _log = logging.getLogger(__name__)
 
 _FINGERPRINT, _PROBES = "genpoe fingerprint", "genpoe probes"
 _PROBES_PER_TASK = 4
+# HFLM's arguments that say where and how fast and not what, and those that the fingerprint has in another form.
+_NO_OPTIONS = (
+    *("device", "batch_size", "max_batch_size", "parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory"),
+    *("offload_folder", "use_fast_tokenizer", "trust_remote_code", "logits_cache"),
+    *("revision", "peft", "delta", "dtype", "max_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,8 @@ class _OriginalKeys(CacheHook):
 class GenPoELM(HFLM):
     """HFLM with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
 
-    Under data parallelism every process selects passages for its own share of the docs, and the controls that mix
-    questions mix within that share.
+    Under data parallelism (``accelerate launch``) every process answers its own share of the docs, with the passages
+    that it would give them alone.
 
     Raises:
         InputError: arguments that cannot be, or parts that do not fit each other.
@@ -186,6 +192,9 @@ class GenPoELM(HFLM):
             seed=seed,
         )
         super().__init__(pretrained, **hf_arguments)
+        if self.world_size == 1 and hasattr(self, "accelerator"):
+            # Processes without several GPUs, which HFLM has all do the same work.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.backend != "causal":
             raise InputError(f"{self._llm_name} is not a decoder-only model, which genpoe needs")
         if arguments.control != "none" and not self.tokenizer.is_fast:
@@ -201,7 +210,7 @@ class GenPoELM(HFLM):
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
         self.pipeline = self._load_pipeline()
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self._fingerprint(hf_arguments)
         self.seconds = {"experts": 0.0, "generate": 0.0}
         self._questions: set[tuple[Any, ...]] = set()
         self._trace = Trace(trace, self.rank) if trace else None
@@ -233,13 +242,28 @@ class GenPoELM(HFLM):
             control=arguments.control,
             seed=arguments.seed,
             progress=self.rank == 0,
+            from_others=self._from_others,
         )
+
+    def _from_others(self, own: list[Any]) -> list[Any]:
+        """What the other processes of a data-parallel run say to this one; all of them call this at the same point."""
+        if self.world_size == 1:
+            return []
+        everyones: list[list[Any]] = [[]] * self.world_size
+        torch.distributed.all_gather_object(everyones, own)
+        return [item for rank, items in enumerate(everyones) if rank != torch.distributed.get_rank() for item in items]
+
+    def barrier(self) -> None:
+        """As HFLM. lm-eval has all processes come here after every type of request: their traces become one file."""
+        super().barrier()
+        if self._trace is not None and self.world_size > 1:
+            self._trace.join(self.gather_object(self._trace.lines))
 
     @property
     def _llm_name(self) -> str:
         return self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name_or_path
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self, hf_arguments: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides an answer besides the request itself and what its doc brings along."""
         arguments, pipeline = self.arguments, self.pipeline
         facts: dict[str, Any] = {
@@ -250,6 +274,11 @@ class GenPoELM(HFLM):
             "delta": self.delta,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
+            "options": {
+                name: value
+                for name, value in hf_arguments.items()
+                if name not in _NO_OPTIONS and isinstance(value, str | int | float)
+            },
             "mode": arguments.mode,
         }
         if arguments.uses_experts:
@@ -267,7 +296,10 @@ class GenPoELM(HFLM):
         return facts
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's facts, and under ``genpoe`` the arguments, the fingerprint, seconds a stage and questions a second."""
+        """HFLM's facts, and under ``genpoe`` the arguments, the fingerprint, seconds a stage and questions a second.
+
+        Under data parallelism, questions and seconds are those of this process.
+        """
         seconds = self.pipeline.seconds | self.seconds
         busy = seconds["experts"] + seconds["generate"]
         return super().get_model_info() | {
@@ -319,7 +351,7 @@ class GenPoELM(HFLM):
 
     @contextmanager
     def _selected(self, method: str, requests: Sequence[Instance]) -> Iterator[list[Selection]]:
-        """Choose passages and generate experts for all requests; the block is timed, and a trace follows it."""
+        """Choose passages and generate experts for all requests, and trace that; the block is timed."""
         questions = [self._question(request) for request in requests]
         self._guard_passages(method, requests, questions)
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
@@ -329,9 +361,8 @@ class GenPoELM(HFLM):
             with timed(self.seconds, "experts"):
                 strings = (string for selection in selections for string in selection.strings)
                 self.store.prepare(strings, progress=self.rank == 0)
-        with timed(self.seconds, "generate"):
-            yield selections
         if self._trace is not None:
+            # Ahead of the block, since what an interrupted run left in a response cache does not come here again.
             for request, selection in zip(requests, selections, strict=True):
                 self._trace.add(
                     request.doc_id,
@@ -341,6 +372,8 @@ class GenPoELM(HFLM):
                     hypernetwork=self.fingerprint.get("hypernetwork"),
                 )
             self._trace.write()
+        with timed(self.seconds, "generate"):
+            yield selections
 
     def _question(self, request: Instance) -> Question:
         """The request's question, and what its doc knows of answers and passages."""

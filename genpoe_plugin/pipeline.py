@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genpoe_plugin import controls
 from genpoe_plugin.answers import has_answer
@@ -65,6 +65,9 @@ class Pipeline:
             ``constant`` draw from the retriever's index, else from all passages that the questions bring along.
         seed: of the controls.
         progress: show progress bars.
+        from_others: where several processes share the questions, given what this one has to say to the others, what
+            they say. Called once by every ``select`` whose control mixes questions, so that each gets the passages
+            that it would get in one process.
 
     Attributes:
         seconds: time spent so far, by stage.
@@ -82,6 +85,7 @@ class Pipeline:
         control: str = "retrieved",
         seed: int = 0,
         progress: bool = True,
+        from_others: Callable[[list[Any]], list[Any]] = lambda own: [],
     ) -> None:
         self.tokenizer = tokenizer
         self.retriever = retriever
@@ -92,6 +96,7 @@ class Pipeline:
         self.control = control
         self.seed = seed
         self.progress = progress
+        self.from_others = from_others
         self.seconds = {"retrieve": 0.0, "rerank": 0.0}
         self._strings: dict[str, str] = {}
 
@@ -173,13 +178,19 @@ class Pipeline:
         kept = [passages[: self.num_passages] for passages in retrieved]
         if self.control != "shuffled":
             return kept
+        asked = [
+            (task, replace(question, passages=passages))
+            for task, question, passages in zip(tasks, questions, kept, strict=True)
+        ]
+        asked += self.from_others(asked)
         rows_of: defaultdict[str, list[int]] = defaultdict(list)
-        for row, task in enumerate(tasks):
+        for row, (task, _) in enumerate(asked):
             rows_of[task].append(row)
         for rows in rows_of.values():
-            given = controls.shuffled([replace(questions[row], passages=kept[row]) for row in rows], self.seed)
+            given = controls.shuffled([asked[row][1] for row in rows], self.seed)
             for row, passages in zip(rows, given, strict=True):
-                kept[row] = tuple(_labelled(passage, questions[row]) for passage in passages)
+                if row < len(kept):
+                    kept[row] = tuple(_labelled(passage, questions[row]) for passage in passages)
         return kept
 
     def _drawn(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
@@ -188,6 +199,7 @@ class Pipeline:
             pool = _IndexPool(self.retriever.index)
         else:
             unique = {passage.passage for question in questions for passage in question.passages}
+            unique |= set(self.from_others(list(unique)))
             pool = sorted(unique, key=lambda passage: (passage.string, passage.id))
         if self.control == "constant":
             passages = controls.constant(pool, self.seed)

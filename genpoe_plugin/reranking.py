@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.language_model import to_device
 from genpoe_plugin.questions import Question, by_rerank_score
 
 DEFAULT_PROMPT = (
@@ -82,7 +83,8 @@ class Reranker:
             prompt, max_length: instead of those saved with a trained reranker.
 
         Raises:
-            InputError: it is not there, not a whole checkpoint, or not a causal language model.
+            InputError: it is not there, not a whole checkpoint, or not a causal language model; there is no such
+                device.
         """
         name = str(name_or_path)
         try:
@@ -106,7 +108,7 @@ class Reranker:
             settings["prompt"] = prompt
         if max_length is not None:
             settings["max_length"] = max_length
-        return cls(model.to(device).eval(), tokenizer, batch_size=batch_size, **settings)
+        return cls(to_device(model, device).eval(), tokenizer, batch_size=batch_size, **settings)
 
     def save(self, directory: str | Path) -> None:
         """Write weights (safetensors), tokenizer and prompt: what :meth:`load`, or FlagEmbedding, reads."""

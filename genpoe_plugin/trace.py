@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from genpoe_plugin.questions import RetrievedPassage
 
 
 class Trace:
-    """Collects the lines of one run and writes them after every call, all of them or nothing.
+    """Collects the lines of one run and writes them, all of them or nothing.
 
     A run's first write replaces what an earlier run left, but for `keep_earlier`.
 
     Args:
-        path: the file; under data parallelism each process but the first writes ``name.rank1.jsonl`` and so on.
+        path: the file; under data parallelism each process but the first writes ``name.rank1.jsonl`` and so on, until
+            `join` makes one file of them.
         rank: of this process.
     """
 
@@ -46,6 +48,21 @@ class Trace:
         if self.path.is_file():
             with open_text(self.path) as file:
                 self._lines = {_key(json.loads(line)): line.rstrip("\n") for line in file}
+
+    @property
+    def lines(self) -> dict[tuple[Any, ...], str]:
+        """What was noted so far, by task, doc and question."""
+        return self._lines
+
+    def join(self, parts: Sequence[Mapping[tuple[Any, ...], str]] | None) -> None:
+        """Write the lines of all processes, in the order that one process has; without them, leave it to another."""
+        if parts is None:
+            self.path.unlink(missing_ok=True)
+            return
+        lines = {key: line for part in parts for key, line in part.items()}
+        tasks = list(dict.fromkeys(task for task, *_ in lines))
+        self._lines = dict(sorted(lines.items(), key=lambda item: (tasks.index(item[0][0]), item[0][1])))
+        self.write()
 
     def write(self) -> None:
         with atomic_file(self.path) as temporary:

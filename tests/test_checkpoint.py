@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from genpoe_plugin.checkpoint import CONFIG, WEIGHTS, checkpoint_fingerprint, load_hypernetwork, save_hypernetwork
 from genpoe_plugin.errors import InputError
@@ -72,6 +75,34 @@ def test_truncated_weights_are_refused_in_one_line(saved, llm, tokenizer, keep):
     with pytest.raises(InputError, match="damaged") as error:
         load_hypernetwork(saved[0], llm, tokenizer)
     assert "\n" not in str(error.value)
+
+
+class Planted:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
+def test_a_pickle_in_the_place_of_weights_is_refused_unread(saved, llm, tokenizer, tmp_path, write):
+    """Research code: its checkpoints are pickles, which may run anything when they are loaded."""
+    with (saved[0] / WEIGHTS).open("wb") as file:
+        write(Planted(tmp_path / "planted"), file)
+    with pytest.raises(InputError, match="damaged"):
+        load_hypernetwork(saved[0], llm, tokenizer)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_what_is_written_is_safetensors_and_json(saved):
+    directory, hypernetwork = saved
+    assert {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS}
+    json.loads((directory / CONFIG).read_text())
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        assert set(file.keys()) == set(hypernetwork.state_dict())
 
 
 def test_damaged_and_foreign_configurations_are_refused(saved, llm, tokenizer):

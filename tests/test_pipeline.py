@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -198,6 +200,30 @@ def test_random_draws_from_the_run_without_an_index(make):
         assert len(selection.passages) == 3
         assert all(int(number) <= 10 for number in ids(selection))
         assert all(question.answers[0] not in entry.passage.text.split() for entry in selection.passages)
+
+
+@pytest.mark.parametrize("control", ["retrieved", "gold", "shuffled", "random", "constant"])
+@pytest.mark.parametrize("index", [True, False])
+def test_processes_that_share_the_questions_select_like_one(make, control, index):
+    questions = [
+        Question(f"who is {n}", (f"answer{n}",), () if index else ctxs(n, n + 1, n + 2)) for n in range(0, 35, 5)
+    ]
+    tasks = ["a", "b", "a", "a", "b", "b", "a"]
+    boxes = [Queue(), Queue()]
+
+    def select(rank: int):
+        def from_others(own):
+            boxes[1 - rank].put(own)
+            return boxes[rank].get(timeout=10)
+
+        options = {"control": control, "retriever": FakeRetriever() if index else None, "from_others": from_others}
+        return make(**options).select(tasks[rank::2], questions[rank::2])
+
+    alone = make(control=control, retriever=FakeRetriever() if index else None).select(tasks, questions)
+    with ThreadPoolExecutor(2) as processes:
+        first, second = processes.map(select, range(2))
+    assert first == alone[0::2]
+    assert second == alone[1::2]
 
 
 def test_none_asks_nobody(make):

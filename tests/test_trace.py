@@ -57,3 +57,18 @@ def test_every_process_has_its_own_file(tmp_path):
     trace.add(0, selection("nq", "who"))
     trace.write()
     assert len(read(tmp_path / "trace.rank2.jsonl")) == 1
+
+
+def test_processes_join_their_lines_in_the_order_of_one(tmp_path):
+    first, second = (Trace(tmp_path / "trace.jsonl", rank) for rank in (0, 1))
+    for task in ("tqa", "nq"):
+        for trace, docs in ((first, (0, 2)), (second, (1, 1))):
+            for doc in docs:
+                trace.add(doc, selection(task, "who"))
+            trace.write()
+        first.join([first.lines, second.lines])
+        second.join(None)
+    assert [(line["task"], line["doc_id"]) for line in read(tmp_path / "trace.jsonl")] == [
+        (task, doc) for task in ("tqa", "nq") for doc in range(3)
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.jsonl"]

@@ -63,7 +63,7 @@ def hypernetwork(
             "hidden_size": text_config.hidden_size,
             "layer": text_config.num_hidden_layers // 3 if layer is None else layer,
             "rank": rank,
-            "expert_width": expert_width or text_config.hidden_size,
+            "expert_width": text_config.hidden_size if expert_width is None else expert_width,
             "encoder": encoder,
             "num_queries": num_queries,
             "code_size": code_size,

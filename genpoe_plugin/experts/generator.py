@@ -27,7 +27,8 @@ class ExpertGenerator:
     def __init__(self, hypernetwork: Hypernetwork, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.hypernetwork = hypernetwork
         self.embed_tokens = model.get_input_embeddings()
-        self.device = embedding_table(model).device
+        with embedding_table(model) as table:
+            self.device = table.device
         self.tokenizer = tokenizer
 
     def embed(self, passages: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,9 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The MLP of decoder layer ``layer``: the one child with linear layers that is not the attention.
+    """The MLP of decoder layer ``layer``: the one child made of other modules that is not the attention.
+
+    Modules and not weights are what tells: those of a quantised LLM may be packed, or no parameters at all.
 
     Raises:
         InputError: the model has no such layer, or the layer has no MLP of its own.
@@ -70,10 +72,7 @@ def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
     candidates = [
         child
         for name, child in layers[layer].named_children()
-        if "attn" not in name.lower()
-        and "attention" not in name.lower()
-        and any(parameter.dim() > 1 for parameter in child.parameters())
-        and any(True for _ in child.children())
+        if "attn" not in name.lower() and "attention" not in name.lower() and any(True for _ in child.children())
     ]
     if len(candidates) != 1:
         raise InputError(

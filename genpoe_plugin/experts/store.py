@@ -45,10 +45,13 @@ class ExpertStore:
 
     def prepare(self, passages: Iterable[str], *, progress: bool = True) -> None:
         """Generate the experts of ``passages`` ahead of their use, as many as the budget holds."""
-        wanted = [passage for passage in dict.fromkeys(passages) if passage not in self._experts][: self.capacity]
-        with tqdm(total=len(wanted), desc="Generating experts", disable=not progress or not wanted) as bar:
-            for begin in range(0, len(wanted), self.batch_size):
-                bar.update(len(self._fetch(wanted[begin : begin + self.batch_size])))
+        wanted = list(dict.fromkeys(passages))[: self.capacity]
+        # What is there already counts as used, or making room for the rest might drop it.
+        self._fetch([passage for passage in wanted if passage in self._experts])
+        missing = [passage for passage in wanted if passage not in self._experts]
+        with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
+            for begin in range(0, len(missing), self.batch_size):
+                bar.update(len(self._fetch(missing[begin : begin + self.batch_size])))
 
     def rows(
         self, passages: Sequence[Sequence[str]], gates: Sequence[Sequence[float]], start: Sequence[int]

@@ -19,7 +19,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_directory
+from genpoe_plugin.files import atomic_directory, check_replaceable
 from genpoe_plugin.passages import Passage
 from genpoe_plugin.retrieval.faiss_setup import faiss
 
@@ -60,9 +60,7 @@ class PassageIndex:
                 something that is not an index. An index that is there already is replaced.
         """
         directory = Path(directory).resolve()
-        empty = directory.is_dir() and not any(directory.iterdir())
-        if directory.exists() and not empty and not (directory / MANIFEST).is_file():
-            raise InputError(f"{directory}: holds something that is not an index; give another directory")
+        check_replaceable(directory, lambda found: (found / MANIFEST).is_file(), "an index")
         try:
             vectors = faiss.index_factory(encoder.dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.answers import has_answer
-from genpoe_plugin.checkpoint import save_hypernetwork
+from genpoe_plugin.checkpoint import is_checkpoint, save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Experts
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, find_mlp, inject
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.files import atomic_file, check_replaceable
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.prompts import first_token_at, rag_prompt
 from genpoe_plugin.questions import Question
@@ -61,9 +61,10 @@ class HypernetworkTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("epochs", "max_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.knowledge <= 1:
             raise InputError(f"knowledge is {self.knowledge}; it is a share, from 0 to 1")
         if not self.learning_rate > 0:
@@ -180,19 +181,21 @@ def train_hypernetwork(
         training: length, rates, seed.
         examples: at least one.
         model, tokenizer: the LLM; it is frozen here and stays so.
-        output: the checkpoint directory.
+        output: the checkpoint directory; an older checkpoint there is replaced.
 
     Raises:
-        InputError: no examples, or a configuration that does not fit the LLM.
+        InputError: no examples, a configuration that does not fit the LLM, an ``output`` that holds something else, or
+            a loss that is no longer a number.
     """
+    check_replaceable(output, is_checkpoint, "a hypernetwork's checkpoint")
     if not examples:
         raise InputError("no training example: no question has a passage that contains one of its answers")
-    width = embedding_table(model).shape[1]
+    with embedding_table(model) as table:
+        width, device = table.shape[1], table.device
     if config.hidden_size != width:
         raise InputError(f"hypernetwork hidden_size is {config.hidden_size}, the LLM's is {width}")
     find_mlp(model, config.layer)
     model.requires_grad_(False).eval()
-    device = embedding_table(model).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         hypernetwork = Hypernetwork(config).to(device).train()
@@ -208,11 +211,14 @@ def train_hypernetwork(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = answer_loss(model, generator, batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(f"the loss at step {step + 1} is {value}; try a lower learning rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(hypernetwork.parameters(), training.max_gradient_norm)
             optimizer.step()
-            curve.append((step + 1, loss.item(), rate))
+            curve.append((step + 1, value, rate))
             bar.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
             bar.update()
     hypernetwork.eval()

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from transformers.pytorch_utils import Conv1D
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_directory
-from genpoe_plugin.reranking import DEFAULT_MAX_LENGTH, Reranker
+from genpoe_plugin.files import atomic_directory, check_replaceable
+from genpoe_plugin.reranking import DEFAULT_MAX_LENGTH, SETTINGS_FILE, Reranker
 from genpoe_plugin.training.reranker_data import RerankerExample, read_examples
 
 
@@ -88,8 +88,10 @@ def train_reranker(config: RerankerTrainingConfig, *, progress: bool = True) -> 
         data before and after (None without such data), and the loss of every step.
 
     Raises:
-        InputError: model or data cannot be used, or the loss is no longer a number.
+        InputError: model or data cannot be used, ``config.out`` holds something that is not a reranker, or the loss is
+            no longer a number.
     """
+    check_replaceable(config.out, lambda found: (found / SETTINGS_FILE).is_file(), "a reranker")
     torch.manual_seed(config.seed)
     examples = read_examples(config.data)
     held_out = read_examples(config.eval_data) if config.eval_data else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,26 @@ def test_bad_input_is_one_line(llm_dir: Path, data: Path, tmp_path: Path) -> Non
         assert run.exit_code == 2
         assert [line[:7] for line in run.stderr.splitlines()] == ["error: "]
         assert not out.exists()
+
+
+def test_a_device_that_is_not_there(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(llm_dir), "--data", str(data), "--out", str(tmp_path / "out"), "--device", "abacus"]
+    run = CliRunner().invoke(main, ["train", "reranker", *arguments])
+    assert run.exit_code == 2
+    assert run.stderr.splitlines()[-1].startswith("error: device abacus: cannot be used (")  # after the progress bar
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_a_reranker_is_replaced(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    """An LLM's directory, say, that one slip of the hand puts after --out."""
+    llm = shutil.copytree(llm_dir, tmp_path / "llm")
+    arguments = ["train", "reranker", "--model", str(llm_dir), "--data", str(data), "--max-steps", "1", "--out"]
+    for out in (llm, data):
+        run = CliRunner().invoke(main, [*arguments, str(out)])
+        assert run.exit_code == 2
+        assert run.stderr == f"error: {out}: holds something that is not a reranker; give another directory\n"
+    assert {path.name for path in llm.iterdir()} == {path.name for path in llm_dir.iterdir()}
+    assert data.is_file()
+    for _ in range(2):
+        run = CliRunner().invoke(main, [*arguments, str(tmp_path / "out")])
+        assert run.exit_code == 0, run.output

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from genpoe_plugin.checkpoint import load_hypernetwork, save_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.passages import Passage
 from genpoe_plugin.prompts import closed_book_prompt
+from genpoe_plugin.registration import task_folder
 
 LAYER = 1
 FACTS = [
@@ -178,3 +185,98 @@ def choices():
 @pytest.fixture(scope="session")
 def expected_row():
     return _expected_row
+
+
+@pytest.fixture(scope="session")
+def docs_file(tmp_path_factory, docs) -> Path:
+    """`docs` as the JSON Lines file that the tasks read."""
+    path = tmp_path_factory.mktemp("docs") / "docs.jsonl"
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def fact_strings() -> dict[str, str]:
+    """The strings of FACTS by passage id."""
+    return {str(n): f"{title}: {text}" if title else text for n, (title, text) in enumerate(FACTS)}
+
+
+@pytest.fixture(scope="session")
+def index_dir(tmp_path_factory) -> Path:
+    """An index over FACTS, with an encoder that has a vector for each word and nothing else."""
+    # Imported here because they take seconds, which other tests do without.
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    from genpoe_plugin.retrieval.encoder import load_encoder
+    from genpoe_plugin.retrieval.index import PassageIndex
+
+    directory = tmp_path_factory.mktemp("index")
+    vocabulary = sorted({word.lower() for fact in FACTS for word in re.findall(r"\w+", " ".join(fact))})
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["[UNK]", *vocabulary])}, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=32)], device="cpu")
+    encoder.save(str(directory / "encoder"))
+    passages = [Passage(str(n), title, text) for n, (title, text) in enumerate(FACTS)]
+    PassageIndex.build(passages, load_encoder(str(directory / "encoder")), directory / "index", progress=False)
+    return directory / "index"
+
+
+_TASKS = {
+    "local_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{q}}\nA:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}],
+    },
+    "local_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "local_text": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}} ->",
+        "doc_to_target": "{{choices[gold]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+_ROWS = [
+    ("who composed the barber of Seville", ["Rossini", "Curie", "Canberra"], 0, "Gioachino Rossini was a composer."),
+    ("who found radium", ["Rossini", "Marie Curie", "a dog"], 1, "Marie Curie discovered polonium. " * 4),
+    ("capital of the country", ["Pesaro", "Zürich", "Canberra"], 2, "Canberra was founded in 1913."),
+]
+
+
+@pytest.fixture(scope="session")
+def local_tasks(tmp_path_factory) -> Path:
+    """A folder with three tasks that know nothing of us: choices, running text, and generation."""
+    directory = tmp_path_factory.mktemp("tasks")
+    rows = [{"q": q, "choices": choices, "gold": gold, "text": text} for q, choices, gold, text in _ROWS]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {"data_files": {"test": str(directory / "rows.jsonl")}, "cache_dir": str(directory / "cache")}
+    for name, task in _TASKS.items():
+        content = {"task": name, "dataset_path": "json", "dataset_kwargs": options, "test_split": "test", **task}
+        (directory / f"{name}.yaml").write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def evaluate(docs_file, local_tasks) -> Callable[..., dict[str, Any]]:
+    """``evaluate(lm, *tasks, **options)``: what `simple_evaluate` returns, with tasks of ours and of `local_tasks`."""
+
+    def run(lm: GenPoELM, *tasks: str, **options: Any) -> dict[str, Any]:
+        manager = TaskManager(
+            include_path=[str(task_folder()), str(local_tasks)],
+            include_defaults=False,
+            metadata={"genpoe_data": str(docs_file)},
+        )
+        options = {"bootstrap_iters": 0, "log_samples": True} | options
+        return lm_eval.simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **options)
+
+    return run

@@ -54,12 +54,20 @@ def test_hits_are_the_answers(cached, docs, generation, monkeypatch):
         ({"seed": 3}, "seed was 0, is 3"),
         ({"num_retrieved": 7}, "num_retrieved was 20, is 7"),
         ({"max_length": 99}, "max_length was 2048, is 99"),
+        ({"add_bos_token": False}, "options was {}, is {'add_bos_token': False}"),
+        ({"gguf_file": "q4.gguf"}, "options was {}, is {'gguf_file': 'q4.gguf'}"),
     ],
 )
 def test_a_cache_of_another_run_is_refused(cached, docs, generation, options, differs):
     cached().generate_until(generation(docs[:1]))
     with pytest.raises(InputError, match=differs):
         cached(**options)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"max_batch_size": 8}, {"logits_cache": False}])
+def test_a_cache_serves_other_batches(cached, docs, generation, options):
+    cached().generate_until(generation(docs[:1]))
+    cached(**options)
 
 
 def test_a_cache_of_another_checkpoint_is_refused(cached, docs, generation, hypernetwork_dir, tmp_path, llm, tokenizer):

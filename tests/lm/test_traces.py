@@ -44,3 +44,26 @@ def test_a_run_with_a_cache_keeps_the_lines_of_what_it_does_not_ask_again(make_l
     assert len(before.splitlines()) == len(docs)
     make_lm(trace=str(path)).generate_until(generation(docs[:2]))
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2, "a run without a cache replaces"
+
+
+def test_what_an_interrupted_run_left_in_its_cache_is_traced(make_lm, docs, generation, tmp_path, monkeypatch):
+    path = tmp_path / "trace.jsonl"
+    lm = make_lm(trace=str(path), batch_size=2)
+    cached = CachingLM(lm, str(tmp_path / "cache.db"))
+    generate, batches = lm._model_generate, []
+
+    def interrupted(*args, **kwargs):
+        batches.append(None)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(lm, "_model_generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached.generate_until(generation(docs))
+    cached.dbdict.close()
+    again = CachingLM(make_lm(trace=str(path)), str(tmp_path / "cache.db"))
+    again.generate_until(generation(docs))
+    again.dbdict.close()
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sorted(line["doc_id"] for line in lines) == list(range(len(docs)))

@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
 from genpoe_plugin.checkpoint import CONFIG, load_hypernetwork
 from genpoe_plugin.errors import InputError
@@ -116,7 +118,9 @@ def test_the_rate_warms_up_and_falls_to_a_hundredth():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"knowledge": 1.5}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"max_steps": 0}, {"batch_size": 0}, {"knowledge": 1.5}, {"learning_rate": 0.0}]
+)
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         HypernetworkTraining(**wrong)
@@ -129,3 +133,18 @@ def test_nothing_to_learn_and_a_wrong_width_write_nothing(make_llm, tokenizer, t
     with pytest.raises(InputError, match="hidden_size is 64, the LLM's is 32"):
         train_hypernetwork(wide, HypernetworkTraining(), EXAMPLES, make_llm("llama"), tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_space_before_an_answer_is_where_the_tokenizer_puts_it():
+    """Research code: by a list of four model names. This tokenizer, as Llama 2's, puts a space before every text."""
+    text = "Question: Who wrote the opera?\nAnswer: Gioachino Rossini\n"
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.train_from_iterator([text] * 3, trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False))
+    bpe.pre_tokenizer = None
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaced = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    assert spaced.tokenize(" Gioachino Rossini\n") == ["▁", "▁Gioachino", "▁Rossini\n"], "apart, it has two spaces"
+    batch = make_batch(EXAMPLES[:1], False, spaced)
+    assert batch.input_ids[0].tolist() == spaced(text)["input_ids"]
+    assert spaced.convert_ids_to_tokens(batch.labels[0].tolist()) == ["▁Gioachino", "▁Rossini\n"]

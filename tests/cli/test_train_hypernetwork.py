@@ -1,0 +1,185 @@
+"""``genpoe train hypernetwork`` through the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from genpoe_plugin.checkpoint import load_hypernetwork, read_record
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.questions import read_questions
+from genpoe_plugin.training.hypernetwork import HypernetworkTraining, train_hypernetwork, training_examples
+from train_cli.main import main
+from train_cli.train_hypernetwork import hypernetwork as command
+
+FACTS = [
+    ("who wrote the opera", "Gioachino Rossini", "Rossini: the opera is by Gioachino Rossini."),
+    ("where is it", "Canberra", "The capital is Canberra."),
+    ("what did she discover", "radium", "Marie Curie discovered radium."),
+]
+
+
+def line(question: str, answer: str, text: str) -> str:
+    return json.dumps({"question": question, "answers": [answer], "ctxs": [{"id": "1", "title": "T", "text": text}]})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f"{line(*fact)}\n" for fact in FACTS))
+    return path
+
+
+def run(model: Path, data: Path, out: Path, *options: object) -> Result:
+    arguments = ["--model", model, "--data", data, "--out", out, "--rank", 4, *options]
+    return CliRunner().invoke(main, ["train", "hypernetwork", *map(str, arguments)])
+
+
+def assert_one_line(result: Result, message: str) -> None:
+    """After whatever progress bars there were."""
+    assert result.exit_code == 2, result.exception
+    last = result.stderr.splitlines()[-1]
+    assert last.lower().startswith("error: ") and message in last
+    assert result.stderr.lower().count("error: ") == 1 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_defaults_follow_the_llm(family, make_llm, tokenizer, data: Path, tmp_path: Path) -> None:
+    """Research code: dimensions and four model names written down. This LLM has other ones than all tests beside."""
+    make_llm(family, hidden_size=48, num_hidden_layers=6).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    result = run(tmp_path / "llm", data, tmp_path / "out", "--max-steps", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'out'}: trained hypernetwork (3 examples)\n"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    trained = load_hypernetwork(tmp_path / "out", model, tokenizer)
+    assert trained.config == HypernetworkConfig(hidden_size=48, layer=2, rank=4, expert_width=48)
+    assert trained.head.get_buffer("base2").shape == (48, 4)
+
+
+def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    """The command's checkpoint is, number for number, that of the same training called by hand."""
+    form = {"layer": 0, "expert_width": 5, "encoder": "mean", "num_queries": 2, "code_size": 7, "base": "random"}
+    settings = {"epochs": 3, "max_steps": 4, "batch_size": 2, "learning_rate": 0.01, "warmup_steps": 1, "seed": 3}
+    options = [part for name, value in (form | settings).items() for part in (f"--{name.replace('_', '-')}", value)]
+    options += ["--no-normalise", "--generator-gain", 0.5, "--knowledge", 0.5]
+    result = run(llm_dir, data, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
+    config = HypernetworkConfig(hidden_size=32, rank=4, normalise=False, generator_gain=0.5, **form)
+    training = HypernetworkTraining(knowledge=0.5, **settings)
+    examples = training_examples(read_questions(data))
+    by_hand = train_hypernetwork(config, training, examples, model, tokenizer, tmp_path / "by_hand")
+    trained = load_hypernetwork(tmp_path / "out", model, tokenizer)
+    assert trained.config == config
+    assert all(torch.equal(tensor, by_hand.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    record = read_record(tmp_path / "out")["training"]
+    assert {name: record[name] for name in settings} == settings
+    assert record["steps"] == len((tmp_path / "out" / "loss.csv").read_text().splitlines()) - 1 == 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_llm_in_half_precision(llm_dir: Path, data: Path, tmp_path: Path, dtype: str) -> None:
+    result = run(llm_dir, data, tmp_path / "out", "--max-steps", 2, "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    weights = load_hypernetwork(
+        tmp_path / "out", AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
+    ).state_dict()
+    assert all(torch.isfinite(weight).all() and weight.dtype == torch.float32 for weight in weights.values())
+
+
+def test_options_are_the_settings_with_their_defaults() -> None:
+    options = {option.name: option.to_info_dict() for option in command.params}
+    fixed = {"hidden_size", "head", "max_gradient_norm"}
+    for settings in (HypernetworkTraining, HypernetworkConfig):
+        assert {field.name for field in dataclasses.fields(settings)} <= set(options) | fixed
+        for field in dataclasses.fields(settings):
+            if field.name in options and field.default is not dataclasses.MISSING:
+                assert options[field.name]["default"] == field.default, field.name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "data.jsonl: no such file"),
+        ("", "data.jsonl: the file is empty"),
+        (line(*FACTS[0]) + "\n{", "data.jsonl:2: not JSON"),
+        (line(*FACTS[0]) + '\n\n{"question": "who"}\n', "data.jsonl:3: a question needs a list of answers"),
+        (line("who", "a", " ") + "\n", "data.jsonl:1, \"ctxs\", item 1: passage '1' has no text"),
+        (line("who", "nobody", "says something else") + "\n", "no training example"),
+        ('{"question": "who", "answer": ["a"]}\n', "no training example"),
+    ],
+)
+def test_bad_data_is_one_line(llm_dir: Path, data: Path, tmp_path: Path, content: str | None, message: str) -> None:
+    data.unlink()
+    if content is not None:
+        data.write_text(content)
+    assert_one_line(run(llm_dir, data, tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", 0], "rank is 0; it must be"),
+        (["--rank", -4], "rank is -4; it must be"),
+        (["--expert-width", 0], "expert_width is 0; it must be"),
+        (["--code-size", 0], "code_size is 0; it must be"),
+        (["--num-queries", 0], "num_queries is 0; it must be"),
+        (["--layer", 3], "layer 3 is not in LlamaForCausalLM, which has layers 0 to 2"),
+        (["--layer", -1], "layer is -1; it must be"),
+        (["--encoder", "max"], "--encoder"),
+        (["--epochs", 0], "epochs is 0; it must be"),
+        (["--max-steps", 0], "max_steps is 0; it must be"),
+        (["--batch-size", 0], "batch_size is 0; it must be"),
+        (["--learning-rate", 0], "learning_rate is 0.0; it must be"),
+        (["--knowledge", 1.5], "knowledge is 1.5; it is a share"),
+        (["--model", "no/such/llm"], "LLM no/such/llm: cannot be loaded"),
+        (["--device", "abacus"], "abacus"),
+        (["--dtype", "float3"], "float3"),
+    ],
+)
+def test_bad_options_are_one_line(
+    llm_dir: Path, data: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    assert_one_line(run(llm_dir, data, tmp_path / "out", *options), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_training(make_llm, tokenizer, data: Path, tmp_path: Path) -> None:
+    """A checkpoint of such numbers would load, and answer nothing."""
+    broken = make_llm("llama")
+    broken.model.norm.weight.data.fill_(torch.nan)
+    broken.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    assert_one_line(run(tmp_path / "llm", data, tmp_path / "out"), "the loss at step 1 is nan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_checkpoint_is_replaced(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for seed in (1, 2):
+        result = run(llm_dir, data, out, "--max-steps", 1, "--seed", seed)
+        assert result.exit_code == 0, result.output
+        assert read_record(out)["training"]["seed"] == seed
+
+
+def test_nothing_else_is_replaced(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    """An LLM's directory has a config.json as well, and one slip of the hand puts it after --out."""
+    llm = shutil.copytree(llm_dir, tmp_path / "llm")
+    files = sorted(path.name for path in llm.iterdir())
+    for out in (llm, data, tmp_path):
+        result = run(llm_dir, data, out)
+        assert_one_line(result, f"{out}: holds something that is not a hypernetwork's checkpoint")
+        assert "Training" not in result.stderr, "it is said before the work, not after"
+    assert sorted(path.name for path in llm.iterdir()) == files
+    assert data.is_file()

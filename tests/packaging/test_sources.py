@@ -1,0 +1,50 @@
+"""What must not be anywhere in the files that users get."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = [
+    path
+    for folder in ("genpoe_plugin", "tasks", "train_cli")
+    for path in sorted((REPOSITORY / folder).rglob("*"))
+    if path.is_file() and "__pycache__" not in path.parts
+]
+PERSONAL = re.compile(rb"(?<![\w.])/(?:home|Users|root|mnt|work|workspace)/\w|\b[A-Z]:\\+Users")
+PICKLING = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
+
+
+def test_no_path_of_somebodys_machine() -> None:
+    """Research code: data, models and results under its authors' home folders. Models' own files are looked at too."""
+    for path in ("/home/jane/data", "'/Users/jane'", "C:\\Users\\jane", "open(/mnt/nq)"):
+        assert PERSONAL.search(path.encode())
+    files = [*FILES, REPOSITORY / "pyproject.toml", REPOSITORY / "Makefile"]
+    assert len(files) > 60
+    assert [str(path) for path in files if PERSONAL.search(path.read_bytes())] == []
+
+
+def names(source: str) -> Iterator[str]:
+    """Every import, every dotted name, and every keyword with its constant, such as ``allow_pickle=True``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            yield f"{node.arg}={node.value.value}"
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def test_nothing_is_pickled() -> None:
+    """Research code: `torch.save` and `torch.load`; ours are safetensors and JSON."""
+    forbidden = {*PICKLING, "allow_pickle=True", "weights_only=False"}
+    for source in ("import pickle", "from torch import load", "x = torch.load(y)", "np.load(x, allow_pickle=True)"):
+        assert {*names(source)} & forbidden
+    sources = [path for path in FILES if path.suffix == ".py"]
+    found = {str(path): {*names(path.read_text(encoding="utf-8"))} & forbidden for path in sources}
+    assert {path: pickling for path, pickling in found.items() if pickling} == {}
