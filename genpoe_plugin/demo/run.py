@@ -159,7 +159,7 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
         max_steps=settings.hypernetwork_steps,
         batch_size=64,
         learning_rate=4e-3,
-        knowledge=0.05,  # such steps are several times longer
+        knowledge=0.1,
         seed=settings.seed,
     )
     examples = training_examples(read_questions(out / "train.jsonl"))

@@ -73,7 +73,8 @@ def test_a_quantised_llm_is_that_of_its_rounded_weights(make_lm, llm, docs, gene
     assert lm.generate_until(generation(docs)) == expected.generate_until(generation(docs))
     scores = lm.loglikelihood(choices(docs))
     assert scores == expected.loglikelihood(choices(docs))
-    assert scores != make_lm("closed_book", pretrained=ours).loglikelihood(choices(docs))
+    plain = make_lm("closed_book", pretrained=ours).loglikelihood(choices(docs))
+    assert max(abs(score - other) for (score, _), (other, _) in zip(scores, plain, strict=True)) > 0.1
 
 
 @pytest.mark.parametrize("form", FORMS)
