@@ -18,13 +18,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.files import atomic_directory
+from genpoe_plugin.files import atomic_directory, atomic_file
 from genpoe_plugin.language_model import embedding_entries, embedding_table
 
 FORMAT = "genpoe-hypernetwork"
@@ -72,6 +73,36 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def write_hypernetwork(
+    directory: Path,
+    config: HypernetworkConfig,
+    weights: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Any],
+) -> None:
+    """Write the two files of a checkpoint into ``directory``, the one that makes it a checkpoint last.
+
+    Args:
+        config, weights: of the hypernetwork, base matrices included.
+        model, tokenizer: the LLM that it was trained for.
+        training: arguments and results of the training, for the record.
+    """
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "hypernetwork": config.to_dict(),
+        "llm": llm_identity(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "versions": {"genpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "training": dict(training),
+    }
+    with atomic_file(directory / WEIGHTS) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
+    with atomic_file(directory / CONFIG) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def save_hypernetwork(
     directory: str | Path,
     hypernetwork: Hypernetwork,
@@ -79,27 +110,9 @@ def save_hypernetwork(
     tokenizer: PreTrainedTokenizerBase,
     training: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint directory, all of it or nothing.
-
-    Args:
-        directory: where; an older checkpoint there is replaced.
-        hypernetwork: what to save, base matrices included.
-        model, tokenizer: the LLM that it was trained for.
-        training: arguments and results of the training, for the record.
-    """
-    record = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "hypernetwork": hypernetwork.config.to_dict(),
-        "llm": llm_identity(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "versions": {"genpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "training": dict(training),
-    }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    """Write a checkpoint directory, all of it or nothing; an older checkpoint there is replaced."""
     with atomic_directory(directory) as temporary:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_hypernetwork(temporary, hypernetwork.config, hypernetwork.state_dict(), model, tokenizer, training)
 
 
 def resolve_checkpoint(name: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import shutil
 import tempfile
@@ -88,3 +89,15 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's content.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,6 +61,7 @@ class Reranker:
         yes, self._newline, self._prompt = self._tokenise(["Yes", "\n", prompt])
         self._yes = yes[0]
         # Models without position embeddings (ALiBi, state space) take none.
+        self.device = model.device
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -183,7 +184,7 @@ class Reranker:
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
         # One position of logits: at Gemma's vocabulary all of them would outweigh the model.
         return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self._yes].float()
 

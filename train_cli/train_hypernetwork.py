@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
+
+from genpoe_plugin.training.arguments import HypernetworkTraining
+from train_cli.training_options import report, training_options
 
 
 @click.command()
 @click.option("--model", required=True, help="The frozen LLM: directory or hub name.")
 @click.option("--data", required=True, help="Questions with passages: DPR results, or what `genpoe retrieve` writes.")
-@click.option("--out", required=True, help="Directory for the checkpoint.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
+@click.option("--validation", help="Held-out questions with passages; the weights that answer them best are kept.")
 @click.option("--layer", type=int, help="Decoder layer of the experts, from 0.  [default: a third of the way up]")
 @click.option("--rank", default=512, show_default=True, help="Inner width of an expert's low-rank products.")
 @click.option("--expert-width", type=int, help="Hidden width of an expert.  [default: the LLM's width]")
@@ -18,22 +25,15 @@ import click
 @click.option("--normalise/--no-normalise", default=True, show_default=True, help="RMS-normalise the embeddings.")
 @click.option("--base", type=click.Choice(["silent", "random"]), default="silent", show_default=True)
 @click.option("--generator-gain", default=0.1, show_default=True, help="Factor on what is generated.")
-@click.option("--epochs", default=1, show_default=True)
-@click.option("--max-steps", type=int, help="Stop after so many optimizer steps.")
-@click.option("--batch-size", default=32, show_default=True, help="Examples a step.")
-@click.option("--learning-rate", default=1e-4, show_default=True)
-@click.option("--warmup-steps", default=100, show_default=True)
-@click.option(
-    "--knowledge", default=0.0, show_default=True, help="Share of steps whose prompts hold the passage's text."
-)
-@click.option("--device", default="cpu", show_default=True)
+@training_options(HypernetworkTraining)
+@click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
-@click.option("--seed", default=0, show_default=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def hypernetwork(
     model: str,
     data: str,
-    out: str,
+    out: Path,
+    validation: str | None,
     layer: int | None,
     rank: int,
     expert_width: int | None,
@@ -43,20 +43,27 @@ def hypernetwork(
     normalise: bool,
     base: str,
     generator_gain: float,
-    device: str,
+    device: str | None,
     dtype: str,
     trust_remote_code: bool,
-    **training: float,
+    **training: Any,
 ) -> None:
     """Train a hypernetwork: passages in, experts for a frozen LLM out."""
     from genpoe_plugin.experts.config import HypernetworkConfig
+    from genpoe_plugin.files import file_digest
     from genpoe_plugin.language_model import load_language_model
     from genpoe_plugin.questions import read_questions
-    from genpoe_plugin.training.hypernetwork import HypernetworkTraining, train_hypernetwork, training_examples
+    from genpoe_plugin.training.devices import accelerator_on
+    from genpoe_plugin.training.examples import training_examples
+    from genpoe_plugin.training.hypernetwork import train_hypernetwork
+    from genpoe_plugin.training.validation import Validation
 
-    options = HypernetworkTraining(**training)  # type: ignore[arg-type]
+    arguments = HypernetworkTraining(**training)
     examples = training_examples(read_questions(data))
-    llm, tokenizer = load_language_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    accelerator = accelerator_on(device)
+    llm, tokenizer = load_language_model(
+        model, device=device or str(accelerator.device), dtype=dtype, trust_remote_code=trust_remote_code
+    )
     text_config = llm.config.get_text_config()
     config = HypernetworkConfig.from_dict(
         {
@@ -73,5 +80,32 @@ def hypernetwork(
             "generator_gain": generator_gain,
         }
     )
-    train_hypernetwork(config, options, examples, llm, tokenizer, out)
-    click.echo(f"{out}: trained hypernetwork ({len(examples):,} examples)")
+    held_out = None
+    if validation:
+        held_out = Validation(
+            list(read_questions(validation)),
+            llm,
+            tokenizer,
+            layer=config.layer,
+            num_passages=arguments.num_passages,
+            batch_size=arguments.batch_size,
+        )
+    identity = {
+        "model": model,
+        "dtype": dtype,
+        "data": file_digest(data),
+        "validation": file_digest(validation) if validation else None,
+    }
+    progress = train_hypernetwork(
+        config,
+        arguments,
+        examples,
+        llm,
+        tokenizer,
+        out,
+        identity=identity,
+        validation=held_out,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        report(progress, out)

@@ -2,40 +2,70 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
+
+from genpoe_plugin.training.arguments import RerankerTraining
+from train_cli.training_options import report, training_options
 
 
 @click.command()
 @click.option("--model", required=True, help="Decoder LLM or reranker to start from: directory or hub name.")
 @click.option("--data", required=True, help="Training data, as `genpoe data reranker` writes it.")
-@click.option("--out", required=True, help="Directory for the trained reranker.")
-@click.option("--eval-data", help="Held-out data, ranked before and after.")
-@click.option("--negatives", default=15, show_default=True, help="Per group, drawn anew every epoch.")
-@click.option("--batch-size", default=16, show_default=True, help="Groups an optimizer step.")
-@click.option("--micro-batch-size", default=1, show_default=True, help="Groups in memory at a time.")
-@click.option("--epochs", default=1, show_default=True)
-@click.option("--max-steps", type=int, help="Optimizer steps, instead of epochs.")
-@click.option("--learning-rate", default=1e-4, show_default=True)
-@click.option("--warmup-ratio", default=0.1, show_default=True, help="Share of the steps.")
-@click.option("--max-gradient-norm", default=1.0, show_default=True)
-@click.option("--lora-rank", default=32, show_default=True, help="0 trains every weight.")
-@click.option("--lora-alpha", default=64.0, show_default=True)
-@click.option("--lora-targets", help="Layer names, comma-separated.  [default: the attention's linear layers]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the trained reranker.")
+@click.option("--validation", help="Held-out data; the weights that rank it best are kept.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens of query and passage together.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True, help="Of the frozen weights: float32 or bfloat16.")
-@click.option("--seed", default=0, show_default=True)
+@training_options(RerankerTraining)
+@click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the frozen weights beside an adapter.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-def reranker(lora_targets: str | None, **options: Any) -> None:
+def reranker(
+    model: str,
+    data: str,
+    out: Path,
+    validation: str | None,
+    max_length: int,
+    device: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    **training: Any,
+) -> None:
     """Train a reranker: a decoder LLM that tells passages with an answer from those without."""
-    from genpoe_plugin.training.reranker import RerankerTrainingConfig, train_reranker
+    from genpoe_plugin.files import file_digest
+    from genpoe_plugin.reranking import Reranker
+    from genpoe_plugin.training.devices import accelerator_on
+    from genpoe_plugin.training.reranker import train_reranker
+    from genpoe_plugin.training.reranker_data import read_examples
 
-    targets = tuple(lora_targets.split(",")) if lora_targets else ()
-    config = RerankerTrainingConfig(lora_targets=targets, **options)
-    record = train_reranker(config)
-    for when in ("before", "after"):
-        for measure, value in (record[when] or {}).items():
-            click.echo(f"{measure} {when} training: {value:.3f}")
-    click.echo(f"{config.out}: trained reranker")
+    arguments = RerankerTraining(**training)
+    examples = read_examples(data)
+    held_out = read_examples(validation) if validation else []
+    accelerator = accelerator_on(device)
+    start = Reranker.load(
+        model,
+        device=device or str(accelerator.device),
+        dtype=dtype,
+        prompt=examples[0].prompt,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
+    identity = {
+        "model": model,
+        "dtype": dtype,
+        "max_length": max_length,
+        "data": file_digest(data),
+        "validation": file_digest(validation) if validation else None,
+    }
+    progress = train_reranker(
+        start, arguments, examples, out, identity=identity, held_out=held_out, accelerator=accelerator
+    )
+    if accelerator.is_main_process:
+        report(progress, out)

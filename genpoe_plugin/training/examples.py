@@ -1,0 +1,124 @@
+"""Examples for the hypernetwork: a question, an answer, the passage that states it, and passages that do not."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from genpoe_plugin.answers import has_answer
+from genpoe_plugin.experts.generator import ExpertGenerator
+from genpoe_plugin.experts.injection import RowExperts
+from genpoe_plugin.questions import Question, RetrievedPassage
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingExample:
+    """A question and the answer as its passage has it.
+
+    Attributes:
+        passage: the string of the passage that states the answer.
+        negatives: strings of the question's passages without an answer, best first.
+        scores: rerank scores of ``passage`` and then of ``negatives``, if all of them have one.
+    """
+
+    question: str
+    answer: str
+    passage: str
+    negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnExample:
+    """An example with the passages of one use of it, best first, and their gates, which add up to 1."""
+
+    question: str
+    answer: str
+    passages: tuple[str, ...]
+    gates: tuple[float, ...]
+
+
+def training_examples(questions: Iterable[Question]) -> list[TrainingExample]:
+    """An example for every question that has a passage with an answer in it: its best such passage.
+
+    Passages that the file itself marks as having no answer are passed over. The target is the first accepted answer
+    that the passage uses.
+    """
+    examples = []
+    for question in questions:
+        for retrieved in question.passages:
+            if retrieved.has_answer is False:
+                continue
+            stated = [answer for answer in question.answers if has_answer(retrieved.passage.text, [answer])]
+            if stated:
+                examples.append(_example(question, stated[0], retrieved))
+                break
+    return examples
+
+
+def _example(question: Question, answer: str, own: RetrievedPassage) -> TrainingExample:
+    others = [
+        other
+        for other in question.passages
+        if other.passage.string != own.passage.string
+        and not (has_answer(other.passage.text, question.answers) if other.has_answer is None else other.has_answer)
+    ]
+    scores = [item.rerank_score for item in (own, *others) if item.rerank_score is not None]
+    return TrainingExample(
+        question.question,
+        answer,
+        own.passage.string,
+        tuple(other.passage.string for other in others),
+        tuple(scores) if len(scores) == 1 + len(others) else None,
+    )
+
+
+def draw_passages(examples: Sequence[TrainingExample], number: int, most: int, rng: random.Random) -> DrawnExample:
+    """Use example ``number`` with its passage and up to ``most - 1`` others, any number of them alike.
+
+    The others are the question's own negatives; where it has too few, passages of other examples. Gates are the
+    softmax of the rerank scores, as at test time, if all the passages have one, and otherwise equal.
+    """
+    example = examples[number]
+    count = rng.randint(1, most)
+    chosen = sorted(rng.sample(range(len(example.negatives)), min(count - 1, len(example.negatives))))
+    passages = [example.passage, *(example.negatives[place] for place in chosen)]
+    scores = [example.scores[0], *(example.scores[1 + place] for place in chosen)] if example.scores else None
+    # Twice as many draws as examples are enough for any but the smallest sets, whose passages may be one and the same.
+    for _ in range(2 * len(examples)):
+        if len(passages) == count:
+            break
+        scores = None
+        other = rng.choice(examples)
+        if other.passage not in passages and not has_answer(other.passage, [example.answer]):
+            passages.append(other.passage)
+    weights = [math.exp(score - max(scores)) for score in scores] if scores else [1.0] * len(passages)
+    order = list(range(len(passages)))
+    rng.shuffle(order)
+    order.sort(key=lambda place: -weights[place])
+    return DrawnExample(
+        example.question,
+        example.answer,
+        tuple(passages[place] for place in order),
+        tuple(weights[place] / sum(weights) for place in order),
+    )
+
+
+def row_experts(generator: ExpertGenerator, examples: Sequence[DrawnExample], start: Sequence[int]) -> RowExperts:
+    """The experts of a batch, with gradients; each distinct passage is made an expert once."""
+    unique = list(dict.fromkeys(passage for example in examples for passage in example.passages))
+    place = {passage: number for number, passage in enumerate(unique)}
+    most = max(len(example.passages) for example in examples)
+    # A row with fewer passages points at any expert with a gate of 0, which takes it out.
+    index = [[place[p] for p in example.passages] + [0] * (most - len(example.passages)) for example in examples]
+    gates = [list(example.gates) + [0.0] * (most - len(example.gates)) for example in examples]
+    device = generator.device
+    return RowExperts(
+        generator.generate(unique)[torch.tensor(index, device=device)],
+        torch.tensor(gates, device=device),
+        torch.tensor(list(start), device=device),
+    )

@@ -1,0 +1,97 @@
+"""Exact match and F1 of a hypernetwork in training, on held-out questions answered as they are at test time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin.answers import exact_match, f1
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.generator import ExpertGenerator
+from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.pipeline import Pipeline
+from genpoe_plugin.prompts import closed_book_prompt
+from genpoe_plugin.questions import Question
+from genpoe_plugin.training.examples import DrawnExample, row_experts
+
+MAX_NEW_TOKENS = 32
+
+
+class Validation:
+    """Held-out questions with the passages that they are answered with.
+
+    Args:
+        questions: with their passages; in the order of their rerank scores, if they have some, as in evaluation.
+        model, tokenizer: the LLM.
+        layer: of the experts.
+        num_passages: experts a question, at most.
+        batch_size: questions answered at a time.
+
+    Raises:
+        InputError: no question has a passage.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layer: int,
+        num_passages: int,
+        batch_size: int,
+    ) -> None:
+        self.questions = [question for question in questions if question.passages]
+        if not self.questions:
+            raise InputError("no validation question has passages; `genpoe retrieve` finds some")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layer = layer
+        self.batch_size = batch_size
+        pipeline = Pipeline(tokenizer, num_passages=num_passages, progress=False)
+        self.examples = [
+            DrawnExample(selection.question.question, "", selection.strings, selection.gates)
+            for selection in pipeline.select(["validation"] * len(self.questions), self.questions)
+        ]
+
+    def measure(self, generator: ExpertGenerator, process: int, processes: int) -> dict[str, float]:
+        """EM and F1 of all questions, of which this process answers every ``processes``-th one."""
+        share = -(-len(self.questions) // processes)
+        # As many passes in every process, since those of a sharded hypernetwork wait for each other.
+        mine = [(process + number * processes) % len(self.questions) for number in range(share)]
+        answers: dict[int, str] = {}
+        for begin in range(0, share, self.batch_size):
+            numbers = mine[begin : begin + self.batch_size]
+            examples = [self.examples[number] for number in numbers]
+            answers.update(zip(numbers, self._answer(generator, examples), strict=True))
+        if processes > 1:
+            answers = dict(gather_object(list(answers.items())))
+        pairs = [(answers[number], question.answers) for number, question in enumerate(self.questions)]
+        return {
+            "em": sum(exact_match(answer, accepted) for answer, accepted in pairs) / len(pairs),
+            "f1": sum(f1(answer, accepted) for answer, accepted in pairs) / len(pairs),
+        }
+
+    def _answer(self, generator: ExpertGenerator, examples: Sequence[DrawnExample]) -> list[str]:
+        """The first line of each greedy generation."""
+        prompts = [closed_book_prompt(example.question) for example in examples]
+        rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        width = max(map(len, rows))
+        device = generator.device
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        with torch.no_grad(), inject(self.model, self.layer, row_experts(generator, examples, [0] * len(examples))):
+            generated = self.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                stop_strings="\n",
+                tokenizer=self.tokenizer,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+            )
+        texts = self.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+        return [text.partition("\n")[0].strip() for text in texts]
