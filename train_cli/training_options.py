@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 HELP = {
     "epochs": "Passes over the examples.",
-    "max_steps": "Stop after so many optimizer steps, if earlier.",
+    "max_steps": "Optimizer steps, instead of epochs.",
     "batch_size": "Examples an optimizer step, of each process.",
     "micro_batch_size": "Examples in memory at a time; gradients are accumulated.",
     "learning_rate": "Peak of AdamW's rate.",

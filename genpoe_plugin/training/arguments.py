@@ -16,7 +16,7 @@ class TrainingArguments:
 
     Attributes:
         epochs: passes over the examples.
-        max_steps: stop after so many optimizer steps, if earlier.
+        max_steps: optimizer steps, instead of whole epochs.
         batch_size: examples an optimizer step, of each process.
         micro_batch_size: examples that a process holds in memory at a time (all of its batch by default); gradients
             are accumulated, so the result does not depend on it.
@@ -61,8 +61,7 @@ class TrainingArguments:
 
     def steps(self, examples: int, processes: int) -> int:
         """Optimizer steps of the whole run."""
-        whole = self.epochs * steps_per_epoch(examples, self.batch_size * processes)
-        return whole if self.max_steps is None else min(whole, self.max_steps)
+        return self.max_steps or self.epochs * steps_per_epoch(examples, self.batch_size * processes)
 
     def rate_at(self, step: int, steps: int) -> float:
         """The learning rate of step ``step`` of ``steps``, counted from 0: linear warm-up, then a cosine."""
