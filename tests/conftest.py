@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+import socket
+import traceback
 
 # Read by the libraries when they are imported, so set before any of them.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -10,10 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -103,3 +109,54 @@ def llm_dir(
     make_llm("llama").save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], list[Any]]:
+    """``in_two_processes(work)``: what ``work`` returns (JSON) in each rank of two that ``accelerate launch`` starts.
+
+    On CPU over gloo, and forked with the environment that the launcher sets: starting Python anew would cost most of
+    a minute.
+    """
+
+    def start(work: Callable[[], Any]) -> list[Any]:
+        directory = tmp_path_factory.mktemp("ranks")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+
+        def run(rank: int) -> None:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                LOCAL_WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                ACCELERATE_USE_CPU="true",
+            )
+            AcceleratorState._reset_state(reset_partial_state=True)
+            try:
+                result = {"result": work()}
+            except BaseException:
+                result = {"error": traceback.format_exc()}
+            (directory / f"{rank}.json").write_text(json.dumps(result))
+
+        fork = multiprocessing.get_context("fork")
+        processes = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(300)
+        finally:
+            for process in processes:
+                process.kill()
+        files = [directory / f"{rank}.json" for rank in range(2)]
+        results = [json.loads(file.read_text()) if file.exists() else {"error": "no answer in time"} for file in files]
+        assert not any("error" in result for result in results), "\n".join(
+            str(result.get("error")) for result in results
+        )
+        return [result["result"] for result in results]
+
+    return start

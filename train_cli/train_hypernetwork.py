@@ -56,11 +56,13 @@ def hypernetwork(
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.examples import training_examples
     from genpoe_plugin.training.hypernetwork import train_hypernetwork
+    from genpoe_plugin.training.trainer import is_finished
     from genpoe_plugin.training.validation import Validation
 
     arguments = HypernetworkTraining(**training)
     examples = training_examples(read_questions(data))
     accelerator = accelerator_on(device)
+    finished_before = is_finished(out)
     llm, tokenizer = load_language_model(
         model, device=device or str(accelerator.device), dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -108,4 +110,4 @@ def hypernetwork(
         accelerator=accelerator,
     )
     if accelerator.is_main_process:
-        report(progress, out)
+        report(progress, out, finished_before)

@@ -44,11 +44,13 @@ def reranker(
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.reranker import train_reranker
     from genpoe_plugin.training.reranker_data import read_examples
+    from genpoe_plugin.training.trainer import is_finished
 
     arguments = RerankerTraining(**training)
     examples = read_examples(data)
     held_out = read_examples(validation) if validation else []
     accelerator = accelerator_on(device)
+    finished_before = is_finished(out)
     start = Reranker.load(
         model,
         device=device or str(accelerator.device),
@@ -68,4 +70,4 @@ def reranker(
         start, arguments, examples, out, identity=identity, held_out=held_out, accelerator=accelerator
     )
     if accelerator.is_main_process:
-        report(progress, out)
+        report(progress, out, finished_before)

@@ -73,8 +73,10 @@ def training_options(arguments: type[TrainingArguments]) -> Callable[[Function],
     return decorate
 
 
-def report(progress: Progress, out: Path) -> None:
+def report(progress: Progress, out: Path, finished_before: bool) -> None:
     """Say what came out: measures before and after, and where it is."""
+    if finished_before:
+        click.echo(f"{out}: finished before; delete it to train again")
     if progress.validations:
         first, best = progress.validations[0], max(progress.validations, key=lambda row: row["step"] == progress.best)
         for measure in first:

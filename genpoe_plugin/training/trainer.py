@@ -114,6 +114,11 @@ def finished_run(out: Path, identity: Mapping[str, Any]) -> Progress | None:
     return progress if (out / RECORD).is_file() else None
 
 
+def is_finished(out: Path) -> bool:
+    """Whether ``out`` holds a finished run, whichever."""
+    return (out / RECORD).is_file()
+
+
 def _read_record(path: Path) -> Progress:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from genpoe_plugin.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.questions import read_questions
-from genpoe_plugin.training.hypernetwork import HypernetworkTraining, train_hypernetwork, training_examples
+from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.examples import training_examples
+from genpoe_plugin.training.hypernetwork import train_hypernetwork
 from train_cli.main import main
 from train_cli.train_hypernetwork import hypernetwork as command
 
@@ -57,7 +59,7 @@ def test_defaults_follow_the_llm(family, make_llm, tokenizer, data: Path, tmp_pa
     tokenizer.save_pretrained(tmp_path / "llm")
     result = run(tmp_path / "llm", data, tmp_path / "out", "--max-steps", 1)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'out'}: trained hypernetwork (3 examples)\n"
+    assert result.stdout.startswith(f"{tmp_path / 'out'}: trained in 1 steps, loss ")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     trained = load_hypernetwork(tmp_path / "out", model, tokenizer)
     assert trained.config == HypernetworkConfig(hidden_size=48, layer=2, rank=4, expert_width=48)
@@ -67,23 +69,75 @@ def test_defaults_follow_the_llm(family, make_llm, tokenizer, data: Path, tmp_pa
 def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> None:
     """The command's checkpoint is, number for number, that of the same training called by hand."""
     form = {"layer": 0, "expert_width": 5, "encoder": "mean", "num_queries": 2, "code_size": 7, "base": "random"}
-    settings = {"epochs": 3, "max_steps": 4, "batch_size": 2, "learning_rate": 0.01, "warmup_steps": 1, "seed": 3}
+    settings = {
+        "max_steps": 4,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "learning_rate": 0.01,
+        "warmup_ratio": 0.3,
+        "final_rate": 0.5,
+        "weight_decay": 0.2,
+        "max_gradient_norm": 0.1,
+        "seed": 3,
+        "num_passages": 2,
+        "knowledge": 0.5,
+        "distillation": 0.5,
+    }
     options = [part for name, value in (form | settings).items() for part in (f"--{name.replace('_', '-')}", value)]
-    options += ["--no-normalise", "--generator-gain", 0.5, "--knowledge", 0.5]
+    options += ["--no-normalise", "--generator-gain", 0.5]
     result = run(llm_dir, data, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
     config = HypernetworkConfig(hidden_size=32, rank=4, normalise=False, generator_gain=0.5, **form)
-    training = HypernetworkTraining(knowledge=0.5, **settings)
+    training = HypernetworkTraining(**settings)
     examples = training_examples(read_questions(data))
-    by_hand = train_hypernetwork(config, training, examples, model, tokenizer, tmp_path / "by_hand")
-    trained = load_hypernetwork(tmp_path / "out", model, tokenizer)
+    train_hypernetwork(config, training, examples, model, tokenizer, tmp_path / "by_hand")
+    trained, by_hand = (load_hypernetwork(tmp_path / name, model, tokenizer) for name in ("out", "by_hand"))
     assert trained.config == config
     assert all(torch.equal(tensor, by_hand.state_dict()[name]) for name, tensor in trained.state_dict().items())
     record = read_record(tmp_path / "out")["training"]
-    assert {name: record[name] for name in settings} == settings
+    assert {name: record["arguments"][name] for name in settings} == settings
     assert record["steps"] == len((tmp_path / "out" / "loss.csv").read_text().splitlines()) - 1 == 4
+
+
+def test_validation_decides_what_is_kept(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Measured on the training data, which an expert with so many steps knows by heart."""
+    options = ["--validation", data, "--validate-every", 30, "--max-steps", 60, "--learning-rate", 0.01]
+    result = run(llm_dir, data, tmp_path / "out", *options, "--batch-size", 3)
+    assert result.exit_code == 0, result.output
+    (em, f1, _) = result.stdout.splitlines()
+    assert em.startswith("em: 0.000 before training, 1.000 at step ")
+    assert f1.startswith("f1: 0.") and ", 1.000 at step " in f1
+    validations = json.loads((tmp_path / "out" / "training.json").read_text())["validations"]
+    assert [row["step"] for row in validations] == [0, 30, 60]
+
+
+def test_the_same_command_again_says_that_it_is_done(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    first = run(llm_dir, data, tmp_path / "out", "--max-steps", 2)
+    again = run(llm_dir, data, tmp_path / "out", "--max-steps", 2)
+    assert again.exit_code == 0
+    assert again.stdout == f"{tmp_path / 'out'}: finished before; delete it to train again\n{first.stdout}"
+    assert "Training" not in again.stderr
+
+
+@pytest.mark.parametrize("change", ["option", "data", "model"])
+def test_another_training_is_named_and_replaces_nothing(
+    make_llm, tokenizer, llm_dir: Path, data: Path, tmp_path: Path, change: str
+) -> None:
+    assert run(llm_dir, data, tmp_path / "out", "--max-steps", 1).exit_code == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    if change == "data":
+        data.write_text(f"{line(*FACTS[0])}\n" * 3)
+    model = llm_dir
+    if change == "model":
+        model = tmp_path / "llm"
+        make_llm("llama", seed=9).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    options = ["--max-steps", 1, *(["--seed", 5] if change == "option" else [])]
+    named = {"option": "seed was 0, is 5", "data": "data was ", "model": f"model was {llm_dir}, is {model}"}[change]
+    assert_one_line(run(model, data, tmp_path / "out", *options), f"holds a run with other arguments ({named}")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -98,8 +152,7 @@ def test_an_llm_in_half_precision(llm_dir: Path, data: Path, tmp_path: Path, dty
 
 def test_options_are_the_settings_with_their_defaults() -> None:
     options = {option.name: option.to_info_dict() for option in command.params}
-    fixed = {"hidden_size", "head", "max_gradient_norm"}
-    for settings in (HypernetworkTraining, HypernetworkConfig):
+    for settings, fixed in ((HypernetworkTraining, set()), (HypernetworkConfig, {"hidden_size", "head"})):
         assert {field.name for field in dataclasses.fields(settings)} <= set(options) | fixed
         for field in dataclasses.fields(settings):
             if field.name in options and field.default is not dataclasses.MISSING:
@@ -164,22 +217,13 @@ def test_a_loss_that_is_no_number_ends_the_training(make_llm, tokenizer, data: P
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_checkpoint_is_replaced(llm_dir: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    for seed in (1, 2):
-        result = run(llm_dir, data, out, "--max-steps", 1, "--seed", seed)
-        assert result.exit_code == 0, result.output
-        assert read_record(out)["training"]["seed"] == seed
-
-
 def test_nothing_else_is_replaced(llm_dir: Path, data: Path, tmp_path: Path) -> None:
     """An LLM's directory has a config.json as well, and one slip of the hand puts it after --out."""
     llm = shutil.copytree(llm_dir, tmp_path / "llm")
     files = sorted(path.name for path in llm.iterdir())
     for out in (llm, data, tmp_path):
         result = run(llm_dir, data, out)
-        assert_one_line(result, f"{out}: holds something that is not a hypernetwork's checkpoint")
+        assert_one_line(result, f"{out}: holds something that is not a training run")
         assert "Training" not in result.stderr, "it is said before the work, not after"
     assert sorted(path.name for path in llm.iterdir()) == files
     assert data.is_file()

@@ -1,70 +1,21 @@
-"""Two processes as `accelerate launch` starts them, on CPU over gloo, against one process.
-
-They are forked with the environment that the launcher sets: starting Python anew would cost most of a minute.
-"""
+"""Two processes as `accelerate launch` starts them, on CPU over gloo, against one process."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from lm_eval.models.huggingface import HFLM
 
 from genpoe_plugin.lm import GenPoELM
 
 CONTROLS = ("retrieved", "shuffled", "random", "constant")
-SECONDS = 300
-
-
-def in_two_processes(work: Callable[[], Any], directory: Path) -> list[Any]:
-    """What ``work`` returns in each of two ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def run(rank: int) -> None:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            ACCELERATE_USE_CPU="true",
-        )
-        AcceleratorState._reset_state(reset_partial_state=True)
-        try:
-            result = {"result": work()}
-        except BaseException:
-            result = {"error": traceback.format_exc()}
-        (directory / f"{rank}.json").write_text(json.dumps(result))
-
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-    files = [directory / f"{rank}.json" for rank in range(2)]
-    results = [json.loads(file.read_text()) if file.exists() else {"error": "no answer in time"} for file in files]
-    assert not any("error" in result for result in results), "\n".join(str(result.get("error")) for result in results)
-    return [result["result"] for result in results]
 
 
 @pytest.fixture(scope="module")
-def two_runs(llm_dir, hypernetwork_dir, index_dir, evaluate, tmp_path_factory):
+def two_runs(llm_dir, hypernetwork_dir, index_dir, evaluate, in_two_processes, tmp_path_factory):
     """``run(folder)``: all evaluations of this file, by name; in one process, and in each of two."""
     arguments = {"pretrained": str(llm_dir), "hypernetwork": str(hypernetwork_dir), "device": "cpu", "batch_size": 2}
 
@@ -94,10 +45,10 @@ def two_runs(llm_dir, hypernetwork_dir, index_dir, evaluate, tmp_path_factory):
             reports[time] = report(lm, "genpoe_demo", gen_kwargs="max_gen_toks=8", use_cache=str(folder / "cache"))
         return reports
 
-    directories = [tmp_path_factory.mktemp(name) for name in ("one", "two", "answers")]
-    one, two, answers = directories
+    directories = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    one, two = directories
     alone = run(one)
-    first, second = in_two_processes(lambda: run(two), answers)
+    first, second = in_two_processes(lambda: run(two))
     return (alone, one), (first, two), (second, two)
 
 
