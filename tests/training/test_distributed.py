@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.passages import Passage
@@ -18,7 +22,7 @@ from genpoe_plugin.questions import Question, RetrievedPassage
 from genpoe_plugin.reranking import Reranker
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.examples import training_examples
-from genpoe_plugin.training.hypernetwork import train_hypernetwork
+from genpoe_plugin.training.hypernetwork import HypernetworkLearner, train_hypernetwork
 from genpoe_plugin.training.reranker import train_reranker
 from genpoe_plugin.training.reranker_data import read_examples
 from genpoe_plugin.training.validation import Validation
@@ -89,5 +93,33 @@ def test_reranker(llm_dir: Path, make_reranker_data, in_two_processes, tmp_path:
     one, two = tmp_path / "one", tmp_path / "two"
     alone = reranker(llm_dir, data, one, batch_size=4, lora_rank=lora_rank)
     ranks = in_two_processes(lambda: reranker(llm_dir, data, two, batch_size=2, lora_rank=lora_rank))
+    assert_same(json.loads(json.dumps(alone)), ranks)
+    assert_weights(one, two)
+
+
+def test_a_sharded_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path: Path) -> None:
+    """FSDP, which accelerate uses on GPUs only, told here that these are some; stopped once and gone on."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = hypernetwork(make_llm, tokenizer, one, batch_size=4)
+
+    def sharded() -> list[Any]:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        take = HypernetworkLearner.losses
+
+        def stop(self: HypernetworkLearner, draws: Any, step: int) -> torch.Tensor:
+            if step == 3:
+                raise ZeroDivisionError
+            assert step != 1 or all(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+            return take(self, draws, step)
+
+        HypernetworkLearner.losses = stop  # type: ignore[method-assign]
+        with pytest.raises(ZeroDivisionError):
+            hypernetwork(make_llm, tokenizer, two, batch_size=2)
+        HypernetworkLearner.losses = take  # type: ignore[method-assign]
+        return hypernetwork(make_llm, tokenizer, two, batch_size=2)
+
+    ranks = in_two_processes(sharded)
     assert_same(json.loads(json.dumps(alone)), ranks)
     assert_weights(one, two)
