@@ -50,8 +50,8 @@ class MainGroup(LazyGroup):
         except InputError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+        except KeyboardInterrupt as error:
+            click.echo(str(error) or "interrupted", err=True)
             ctx.exit(130)
 
 

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: ratios taken within one process, against named alternatives."""

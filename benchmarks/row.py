@@ -1,0 +1,72 @@
+"""One measured number with its aim, and the file and table that such rows end up in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from genpoe_plugin.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured value.
+
+    Attributes:
+        target: the aim, as ``>= 3`` or ``<= 0.5``; None for what is only reported.
+    """
+
+    name: str
+    value: float
+    unit: str
+    target: str | None = None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the aim is met; None without one."""
+        if self.target is None:
+            return None
+        relation, bound = self.target.split()
+        return self.value >= float(bound) if relation == ">=" else self.value <= float(bound)
+
+
+def machine() -> dict[str, str | int | None]:
+    """Where it was measured, and with what."""
+    try:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        models = []
+    return {
+        "processor": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "lm-eval-genpoe")},
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for people."""
+    lines = []
+    for row in rows:
+        verdict = {None: "", True: "holds", False: "MISSED"}[row.holds]
+        aim = f"aim {row.target}" if row.target else ""
+        lines.append(f"{row.name:<44} {row.value:>12,.3f} {row.unit:<14} {aim:<12} {verdict}".rstrip())
+    return "\n".join(lines)
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """The rows, the machine and the command, as JSON."""
+    record = {
+        "rows": [{**asdict(row), "holds": row.holds} for row in rows],
+        "machine": machine(),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,158 @@
+"""Training the hypernetwork, against a straightforward implementation of the research code's loop.
+
+The alternative, `paper_loop`: one example at a time, float32, the whole LLM in the graph, logits of every position,
+an optimizer step for every example. Ours: the same examples in batches of 16, gradients of the branch and what is above
+it only. Both train the same form on the same LLM where speed is compared; memory is compared between that loop and the
+recommended form.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.row import Row
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.draws import Draw
+from genpoe_plugin.training.examples import TrainingExample
+from genpoe_plugin.training.hypernetwork import HypernetworkLearner
+
+WIDTH, LAYERS, LAYER, RANK, BATCH, WORDS = 768, 12, 4, 128, 16, 100
+REPEATS = 3
+
+
+def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A random Llama of about 100 million parameters and a tokenizer with a token a word."""
+    torch.manual_seed(0)
+    vocabulary = {"<unk>": 0, "\n": 1} | {f"w{number}": number + 2 for number in range(16_000)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=WIDTH,
+        intermediate_size=2048,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 64,
+        num_key_value_heads=WIDTH // 64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+def training_set(count: int) -> list[TrainingExample]:
+    """Questions of ten words, answers of three, passages of a hundred."""
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{rng.randrange(16_000)}" for _ in range(length))
+
+    return [TrainingExample(text(10), text(3), text(WORDS)) for _ in range(count)]
+
+
+def paper_loop(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    hypernetwork: Hypernetwork,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[TrainingExample],
+) -> None:
+    """One example, one step: the loop of the paper's code, written down as it is described."""
+    embed = model.get_input_embeddings()
+    for example in examples:
+        passage = torch.tensor([tokenizer.encode(example.passage)])
+        w1, w2, w3, w4 = hypernetwork(embed(passage), torch.ones_like(passage)).weights
+        prompt = tokenizer.encode(f"Question: {example.question}?\nAnswer:")
+        answer = tokenizer.encode(f"{example.answer} \n")
+
+        def add(_: nn.Module, args: Any, output: Tensor, w1=w1, w2=w2, w3=w3, w4=w4) -> Tensor:
+            return output + torch.relu(args[0] @ w1.mT @ w2.mT) @ w3.mT @ w4.mT
+
+        hook = model.model.layers[LAYER].mlp.register_forward_hook(add)
+        # What enters the lowest layer requires a gradient, so the graph is of the whole LLM.
+        logits = model(inputs_embeds=embed(torch.tensor([prompt + answer])).detach().requires_grad_()).logits
+        hook.remove()
+        loss = functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(answer))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def our_step(learner: HypernetworkLearner, optimizer: torch.optim.Optimizer, examples: Sequence[TrainingExample]) -> None:
+    """The same examples as one batch."""
+    loss = learner.losses([Draw(0, number) for number in range(len(examples))], step=0).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak_bytes(work: Callable[[], None], *external: Any) -> int:
+    """The most that tensors took at any moment of ``work``; ``external`` are modules and optimizers made before."""
+    tracker = MemTracker()
+    tracker.track_external(*external)
+    with tracker:
+        work()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def measure() -> list[Row]:
+    """Time and memory of a step of 16 examples, ours over the loop's."""
+    model, tokenizer = language_model()
+    examples = training_set(BATCH)
+    paper = HypernetworkConfig.preset("paper", hidden_size=WIDTH, layer=LAYER, rank=RANK)
+    recommended = HypernetworkConfig.preset("recommended", hidden_size=WIDTH, layer=LAYER)
+    torch.manual_seed(0)
+    theirs = Hypernetwork(paper)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4)
+    learners = {
+        name: HypernetworkLearner(form, HypernetworkTraining(batch_size=BATCH), examples, model, tokenizer)
+        for name, form in (("paper", paper), ("recommended", recommended))
+    }
+    optimizers = {
+        name: torch.optim.AdamW(learner.module.parameters(), lr=1e-4) for name, learner in learners.items()
+    }
+    works: dict[str, Callable[[], None]] = {
+        "loop": lambda: paper_loop(model, tokenizer, theirs, their_optimizer, examples),
+        **{
+            name: lambda name=name: our_step(learners[name], optimizers[name], examples) for name in learners
+        },
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in tqdm(range(REPEATS + 1), desc="Timing"):
+        for name, work in works.items():
+            taken = seconds(work)
+            if repeat:  # the first is warm-up
+                times[name].append(taken)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    peaks = {
+        "loop": peak_bytes(works["loop"], model, theirs, their_optimizer),
+        **{name: peak_bytes(works[name], model, learners[name].module, optimizers[name]) for name in learners},
+    }
+    return [
+        Row("training.loop_examples_per_second", BATCH / medians["loop"], "examples/s"),
+        Row("training.examples_per_second_ratio", medians["loop"] / medians["paper"], "x", ">= 3"),
+        Row("training.recommended_examples_per_second_ratio", medians["loop"] / medians["recommended"], "x"),
+        Row("training.loop_peak_memory", peaks["loop"] / 2**20, "MiB"),
+        Row("training.paper_peak_memory_ratio", peaks["paper"] / peaks["loop"], "x"),
+        Row("training.peak_memory_ratio", peaks["recommended"] / peaks["loop"], "x", "<= 0.5"),
+    ]

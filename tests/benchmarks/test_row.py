@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks.row import Row, table, write
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "holds"),
+    [(3.0, ">= 3", True), (2.99, ">= 3", False), (0.5, "<= 0.5", True), (0.51, "<= 0.5", False), (7.0, None, None)],
+)
+def test_a_row_says_whether_its_aim_is_met(value, target, holds):
+    row = Row("a.b", value, "x", target)
+    assert row.holds is holds
+    assert ("MISSED" in table([row]), "holds" in table([row])) == (holds is False, holds is True)
+
+
+def test_what_is_written_names_machine_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "training", "--json", "a file"])
+    write([Row("a.b", 2.0, "x", ">= 3"), Row("a.c", 1.0, "s")], tmp_path / "rows.json")
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["rows"] == [
+        {"name": "a.b", "value": 2.0, "unit": "x", "target": ">= 3", "holds": False},
+        {"name": "a.c", "value": 1.0, "unit": "s", "target": None, "holds": None},
+    ]
+    assert record["command"] == "python -m benchmarks training --json 'a file'"
+    assert {"processor", "processors", "python", "torch", "transformers", "lm-eval-genpoe"} == set(record["machine"])

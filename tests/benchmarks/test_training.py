@@ -1,0 +1,43 @@
+"""The alternative that training is measured against computes the same thing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import training
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.hypernetwork import HypernetworkLearner
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in {"WIDTH": 64, "LAYERS": 3, "LAYER": 1, "RANK": 4, "WORDS": 12}.items():
+        monkeypatch.setattr(training, name, value)
+    return HypernetworkConfig.preset("paper", hidden_size=64, layer=1, rank=4)
+
+
+def test_one_example_moves_the_weights_as_ours(small):
+    model, tokenizer = training.language_model()
+    examples = training.training_set(1)
+    learner = HypernetworkLearner(small, HypernetworkTraining(), examples, model, tokenizer)
+    theirs = Hypernetwork(small)
+    theirs.load_state_dict(learner.module.state_dict())
+    before = {name: weight.clone() for name, weight in theirs.named_parameters()}
+    training.paper_loop(model, tokenizer, theirs, torch.optim.SGD(theirs.parameters(), lr=1e3), examples)
+    training.our_step(learner, torch.optim.SGD(learner.module.parameters(), lr=1e3), examples)
+    for name, weight in learner.module.named_parameters():
+        torch.testing.assert_close(dict(theirs.named_parameters())[name], weight, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(weight, before[name])
+
+
+def test_the_peak_is_what_was_alive_at_once():
+    def work():
+        first = torch.zeros(1000, 1000)
+        second = first + 1
+        del first, second
+        torch.zeros(500, 1000)
+
+    assert training.peak_bytes(work) == pytest.approx(8_000_000, rel=0.01)
