@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,24 +21,20 @@ from genpoe_plugin import __version__
 from genpoe_plugin.demo.table import Row, read_row
 from genpoe_plugin.demo.world import Side, World, WorldQuestion, make_world
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.files import atomic_file
-from genpoe_plugin.language_model import load_language_model
 from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.reranking import Reranker, rerank
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.retriever import Retriever
-from genpoe_plugin.training.hypernetwork import HypernetworkTraining, train_hypernetwork, training_examples
-from genpoe_plugin.training.reranker import RerankerTrainingConfig, train_reranker
 from genpoe_plugin.training.reranker_data import write_reranker_data
 
 ASSETS = Path(__file__).parent / "assets"
 LLM, ENCODER = ASSETS / "llm", ASSETS / "encoder"
 TASK = "genpoe_demo"
 NUM_RETRIEVED = 20
-HARD_NEGATIVES = 6  # only the best found: most others have nothing in common with the question
-RERANKER_PROMPT = "Does B answer A? Yes or No:"  # short, since every pair is read on a CPU
+HARD_NEGATIVES = 12  # of the best found: most others have nothing in common with the question
+RERANKER_PROMPT = "Yes or No:"  # short, since every pair is read on a CPU
 
 RUNS = (
     ("closed_book", "none"),
@@ -60,8 +57,8 @@ class DemoSettings:
     seed: int = 0
     train_entities: int = 2500
     test_entities: int = 120
-    reranker_steps: int = 400
-    hypernetwork_steps: int = 900
+    reranker_steps: int = 900
+    hypernetwork_steps: int = 1000
     version: str = __version__
 
 
@@ -75,9 +72,10 @@ def run_demo(out: str | Path, settings: DemoSettings) -> list[Row]:
     _claim(out, settings)
     world = make_world(settings.seed, settings.train_entities, settings.test_entities)
     _retrieve(out, world, settings)
-    _train_reranker(out, settings)
-    _rerank_test(out)
-    _train_hypernetwork(out, settings)
+    with ThreadPoolExecutor(2) as pool:
+        stages = [pool.submit(_train_hypernetwork, out, settings), pool.submit(_rerank_test, out, settings)]
+        for finished in as_completed(stages):
+            finished.result()
     _evaluate(out, settings)
     rows = [read_row(results_directory(out, *run), *run, _test_file(out)) for run in RUNS]
     with atomic_file(out / "table.json") as temporary:
@@ -126,44 +124,66 @@ def _train_reranker(out: Path, settings: DemoSettings) -> None:
     if not (data := out / "reranker.jsonl").is_file():
         write_reranker_data([out / "train.jsonl"], data, negatives=HARD_NEGATIVES, prompt=RERANKER_PROMPT)
     if not (out / "reranker").is_dir():
-        train_reranker(
-            RerankerTrainingConfig(
-                model=str(LLM),
-                data=str(data),
-                out=str(out / "reranker"),
-                negatives=3,
-                batch_size=16,
-                micro_batch_size=16,
-                max_steps=settings.reranker_steps,
-                learning_rate=2e-3,
-                lora_rank=0,  # an LLM so small has no room for an adapter
-                max_length=30,  # title and first words name the entity; the rest would cost most of the time
-                seed=settings.seed,
-            )
+        _train(
+            "reranker",
+            {
+                "model": LLM,
+                "data": data,
+                "out": out / "reranker",
+                "negatives": 4,
+                "batch-size": 12,
+                "micro-batch-size": 12,
+                "max-steps": settings.reranker_steps,
+                "learning-rate": 2e-3,
+                "lora-rank": 0,  # an LLM so small has no room for an adapter
+                "max-length": 24,  # title and first words name the entity; the rest would cost most of the time
+                "seed": settings.seed,
+            },
+            position=1,
         )
 
 
-def _rerank_test(out: Path) -> None:
+def _rerank_test(out: Path, settings: DemoSettings) -> None:
+    _train_reranker(out, settings)
     if not _test_file(out).is_file():
         questions = list(read_questions(out / "test.retrieved.jsonl"))
         write_questions(_test_file(out), rerank(questions, Reranker.load(str(out / "reranker")), progress=True))
 
 
 def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
-    if (out / "hypernetwork").is_dir():
-        return
-    model, tokenizer = load_language_model(str(LLM), dtype="float32")
-    config = HypernetworkConfig(hidden_size=model.config.hidden_size, layer=2, rank=16, expert_width=128)
-    training = HypernetworkTraining(
-        epochs=100,
-        max_steps=settings.hypernetwork_steps,
-        batch_size=64,
-        learning_rate=4e-3,
-        knowledge=0.1,
-        seed=settings.seed,
-    )
-    examples = training_examples(read_questions(out / "train.jsonl"))
-    train_hypernetwork(config, training, examples, model, tokenizer, out / "hypernetwork")
+    if not (out / "hypernetwork").is_dir():
+        _train(
+            "hypernetwork",
+            {
+                "model": LLM,
+                "data": out / "train.jsonl",
+                "out": out / "hypernetwork",
+                "dtype": "float32",
+                "layer": 2,
+                "rank": 16,
+                "epochs": 100,
+                "max-steps": settings.hypernetwork_steps,
+                "batch-size": 64,
+                "learning-rate": 2.5e-3,
+                "knowledge": 0.1,
+                "seed": settings.seed,
+            },
+            position=0,
+        )
+
+
+def _train(part: str, options: Mapping[str, object], position: int) -> None:
+    """Run ``genpoe train`` in a process of its own, with its progress bar in line ``position``."""
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environment = _environment() | {"TQDM_POSITION": str(position)}
+    if subprocess.run([sys.executable, "-m", "train_cli", "train", part, *arguments], env=environment).returncode:
+        raise InputError(f"training the {part} failed; its own message is above")
+
+
+def _environment() -> dict[str, str]:
+    """Of one of two processes that share the machine."""
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
 
 
 def results_directory(out: Path, mode: str, passages: str) -> Path:
@@ -192,8 +212,6 @@ def lm_eval_command(out: Path, mode: str, passages: str, settings: DemoSettings)
 def _evaluate(out: Path, settings: DemoSettings) -> None:
     """Run lm_eval for every row that has no results yet, two rows at a time."""
     missing = [run for run in RUNS if not list(results_directory(out, *run).rglob("results_*.json"))]
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
 
     def evaluate(run: tuple[str, str]) -> None:
         _, *arguments = lm_eval_command(out, *run, settings)
@@ -201,7 +219,7 @@ def _evaluate(out: Path, settings: DemoSettings) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lm_eval.log").open("w", encoding="utf-8") as log:
             command = [sys.executable, "-m", "lm_eval", *arguments]
-            done = subprocess.run(command, env=environment, stdout=log, stderr=log)
+            done = subprocess.run(command, env=_environment(), stdout=log, stderr=log)
         if done.returncode:
             raise InputError(f"lm_eval of {run[0]} with {run[1]} passages failed; see {log.name}")
 

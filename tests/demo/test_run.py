@@ -18,6 +18,7 @@ import lm_eval._cli
 import pytest
 from lm_eval.tasks._index import TaskIndex
 
+import train_cli.main
 from genpoe_plugin.answers import exact_match, f1
 from genpoe_plugin.checkpoint import is_checkpoint
 from genpoe_plugin.demo import run
@@ -34,27 +35,34 @@ WORLD = make_world(1, 12, 4)
 
 
 class InProcess:
-    """Stands in for `subprocess.run` of lm_eval's command line: a new interpreter each would take minutes."""
+    """Stands in for `subprocess.run` of genpoe and lm_eval: a new interpreter each would take minutes."""
 
     def __init__(self) -> None:
         install()
-        self.commands: list[list[str]] = []
+        self.commands: dict[str, list[list[str]]] = {"lm_eval": [], "train_cli": []}
         self._lock = Lock()
 
     def run(self, command: list[str], **options: Any) -> Any:
-        python, *module = command[:3]
-        assert (python, module) == (sys.executable, ["-m", "lm_eval"])
+        python, dash_m, module, *arguments = command
+        assert (python, dash_m) == (sys.executable, "-m")
+        with self._lock:
+            self.commands[module].append(command)
+            if module == "lm_eval":
+                self._evaluate(arguments)
+            else:
+                train_cli.main.main(arguments, standalone_mode=False)
+        return SimpleNamespace(returncode=0)
+
+    @staticmethod
+    def _evaluate(arguments: list[str]) -> None:
         build = TaskIndex.build
         with (
-            self._lock,
-            patch.object(sys, "argv", ["lm_eval", *command[3:]]),
+            patch.object(sys, "argv", ["lm_eval", *arguments]),
             patch.object(TaskIndex, "build", staticmethod(lambda _, **options: build([task_folder()], **options))),
             patch("torch.utils.collect_env.get_pretty_env_info", return_value="not asked"),
         ):
-            self.commands.append(command)
             parser = lm_eval._cli.HarnessCLI()
             parser.execute(parser.parse_args())
-        return SimpleNamespace(returncode=0)
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +184,14 @@ def test_training_asks_about_the_train_side_only(demo):
 def test_only_what_is_missing_is_done_again(demo):
     out, rows, process = demo
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "table.json"}
-    done = len(process.commands)
+    trained, evaluated = process.commands["train_cli"], process.commands["lm_eval"]
     assert run_demo(out, SETTINGS) == rows
-    assert len(process.commands) == done == len(run.RUNS)
+    assert (len(trained), len(evaluated)) == (2, len(run.RUNS))
     (result,) = results_directory(out, "genpoe", "gold").rglob("results_*.json")
     result.unlink()
     again = run_demo(out, SETTINGS)
-    assert len(process.commands) == done + 1
-    assert "passages=gold" in str(process.commands[-1])
+    assert (len(trained), len(evaluated)) == (2, len(run.RUNS) + 1)
+    assert "passages=gold" in str(evaluated[-1])
     assert [(row.mode, row.passages, row.em, row.f1) for row in again] == [
         (row.mode, row.passages, row.em, row.f1) for row in rows
     ]
@@ -211,6 +219,12 @@ def test_a_run_that_fails_is_named_with_its_log(demo, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="lm_eval of rag with retrieved passages failed; see ") as error:
         run._evaluate(tmp_path, SETTINGS)
     assert Path(str(error.value).rpartition("see ")[2]).read_text() == "what went wrong"
+
+
+def test_training_that_fails_stops_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=2)))
+    with pytest.raises(InputError, match="training the hypernetwork failed; its own message is above"):
+        run._train_hypernetwork(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize(("mode", "passages"), run.RUNS)
