@@ -24,7 +24,6 @@ from genpoe_plugin.answers import has_answer
 from genpoe_plugin.checkpoint import is_checkpoint, save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import Experts
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, find_mlp, inject
@@ -139,7 +138,7 @@ def answer_loss(model: PreTrainedModel, generator: ExpertGenerator, batch: Batch
     device = generator.device
     experts = generator.generate(batch.passages)
     rows = RowExperts(
-        Experts(*(weight.unsqueeze(1) for weight in experts.weights)),
+        experts.unsqueeze(1),
         torch.ones(len(batch.passages), 1, device=device),
         torch.tensor(batch.start, device=device),
     )

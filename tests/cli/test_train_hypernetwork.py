@@ -98,7 +98,7 @@ def test_an_llm_in_half_precision(llm_dir: Path, data: Path, tmp_path: Path, dty
 
 def test_options_are_the_settings_with_their_defaults() -> None:
     options = {option.name: option.to_info_dict() for option in command.params}
-    fixed = {"hidden_size", "head", "max_gradient_norm"}
+    fixed = {"hidden_size", "head", "core_size", "value_size", "states", "max_gradient_norm"}
     for settings in (HypernetworkTraining, HypernetworkConfig):
         assert {field.name for field in dataclasses.fields(settings)} <= set(options) | fixed
         for field in dataclasses.fields(settings):

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from genpoe_plugin.checkpoint import CONFIG, load_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import Experts
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
@@ -48,8 +47,7 @@ def reference_loss(model, tokenizer, hypernetwork, examples, knowledge):
         start = len(tokenizer(before)["input_ids"]) if knowledge else 0
         embedded = model.get_input_embeddings()(torch.tensor([tokenizer.encode(example.passage)[1:]]))
         experts = hypernetwork(embedded, torch.ones(embedded.shape[:2], dtype=torch.bool))
-        one = Experts(*(weight.unsqueeze(1) for weight in experts.weights))
-        with inject(model, 1, RowExperts(one, torch.ones(1, 1), torch.tensor([start]))):
+        with inject(model, 1, RowExperts(experts.unsqueeze(1), torch.ones(1, 1), torch.tensor([start]))):
             logits = model(torch.tensor([ids]), use_cache=False).logits[0]
         losses.append(functional.cross_entropy(logits[length - 1 : -1].double(), torch.tensor(ids[length:])))
     return torch.stack(losses).mean().item()
