@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample
@@ -76,8 +77,8 @@ def paper_loop(
     for example in examples:
         passage = torch.tensor([tokenizer.encode(example.passage)])
         w1, w2, w3, w4 = hypernetwork(embed(passage), torch.ones_like(passage)).weights
-        prompt = tokenizer.encode(f"Question: {example.question}?\nAnswer:")
-        answer = tokenizer.encode(f"{example.answer} \n")
+        prompt = tokenizer.encode(closed_book_prompt(example.question))
+        answer = tokenizer.encode(f" {example.answer}\n")
 
         def add(_: nn.Module, args: Any, output: Tensor, w1=w1, w2=w2, w3=w3, w4=w4) -> Tensor:
             return output + torch.relu(args[0] @ w1.mT @ w2.mT) @ w3.mT @ w4.mT
@@ -92,7 +93,9 @@ def paper_loop(
         optimizer.step()
 
 
-def our_step(learner: HypernetworkLearner, optimizer: torch.optim.Optimizer, examples: Sequence[TrainingExample]) -> None:
+def our_step(
+    learner: HypernetworkLearner, optimizer: torch.optim.Optimizer, examples: Sequence[TrainingExample]
+) -> None:
     """The same examples as one batch."""
     loss = learner.losses([Draw(0, number) for number in range(len(examples))], step=0).mean()
     optimizer.zero_grad(set_to_none=True)
@@ -128,14 +131,10 @@ def measure() -> list[Row]:
         name: HypernetworkLearner(form, HypernetworkTraining(batch_size=BATCH), examples, model, tokenizer)
         for name, form in (("paper", paper), ("recommended", recommended))
     }
-    optimizers = {
-        name: torch.optim.AdamW(learner.module.parameters(), lr=1e-4) for name, learner in learners.items()
-    }
+    optimizers = {name: torch.optim.AdamW(learner.module.parameters(), lr=1e-4) for name, learner in learners.items()}
     works: dict[str, Callable[[], None]] = {
         "loop": lambda: paper_loop(model, tokenizer, theirs, their_optimizer, examples),
-        **{
-            name: lambda name=name: our_step(learners[name], optimizers[name], examples) for name in learners
-        },
+        **{name: lambda name=name: our_step(learners[name], optimizers[name], examples) for name in learners},
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in tqdm(range(REPEATS + 1), desc="Timing"):

@@ -23,6 +23,8 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts
+
 torch.set_num_threads(1)
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -154,9 +156,25 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Call
                 process.kill()
         files = [directory / f"{rank}.json" for rank in range(2)]
         results = [json.loads(file.read_text()) if file.exists() else {"error": "no answer in time"} for file in files]
-        assert not any("error" in result for result in results), "\n".join(
-            str(result.get("error")) for result in results
-        )
+        errors = [result["error"] for result in results if "error" in result]
+        assert not errors, "\n".join(errors)
         return [result["result"] for result in results]
 
     return start
+
+
+def _one_expert(expert: Experts, x: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    if isinstance(expert, DenseExperts):
+        w1, w2, w3, w4 = (weight.double() for weight in expert.weights)
+        return w4 @ (w3 @ torch.relu(w2 @ (w1 @ x)))
+    assert isinstance(expert, FactoredExperts)
+    read_up, write_up, read_down, write_down = (factor.double() for factor in expert.factors)
+    hidden = torch.relu(write_up @ (expert.core_up.double() @ (read_up @ x)))
+    return write_down @ (expert.core_down.double() @ (read_down @ hidden))
+
+
+@pytest.fixture(scope="session")
+def one_expert() -> Callable[[Experts, torch.Tensor], torch.Tensor]:
+    """``one_expert(expert, x)``: what one expert makes of one vector ``[d]``, by DESIGN's formulas, in float64."""
+    return _one_expert

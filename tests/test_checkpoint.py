@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,61 @@ def llm(make_llm):
 
 
 @pytest.fixture
-def saved(tmp_path, llm, tokenizer):
-    hypernetwork = Hypernetwork(HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random"))
+def config():
+    return HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random")
+
+
+@pytest.fixture
+def saved(tmp_path, llm, tokenizer, config):
+    hypernetwork = Hypernetwork(config)
     save_hypernetwork(tmp_path / "checkpoint", hypernetwork, llm, tokenizer, {"seed": 0})
     return tmp_path / "checkpoint", hypernetwork
 
 
-def test_save_and_load_is_identity(saved, llm, tokenizer):
+@pytest.mark.parametrize(
+    "form", [{}, {"head": "factored", "states": "contextual", "value_size": 5}, {"encoder": "mean"}]
+)
+def test_save_and_load_is_identity(tmp_path, config, form, llm, tokenizer):
     """The random base included: the research code drew another one at every start."""
-    directory, hypernetwork = saved
-    loaded = load_hypernetwork(directory, llm, tokenizer)
+    hypernetwork = Hypernetwork(replace(config, **form))
+    save_hypernetwork(tmp_path / "checkpoint", hypernetwork, llm, tokenizer, {})
+    loaded = load_hypernetwork(tmp_path / "checkpoint", llm, tokenizer)
     assert loaded.config == hypernetwork.config
     states, mask = torch.randn(3, 5, 32), torch.ones(3, 5, dtype=torch.bool)
-    for ours, theirs in zip(loaded(states, mask).weights, hypernetwork(states, mask).weights, strict=True):
-        assert torch.equal(ours, theirs)
+    ours, theirs = loaded(states, mask), hypernetwork(states, mask)
+    for weight, other in zip(ours.weights, theirs.weights, strict=True):
+        assert torch.equal(weight, other)
+    x, gates = torch.randn(3, 4, 32), torch.ones(3, 1)
+    assert torch.equal(ours.unsqueeze(1).mix(x, gates), theirs.unsqueeze(1).mix(x, gates))
+
+
+def test_a_checkpoint_from_before_there_were_two_heads(saved, llm, tokenizer):
+    """Its configuration lacks what was added since."""
+    directory, hypernetwork = saved
+    record = json.loads((directory / CONFIG).read_text())
+    for field in ("states", "core_size", "value_size"):
+        del record["hypernetwork"][field]
+    (directory / CONFIG).write_text(json.dumps(record))
+    loaded = load_hypernetwork(directory, llm, tokenizer)
+    assert loaded.config == hypernetwork.config
+    assert all(torch.equal(tensor, hypernetwork.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "unknown field colour"),
+        ({"head": "sparse"}, "head is 'sparse'; it must be one of dense, factored"),
+        ({"head": "factored"}, "damaged or of another shape"),
+    ],
+)
+def test_a_configuration_of_another_hypernetwork_is_refused(saved, llm, tokenizer, change, message):
+    record = json.loads((saved[0] / CONFIG).read_text())
+    record["hypernetwork"].update(change)
+    (saved[0] / CONFIG).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=message) as error:
+        load_hypernetwork(saved[0], llm, tokenizer)
+    assert "\n" not in str(error.value)
 
 
 def test_any_precision_of_the_same_llm_will_do(saved, llm, tokenizer):

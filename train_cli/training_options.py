@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
+from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
 from genpoe_plugin.training.arguments import TrainingArguments
 
 if TYPE_CHECKING:
@@ -40,6 +42,22 @@ HELP = {
     "distillation": "Weight of matching the LLM's own answers with the passages in its prompt.",
 }
 
+FORM_HELP = {
+    "layer": "Decoder layer of the experts, from 0.  [default: a third of the way up]",
+    "expert_width": "Hidden width of an expert.  [default: the LLM's width]",
+    "rank": "Inner width of a dense expert's low-rank products.",
+    "core_size": "Width of a factored expert's two cores.",
+    "encoder": "How a passage becomes a code.",
+    "num_queries": "Learned queries of the attention encoder.",
+    "value_size": "Width of what the attention encoder finds.",
+    "code_size": "Width of a passage's code.",
+    "normalise": "RMS-normalise the token states.",
+    "states": "What the encoder reads of each token.",
+    "head": "How a code becomes an expert.",
+    "base": "What an untrained expert is.",
+    "generator_gain": "Factor on what is generated.",
+}
+
 
 class Names(click.ParamType):
     """Names with commas between them."""
@@ -51,22 +69,39 @@ class Names(click.ParamType):
 
 
 def training_options(arguments: type[TrainingArguments]) -> Callable[[Function], Function]:
-    """Options for all fields of ``arguments``, in their order."""
-    hints = get_type_hints(arguments)
+    """Options for all fields of ``arguments``, with their defaults."""
+    return _options(arguments, {field.name: field.default for field in fields(arguments)})
+
+
+def form_options(function: Function) -> Function:
+    """Options for the form of a hypernetwork; those that are not given (None) are the preset's."""
+    names = [field.name for field in fields(HypernetworkConfig) if field.name in FORM_HELP]
+    function = _options(HypernetworkConfig, dict.fromkeys(names))(function)
+    return click.option(
+        "--preset",
+        type=click.Choice(list(PRESETS)),
+        default="recommended",
+        show_default=True,
+        help="The form that the options below change.",
+    )(function)
+
+
+def _options(holder: type, defaults: Mapping[str, Any]) -> Callable[[Function], Function]:
+    hints = get_type_hints(holder)
 
     def decorate(function: Function) -> Function:
-        for field in reversed(fields(arguments)):
-            flag = "--" + field.name.replace("_", "-")
-            hint = hints[field.name]
-            settings: dict[str, Any] = {"default": field.default, "show_default": True, "help": HELP[field.name]}
+        for name, default in reversed(list(defaults.items())):
+            flag, hint = "--" + name.replace("_", "-"), hints[name]
+            settings: dict[str, Any] = {"default": default, "show_default": True, "help": (HELP | FORM_HELP)[name]}
             if hint is bool:
+                flag = f"{flag}/--no{flag[1:]}" if default is None else flag
                 settings["is_flag"] = True
             elif get_origin(hint) is Literal:
                 settings["type"] = click.Choice(get_args(hint))
             elif get_origin(hint) is tuple:
                 settings |= {"type": Names(), "show_default": False}
-            elif type(None) in get_args(hint):
-                settings["type"] = next(kind for kind in get_args(hint) if kind is not type(None))
+            else:
+                settings["type"] = next(kind for kind in (*get_args(hint), hint) if kind is not NoneType)
             function = click.option(flag, **settings)(function)
         return function
 

@@ -1,17 +1,84 @@
-"""The maths of an expert: a low-rank MLP, and the gated sum of several of them over a batch."""
+"""The maths of an expert in both of its forms, and the gated sum of several of them over a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Experts(ABC):
+    """Experts of one form, with any leading dimensions in common.
+
+    ``weights`` are each expert's own and have the leading dimensions. What all experts of a hypernetwork share (in the
+    factored form) has none of them: it stays one object however experts are indexed, stacked or kept, and `nbytes`
+    leaves it out.
+    """
+
+    @property
+    @abstractmethod
+    def weights(self) -> tuple[Tensor, ...]:
+        """Each expert's own tensors, all with the same leading dimensions and dtype."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """``d``, the width of what goes in and what comes out."""
+
+    @abstractmethod
+    def with_weights(self, *weights: Tensor) -> Experts:
+        """Experts of this form, and with what these share, whose own tensors are ``weights``."""
+
+    @abstractmethod
+    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
+        """The gated sum ``Σ_k g_k · E_k(x)``, for every row its own experts.
+
+        The experts' leading dimensions must be ``[rows, K]``.
+
+        Args:
+            x: ``[rows, tokens, d]``.
+            gates: ``[rows, K]``; a gate of 0 on finite weights takes an expert out.
+
+        Returns:
+            ``[rows, tokens, d]``, in the dtype of the experts.
+        """
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Experts:
+        """Experts whose own tensors are ``change`` of these."""
+        return self.with_weights(*(change(weight) for weight in self.weights))
+
+    def __len__(self) -> int:
+        return len(self.weights[0])
+
+    def __getitem__(self, index: Tensor | slice | int) -> Experts:
+        return self.map(lambda weight: weight[index])
+
+    def unsqueeze(self, dim: int) -> Experts:
+        """With a leading dimension of one put in: ``unsqueeze(1)`` makes ``[rows]`` experts ``[rows, 1]``."""
+        return self.map(lambda weight: weight.unsqueeze(dim))
+
+    def to(self, target: torch.device | torch.dtype) -> Experts:
+        return self.map(lambda weight: weight.to(target))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of each expert's own tensors."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    @staticmethod
+    def stack(experts: Sequence[Experts]) -> Experts:
+        """Experts of equal shapes, and of one hypernetwork, along a new first dimension."""
+        own = zip(*(expert.weights for expert in experts), strict=True)
+        return experts[0].with_weights(*(torch.stack(weights) for weights in own))
+
+
 @dataclass(frozen=True, eq=False)
-class Experts:
-    """Dense experts, ``E(x) = W4 · W3 · ReLU(W2 · W1 · x)``, with any leading dimensions in common.
+class DenseExperts(Experts):
+    """The paper's form, ``E(x) = W4 · W3 · ReLU(W2 · W1 · x)``.
 
     The weights are whole ones: the shared base is already added.
 
@@ -28,45 +95,78 @@ class Experts:
     w4: Tensor
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(self) -> tuple[Tensor, ...]:
         return self.w1, self.w2, self.w3, self.w4
 
-    def __len__(self) -> int:
-        return len(self.w1)
+    @property
+    def width(self) -> int:
+        return self.w1.shape[-1]
 
-    def __getitem__(self, index: Tensor | slice | int) -> Experts:
-        return Experts(*(weight[index] for weight in self.weights))
+    def with_weights(self, *weights: Tensor) -> DenseExperts:
+        return DenseExperts(*weights)
 
-    def to(self, target: torch.device | torch.dtype) -> Experts:
-        return Experts(*(weight.to(target) for weight in self.weights))
+    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        count, rank, width = self.w1.shape[1:]
+        # The first and the last product have the tokens' width on one side, so all experts of a row share one product.
+        inner = x.to(self.w1.dtype) @ self.w1.reshape(rows, count * rank, width).mT
+        inner = inner.view(rows, tokens, count, rank).transpose(1, 2)
+        inner = torch.relu(inner @ self.w2.mT) @ self.w3.mT
+        inner = inner * gates.to(inner.dtype)[:, :, None, None]
+        inner = inner.transpose(1, 2).reshape(rows, tokens, count * rank)
+        return inner @ self.w4.transpose(1, 2).reshape(rows, width, count * rank).mT
+
+
+class Factors(NamedTuple):
+    """What all factored experts of a hypernetwork share: learned matrices between full width and that of the cores."""
+
+    read_up: Tensor
+    """``Q_u``, ``[p, d]``."""
+    write_up: Tensor
+    """``P_u``, ``[h, p]``."""
+    read_down: Tensor
+    """``Q_d``, ``[p, h]``."""
+    write_down: Tensor
+    """``P_d``, ``[d, p]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredExperts(Experts):
+    """``E(x) = P_d · M_d · Q_d · ReLU(P_u · M_u · Q_u · x)``: two small cores each, everything of full width shared.
+
+    Attributes:
+        factors: shared by all, on the device and in the dtype of the cores.
+        core_up: ``M_u``, ``[..., p, p]``.
+        core_down: ``M_d``, ``[..., p, p]``.
+    """
+
+    factors: Factors
+    core_up: Tensor
+    core_down: Tensor
 
     @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights)
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.core_up, self.core_down
 
-    @classmethod
-    def stack(cls, experts: Sequence[Experts]) -> Experts:
-        """Experts of equal shapes along a new first dimension."""
-        return cls(*(torch.stack(weights) for weights in zip(*(expert.weights for expert in experts), strict=True)))
+    @property
+    def width(self) -> int:
+        return self.factors.read_up.shape[-1]
 
+    def with_weights(self, *weights: Tensor) -> FactoredExperts:
+        return FactoredExperts(self.factors, *weights)
 
-def mix_experts(x: Tensor, experts: Experts, gates: Tensor) -> Tensor:
-    """The gated sum ``Σ_k g_k · E_k(x)``, for every row its own experts.
+    def to(self, target: torch.device | torch.dtype) -> FactoredExperts:
+        factors = Factors(*(factor.to(target) for factor in self.factors))
+        return FactoredExperts(factors, *(weight.to(target) for weight in self.weights))
 
-    Args:
-        x: ``[rows, tokens, d]``.
-        experts: weights with leading dimensions ``[rows, K]``.
-        gates: ``[rows, K]``; a gate of 0 on finite weights takes an expert out.
-
-    Returns:
-        ``[rows, tokens, d]``, in the dtype of the experts.
-    """
-    rows, tokens, _ = x.shape
-    count, rank, width = experts.w1.shape[1:]
-    # The first and the last product have the tokens' width on one side, so all experts of a row share one product.
-    inner = x.to(experts.w1.dtype) @ experts.w1.reshape(rows, count * rank, width).mT
-    inner = inner.view(rows, tokens, count, rank).transpose(1, 2)
-    inner = torch.relu(inner @ experts.w2.mT) @ experts.w3.mT
-    inner = inner * gates.to(inner.dtype)[:, :, None, None]
-    inner = inner.transpose(1, 2).reshape(rows, tokens, count * rank)
-    return inner @ experts.w4.transpose(1, 2).reshape(rows, width, count * rank).mT
+    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        count, size, _ = self.core_up.shape[1:]
+        # Reading before the cores and writing after them is the same for all experts, so each is done once a token.
+        inner = x.to(self.core_up.dtype) @ self.factors.read_up.mT
+        inner = inner @ self.core_up.reshape(rows, count * size, size).mT
+        inner = inner.view(rows, tokens, count, size)
+        inner = torch.relu(inner @ self.factors.write_up.mT) @ self.factors.read_down.mT
+        inner = (inner * gates.to(inner.dtype)[:, None, :, None]).flatten(2)
+        inner = inner @ self.core_down.transpose(1, 2).reshape(rows, size, count * size).mT
+        return inner @ self.factors.write_down.mT

@@ -1,4 +1,4 @@
-"""From passage strings to experts: tokenise, embed with the LLM's own table, generate in batches."""
+"""From passage strings to experts: tokenise, read the tokens' states off the LLM, generate in batches."""
 
 from __future__ import annotations
 
@@ -6,49 +6,74 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.expert import Experts
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.experts.injection import find_layer
+from genpoe_plugin.experts.states import hidden_states
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
 
 class ExpertGenerator:
-    """A hypernetwork together with the LLM whose embeddings it reads.
+    """A hypernetwork together with the LLM whose token states it reads.
 
     Args:
         hypernetwork: on the device of the LLM's embeddings.
-        model: the frozen LLM; only its embedding table is used.
+        model: the frozen LLM, in evaluation mode; its embedding table is used, or the layers below the experts.
         tokenizer: the LLM's.
+
+    Raises:
+        InputError: the LLM lacks the layer whose states are to be read.
     """
 
     def __init__(self, hypernetwork: Hypernetwork, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.hypernetwork = hypernetwork
-        self.embed_tokens = model.get_input_embeddings()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.contextual = hypernetwork.config.states == "contextual"
+        if self.contextual:
+            find_layer(model, hypernetwork.config.layer)
         with embedding_table(model) as table:
             self.device = table.device
-        self.tokenizer = tokenizer
 
     def embed(self, passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token embeddings ``[n, tokens, d]`` (float32) and their mask ``[n, tokens]``.
+        """Token states ``[n, tokens, d]`` (float32, without gradients) and their mask ``[n, tokens]``.
 
-        Passages longer than 256 tokens are cut; no special tokens are added.
+        Passages longer than 256 tokens are cut. No special tokens are added to what is only looked up; where the LLM
+        reads a passage it begins as the tokenizer begins any text, and the mask leaves those tokens out again.
 
         Raises:
             InputError: a passage has no tokens.
         """
-        rows = self.tokenizer(list(passages), add_special_tokens=False, truncation=True, max_length=MAX_PASSAGE_TOKENS)
-        lengths = [len(row) for row in rows["input_ids"]]
-        if 0 in lengths:
-            raise InputError(f"passage {lengths.index(0)} of {len(lengths)} is empty; an expert needs text")
-        width = max(lengths)
-        device = self.device
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows["input_ids"]], device=device)
-        mask = torch.arange(width, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
-        with torch.no_grad():
-            return self.embed_tokens(ids).float(), mask
+        added = self.tokenizer.num_special_tokens_to_add() if self.contextual else 0
+        rows = self.tokenizer(
+            list(passages),
+            add_special_tokens=self.contextual,
+            truncation=True,
+            max_length=MAX_PASSAGE_TOKENS + added,
+            return_attention_mask=True,
+            return_special_tokens_mask=True,
+        )
+        for number, special in enumerate(rows["special_tokens_mask"]):
+            if all(special):
+                raise InputError(f"passage {number} of {len(passages)} is empty; an expert needs text")
+        ids = self._padded(rows["input_ids"], 0)
+        mask = self._padded(rows["special_tokens_mask"], 1) == 0
+        if self.contextual:
+            real = self._padded(rows["attention_mask"], 0)
+            states = hidden_states(self.model, self.hypernetwork.config.layer, ids, real).to(self.device)
+        else:
+            with torch.no_grad():
+                states = self.model.get_input_embeddings()(ids)
+        return states.float(), mask
+
+    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(self.device)
 
     def generate(self, passages: Sequence[str]) -> Experts:
         """One expert a passage, in the hypernetwork's dtype."""

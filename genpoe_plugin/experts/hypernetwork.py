@@ -1,4 +1,4 @@
-"""The hypernetwork: token embeddings of a passage -> a code -> the weights of an expert."""
+"""The hypernetwork: token states of a passage -> a code -> the weights of an expert."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors
 
 
 class MeanEncoder(nn.Module):
-    """The paper's encoder: the mean over a passage's tokens, then ``Linear -> ReLU``. Blind to word order."""
+    """The paper's encoder: the mean over a passage's tokens, then ``Linear -> ReLU``.
+
+    Blind to word order, unless the token states know of it.
+    """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
@@ -31,22 +34,24 @@ class MeanEncoder(nn.Module):
 class AttentionEncoder(nn.Module):
     """Learned queries that each look for their own kind of token; what they find is joined and projected.
 
-    Each query is compared with the token states themselves: a projection of the keys could be folded into the query,
-    one of the values into the projection that follows.
+    Each query is compared with the token states themselves: a projection of the keys could be folded into the query.
+    One of the values could be folded into the layer that follows, which without it has one of full width a query.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.normalise = config.normalise
         self.queries = nn.Parameter(torch.randn(config.num_queries, config.hidden_size) / math.sqrt(config.hidden_size))
-        self.project = nn.Linear(config.num_queries * config.hidden_size, config.code_size)
+        size = config.value_size
+        self.values = nn.Identity() if size is None else nn.Linear(config.hidden_size, size, bias=False)
+        self.project = nn.Linear(config.num_queries * (size or config.hidden_size), config.code_size)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         if self.normalise:
             states = functional.rms_norm(states, states.shape[-1:])
         scores = states @ self.queries.mT  # [n, tokens, queries]
         weights = scores.masked_fill(~mask.bool().unsqueeze(-1), -math.inf).softmax(1)
-        return torch.relu(self.project((weights.mT @ states).flatten(1)))
+        return torch.relu(self.project(self.values(weights.mT @ states).flatten(1)))
 
 
 class DenseHead(nn.Module):
@@ -66,9 +71,9 @@ class DenseHead(nn.Module):
             # A buffer, not a seed: another torch or device would draw another base, and so another model.
             self.register_buffer(f"base{number}", base)
 
-    def forward(self, code: Tensor) -> Experts:
+    def forward(self, code: Tensor) -> DenseExperts:
         parts = (self.gain * self.generate(code)).split([rows * columns for rows, columns in self.shapes], dim=-1)
-        return Experts(
+        return DenseExperts(
             *(
                 part.unflatten(-1, shape) + self.get_buffer(f"base{number}")
                 for number, (part, shape) in enumerate(zip(parts, self.shapes, strict=True), start=1)
@@ -76,8 +81,32 @@ class DenseHead(nn.Module):
         )
 
 
+class FactoredHead(nn.Module):
+    """Generates two cores of an expert, each the identity at first, between learned matrices that all experts share."""
+
+    def __init__(self, config: HypernetworkConfig) -> None:
+        super().__init__()
+        d, h, self.size = config.hidden_size, config.expert_width, config.core_size
+        self.generate = nn.Linear(config.code_size, 2 * self.size**2)
+        self.gain = config.generator_gain
+        # Of a scale that keeps that of what they read.
+        self.read_up = nn.Parameter(torch.randn(self.size, d) / math.sqrt(d))
+        self.write_up = nn.Parameter(torch.randn(h, self.size) / math.sqrt(self.size))
+        self.read_down = nn.Parameter(torch.randn(self.size, h) / math.sqrt(h))
+        silent = config.base == "silent"
+        self.write_down = nn.Parameter(
+            torch.zeros(d, self.size) if silent else torch.randn(d, self.size) / math.sqrt(self.size)
+        )
+
+    def forward(self, code: Tensor) -> FactoredExperts:
+        generated = (self.gain * self.generate(code)).unflatten(-1, (2, self.size, self.size))
+        cores = generated + torch.eye(self.size, dtype=code.dtype, device=code.device)
+        factors = Factors(self.read_up, self.write_up, self.read_down, self.write_down)
+        return FactoredExperts(factors, *cores.unbind(-3))
+
+
 ENCODERS = {"mean": MeanEncoder, "attention": AttentionEncoder}
-HEADS = {"dense": DenseHead}
+HEADS = {"dense": DenseHead, "factored": FactoredHead}
 
 
 class Hypernetwork(nn.Module):
@@ -93,7 +122,7 @@ class Hypernetwork(nn.Module):
         """Generate experts.
 
         Args:
-            states: ``[n, tokens, d]``, the LLM's embeddings of ``n`` passages.
+            states: ``[n, tokens, d]``, what the LLM has for each token of ``n`` passages.
             mask: ``[n, tokens]``, true on real tokens; at least one a passage.
 
         Returns:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.expert import Experts, mix_experts
+from genpoe_plugin.experts.expert import Experts
+
+_off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     raise InputError(f"{type(model).__name__}: no list of {depth} decoder layers found, so experts have no place in it")
 
 
+def find_layer(model: PreTrainedModel, layer: int) -> nn.Module:
+    """Decoder layer ``layer``, counted from 0.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    _, layers = find_decoder(model)
+    if not 0 <= layer < len(layers):
+        raise InputError(f"layer {layer} is not in {type(model).__name__}, which has layers 0 to {len(layers) - 1}")
+    return layers[layer]
+
+
 def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
     """The MLP of decoder layer ``layer``: the one child made of other modules that is not the attention.
 
@@ -66,12 +81,9 @@ def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
     Raises:
         InputError: the model has no such layer, or the layer has no MLP of its own.
     """
-    _, layers = find_decoder(model)
-    if not 0 <= layer < len(layers):
-        raise InputError(f"layer {layer} is not in {type(model).__name__}, which has layers 0 to {len(layers) - 1}")
     candidates = [
         child
-        for name, child in layers[layer].named_children()
+        for name, child in find_layer(model, layer).named_children()
         if "attn" not in name.lower() and "attention" not in name.lower() and any(True for _ in child.children())
     ]
     if len(candidates) != 1:
@@ -100,6 +112,16 @@ def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, token
 
 
 @contextmanager
+def branch_off() -> Iterator[None]:
+    """Passes inside the block neither hear nor move the branch of an `inject` around it."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+@contextmanager
 def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Iterator[None]:
     """Add ``mask ⊙ Σ_k g_k · E_k(x)`` to the MLP of ``layer`` in every forward pass inside the block.
 
@@ -118,13 +140,15 @@ def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Itera
     branch = _Branch(rows)
 
     def note_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _off.get():
+            return
         arguments = signature.bind_partial(*args, **kwargs).arguments
         cache = arguments.get("past_key_values")
         # Asked before the layers run, since each of them adds this pass's tokens to the cache.
         branch.arguments = {**arguments, "past": 0 if cache is None else cache.get_seq_length()}
 
     def add_experts(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + branch(args[0])
+        return output if _off.get() else output + branch(args[0])
 
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
@@ -140,8 +164,8 @@ class _Branch:
         self.arguments: dict[str, Any] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.rows.experts.w1.shape[-1]:
-            raise InputError(f"experts of width {self.rows.experts.w1.shape[-1]} beside an MLP of width {x.shape[-1]}")
+        if x.shape[-1] != self.rows.experts.width:
+            raise InputError(f"experts of width {self.rows.experts.width} beside an MLP of width {x.shape[-1]}")
         if self.rows.gates.device != x.device:
             self.rows = self.rows.to(x.device)
         batch, tokens = x.shape[:2]
@@ -151,5 +175,5 @@ class _Branch:
                 raise InputError(f"a batch of {batch} cannot be shared by the experts of {len(rows.gates)} rows")
             rows = rows.repeat(batch // len(rows.gates))
         active = _active_positions(rows.start, self.arguments, batch, tokens)
-        mixed = mix_experts(x, rows.experts, rows.gates)
+        mixed = rows.experts.mix(x, rows.gates)
         return mixed.to(x.dtype) * active.unsqueeze(-1).to(x.dtype)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
@@ -21,7 +22,7 @@ class ExpertStore:
     Args:
         hypernetwork: generates what the store lacks; on the device of the LLM's embeddings.
         model, tokenizer: the LLM that the experts are for.
-        capacity_bytes: budget for the experts kept.
+        capacity_bytes: budget for the experts kept; what all of them share is there once and not counted.
         batch_size: passages a generation step.
     """
 
@@ -38,10 +39,10 @@ class ExpertStore:
         self.layer = config.layer
         self.dtype = model.dtype
         self.batch_size = batch_size
-        expert_bytes = 2 * config.rank * (config.hidden_size + config.expert_width) * self.dtype.itemsize
-        self.capacity = max(1, capacity_bytes // expert_bytes)
+        self.capacity = max(1, capacity_bytes // footprint(config, self.dtype).expert_bytes)
         self._generator = ExpertGenerator(hypernetwork, model, tokenizer)
         self._experts: OrderedDict[str, Experts] = OrderedDict()
+        self._form: Experts | None = None
 
     def prepare(self, passages: Iterable[str], *, progress: bool = True) -> None:
         """Generate the experts of ``passages`` ahead of their use, as many as the budget holds."""
@@ -72,9 +73,9 @@ class ExpertStore:
         unique = list(dict.fromkeys(passage for row in passages for passage in row))
         experts = self._fetch(unique)
         # A row with fewer passages points at a last expert of zeros, which adds nothing whatever it is fed.
-        experts.append(Experts(*(torch.zeros_like(weight) for weight in experts[0].weights)))
+        experts.append(experts[0].map(torch.zeros_like))
         place = {passage: number for number, passage in enumerate(unique)}
-        device = experts[0].w1.device
+        device = experts[0].weights[0].device
         index = torch.full((len(passages), most), len(unique), device=device)
         gate = torch.zeros(len(passages), most, device=device)
         for number, (row, row_gates) in enumerate(zip(passages, gates, strict=True)):
@@ -90,10 +91,12 @@ class ExpertStore:
             batch = missing[begin : begin + self.batch_size]
             with torch.inference_mode():
                 generated = self._generator.generate(batch).to(self.dtype)
-            # Cloned one by one: a view would keep the whole batch alive after its neighbours are dropped.
-            found.update(
-                (passage, Experts(*(w.clone() for w in generated[i].weights))) for i, passage in enumerate(batch)
-            )
+            if self._form is None:
+                self._form = generated.map(lambda weight: weight.new_empty(0))
+            # What they share is that of the first batch, or each batch would keep a copy of its own. The rest is
+            # cloned one by one: a view would keep the whole batch alive after its neighbours are dropped.
+            for number, passage in enumerate(batch):
+                found[passage] = self._form.with_weights(*(weight[number].clone() for weight in generated.weights))
         for passage in unique:
             self._experts[passage] = found[passage]
             self._experts.move_to_end(passage)

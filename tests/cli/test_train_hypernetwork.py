@@ -62,13 +62,13 @@ def test_defaults_follow_the_llm(family, make_llm, tokenizer, data: Path, tmp_pa
     assert result.stdout.startswith(f"{tmp_path / 'out'}: trained in 1 steps, loss ")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     trained = load_hypernetwork(tmp_path / "out", model, tokenizer)
-    assert trained.config == HypernetworkConfig(hidden_size=48, layer=2, rank=4, expert_width=48)
-    assert trained.head.get_buffer("base2").shape == (48, 4)
+    assert trained.config == HypernetworkConfig.preset("recommended", hidden_size=48, layer=2, rank=4)
+    assert trained.head.get_parameter("write_up").shape == (48, 64)
 
 
 def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> None:
     """The command's checkpoint is, number for number, that of the same training called by hand."""
-    form = {"layer": 0, "expert_width": 5, "encoder": "mean", "num_queries": 2, "code_size": 7, "base": "random"}
+    form = {"layer": 0, "expert_width": 5, "encoder": "attention", "num_queries": 2, "code_size": 7, "base": "silent"}
     settings = {
         "max_steps": 4,
         "batch_size": 2,
@@ -84,12 +84,12 @@ def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> No
         "distillation": 0.5,
     }
     options = [part for name, value in (form | settings).items() for part in (f"--{name.replace('_', '-')}", value)]
-    options += ["--no-normalise", "--generator-gain", 0.5]
+    options += ["--preset", "paper", "--normalise", "--generator-gain", 0.5]
     result = run(llm_dir, data, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
-    config = HypernetworkConfig(hidden_size=32, rank=4, normalise=False, generator_gain=0.5, **form)
+    config = HypernetworkConfig.preset("paper", hidden_size=32, rank=4, normalise=True, generator_gain=0.5, **form)
     training = HypernetworkTraining(**settings)
     examples = training_examples(read_questions(data))
     train_hypernetwork(config, training, examples, model, tokenizer, tmp_path / "by_hand")
@@ -152,11 +152,10 @@ def test_an_llm_in_half_precision(llm_dir: Path, data: Path, tmp_path: Path, dty
 
 def test_options_are_the_settings_with_their_defaults() -> None:
     options = {option.name: option.to_info_dict() for option in command.params}
-    for settings, fixed in ((HypernetworkTraining, set()), (HypernetworkConfig, {"hidden_size", "head"})):
-        assert {field.name for field in dataclasses.fields(settings)} <= set(options) | fixed
-        for field in dataclasses.fields(settings):
-            if field.name in options and field.default is not dataclasses.MISSING:
-                assert options[field.name]["default"] == field.default, field.name
+    for field in dataclasses.fields(HypernetworkTraining):
+        assert options[field.name]["default"] == field.default, field.name
+    for field in dataclasses.fields(HypernetworkConfig):
+        assert field.name == "hidden_size" or options[field.name]["default"] is None, "the preset's"
 
 
 @pytest.mark.parametrize(

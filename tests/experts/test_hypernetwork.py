@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
+from genpoe_plugin.experts.footprint import footprint
+
+ENCODERS = [{"encoder": "mean"}, {"encoder": "attention"}, {"encoder": "attention", "value_size": 5}]
 
 
 def states_and_mask(lengths=(5, 2, 7), width=32, seed=0):
@@ -33,15 +35,35 @@ def naive_code(hypernetwork, states):
         for query in encoder.queries.double().numpy():
             weights = np.exp(tokens @ query)
             found.append((weights / weights.sum()) @ tokens)
+            if config.value_size is not None:
+                found[-1] = encoder.values.weight.double().numpy() @ found[-1]
         pooled = np.concatenate(found)
     linear = encoder.project
     return np.maximum(linear.weight.double().numpy() @ pooled + linear.bias.double().numpy(), 0)
 
 
-@pytest.mark.parametrize("encoder", ["mean", "attention"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_factored_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
+    hypernetwork = make_hypernetwork(head="factored", normalise=normalise, **encoder)
+    states, mask = states_and_mask()
+    experts = hypernetwork(states, mask)
+    generate, p = hypernetwork.head.generate, 6
+    for row in range(3):
+        code = naive_code(hypernetwork, states[row][mask[row]])
+        flat = 4.0 * (generate.weight.double().numpy() @ code + generate.bias.double().numpy())  # the gain
+        up, down = np.eye(p) + flat[: p * p].reshape(p, p), np.eye(p) + flat[p * p :].reshape(p, p)
+        np.testing.assert_allclose(experts.core_up[row].numpy(), up, atol=1e-3)
+        np.testing.assert_allclose(experts.core_down[row].numpy(), down, atol=1e-3)
+    assert [tuple(factor.shape) for factor in experts.factors] == [(p, 32), (16, p), (p, 16), (32, p)]
+    learned = {name for name, _ in hypernetwork.head.named_parameters()}
+    assert {"read_up", "write_up", "read_down", "write_down"} <= learned
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
-    hypernetwork = make_hypernetwork(encoder=encoder, normalise=normalise)
+    hypernetwork = make_hypernetwork(normalise=normalise, **encoder)
     states, mask = states_and_mask()
     experts = hypernetwork(states, mask)
     r, h, d = 4, 16, 32
@@ -59,9 +81,9 @@ def test_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
         assert place == len(flat)
 
 
-@pytest.mark.parametrize("encoder", ["mean", "attention"])
-def test_padding_does_not_matter(make_hypernetwork, encoder):
-    hypernetwork = make_hypernetwork(encoder=encoder)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_padding_does_not_matter(make_hypernetwork, head, encoder):
+    hypernetwork = make_hypernetwork(head=head, **encoder)
     states, mask = states_and_mask()
     noisy = torch.where(mask.unsqueeze(-1), states, torch.full_like(states, 1e3))
     for first, second in zip(hypernetwork(states, mask).weights, hypernetwork(noisy, mask).weights, strict=True):
@@ -85,6 +107,30 @@ def test_a_silent_base_makes_untrained_experts_nearly_silent_and_a_random_one_do
     assert torch.count_nonzero(make_hypernetwork(generator_gain=0.0)(states, mask).w4) > 0
 
 
+def test_untrained_factored_experts_are_exactly_silent(make_hypernetwork):
+    states, mask = states_and_mask()
+    x, gates = torch.randn(3, 4, 32), torch.ones(3, 1)
+    silent = make_hypernetwork(head="factored", base="silent")(states, mask).unsqueeze(1)
+    assert torch.count_nonzero(silent.mix(x, gates)) == 0
+    loud = make_hypernetwork(head="factored")(states, mask).unsqueeze(1)
+    assert (loud.mix(x, gates).abs().mean((1, 2)) > 0.1).all()
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_parameter_learns(make_hypernetwork, head, encoder):
+    """Also from a silent start, where the last factor has to move first."""
+    hypernetwork = make_hypernetwork(head=head, base="silent", **encoder).train().requires_grad_()
+    states, mask = states_and_mask()
+    x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(hypernetwork.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        mixed = hypernetwork(states, mask).unsqueeze(1).mix(x, torch.ones(3, 1))
+        (mixed - 1).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in hypernetwork.parameters())
+
+
 def test_the_base_is_saved_and_not_trained(make_hypernetwork):
     hypernetwork = make_hypernetwork()
     assert {f"head.base{number}" for number in range(1, 5)} <= set(hypernetwork.state_dict())
@@ -92,15 +138,41 @@ def test_the_base_is_saved_and_not_trained(make_hypernetwork):
 
 
 def test_paper_size():
-    with torch.device("meta"):
-        paper = Hypernetwork(
-            HypernetworkConfig(hidden_size=4096, layer=11, rank=512, expert_width=4096, encoder="mean")
-        )
-    assert round(sum(parameter.numel() for parameter in paper.parameters()) / 1e9, 2) == 1.08
+    """1,082,654,848 parameters: two linear layers with bias; 8,388,608 numbers a base and an expert."""
+    d, r, code = 4096, 512, 128
+    paper = footprint(HypernetworkConfig.preset("paper", hidden_size=d, layer=11))
+    assert paper.parameters == code * (d + 1) + 4 * r * d * (code + 1) == 1_082_654_848
+    assert paper.base_numbers == 4 * r * d
+    assert paper.expert_bytes == 4 * 4 * r * d == 32 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recommended_size(dtype):
+    paper, recommended = (
+        footprint(HypernetworkConfig.preset(name, hidden_size=4096, layer=11), dtype) for name in PRESETS
+    )
+    assert recommended.parameters * 100 <= paper.parameters
+    assert recommended.expert_bytes * 500 <= paper.expert_bytes
+    assert recommended.expert_bytes == 2 * 64 * 64 * dtype.itemsize
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_footprint_is_that_of_what_is_built(make_hypernetwork, head, encoder):
+    hypernetwork = make_hypernetwork(head=head, **encoder)
+    before = torch.get_rng_state()
+    size = footprint(hypernetwork.config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert size.parameters == sum(parameter.numel() for parameter in hypernetwork.parameters())
+    assert size.parameters + size.base_numbers == sum(tensor.numel() for tensor in hypernetwork.state_dict().values())
+    assert 3 * size.expert_bytes == hypernetwork(*states_and_mask()).nbytes
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rank", 0), ("layer", -1), ("encoder", "max"), ("base", "none"), ("hidden_size", 1.5)]
+    ("field", "value"),
+    [
+        *(("rank", 0), ("core_size", 0), ("value_size", 0), ("layer", -1), ("hidden_size", 1.5)),
+        *(("encoder", "max"), ("base", "none"), ("head", "sparse"), ("states", "hidden")),
+    ],
 )
 def test_wrong_configurations_are_named(field, value):
     with pytest.raises(InputError, match=field):
@@ -108,9 +180,34 @@ def test_wrong_configurations_are_named(field, value):
 
 
 def test_configuration_round_trip():
-    config = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16)
+    config = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, head="factored", states="contextual")
     assert HypernetworkConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(InputError, match="rank"):
-        HypernetworkConfig.from_dict({key: value for key, value in config.to_dict().items() if key != "rank"})
+    with pytest.raises(InputError, match="missing or unknown field expert_width"):
+        HypernetworkConfig.from_dict({key: value for key, value in config.to_dict().items() if key != "expert_width"})
     with pytest.raises(InputError, match="colour"):
         HypernetworkConfig.from_dict({**config.to_dict(), "colour": 1})
+
+
+def test_a_configuration_from_before_there_were_two_heads():
+    older = {"hidden_size": 32, "layer": 1, "rank": 4, "expert_width": 16, "encoder": "mean", "num_queries": 8}
+    older |= {"code_size": 128, "normalise": False, "head": "dense", "base": "random", "generator_gain": 1.0}
+    config = HypernetworkConfig.from_dict(older)
+    assert (config.head, config.states, config.rank) == ("dense", "embeddings", 4)
+    assert {name: config.to_dict()[name] for name in older} == older
+
+
+def test_the_paper_preset_is_the_papers_form():
+    config = HypernetworkConfig.preset("paper", hidden_size=4096, layer=11)
+    assert (config.rank, config.expert_width, config.code_size, config.layer) == (512, 4096, 128, 11)
+    assert (config.encoder, config.states, config.normalise) == ("mean", "embeddings", False)
+    assert (config.head, config.base, config.generator_gain) == ("dense", "random", 1.0)
+
+
+def test_presets_take_changes_and_name_what_is_wrong():
+    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, core_size=8, states="contextual")
+    assert (config.encoder, config.head, config.base) == ("attention", "factored", "silent")
+    assert (config.core_size, config.states, config.expert_width) == (8, "contextual", 32)
+    with pytest.raises(InputError, match="preset 'best' is unknown; it must be one of paper, recommended"):
+        HypernetworkConfig.preset("best", hidden_size=32, layer=1)
+    with pytest.raises(InputError, match="colour"):
+        HypernetworkConfig.preset("paper", hidden_size=32, layer=1, colour=1)

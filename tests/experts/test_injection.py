@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.expert import Experts, mix_experts
 from genpoe_plugin.experts.injection import RowExperts, find_mlp, inject
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "gpt2")
@@ -12,10 +11,10 @@ LAYER = 1
 
 
 @pytest.fixture
-def rows(random_experts):
+def rows(random_experts, head):
     """Two rows: three experts from the first token on, and one expert from the fourth."""
     gates = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
-    return RowExperts(random_experts(2, 3), gates, torch.tensor([0, 3]))
+    return RowExperts(random_experts(2, 3, head=head), gates, torch.tensor([0, 3]))
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def by_hand(model, ids, rows):
 
     def forward(x):
         mask = (torch.arange(x.shape[1]) >= rows.start.unsqueeze(1)).unsqueeze(-1)
-        return original(x) + mix_experts(x, rows.experts, rows.gates) * mask
+        return original(x) + rows.experts.mix(x, rows.gates) * mask
 
     mlp.forward = forward
     try:
@@ -106,23 +105,37 @@ def test_hooks_go_away_after_an_error(make_llm, rows, prompts):
         assert torch.equal(model(prompts).logits, plain)
 
 
-def test_what_does_not_fit_is_named(make_llm, random_experts, prompts):
+def test_what_does_not_fit_is_named(make_llm, random_experts, head, prompts):
     model = make_llm("llama")
     with pytest.raises(InputError, match="layer 7"):
         find_mlp(model, 7)
-    narrow = RowExperts(random_experts(2, 1, d=16), torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
+    narrow = RowExperts(random_experts(2, 1, head=head, d=16), torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
     with pytest.raises(InputError, match="width 16"), inject(model, LAYER, narrow):
         model(prompts)
-    three = RowExperts(random_experts(3, 1), torch.ones(3, 1), torch.zeros(3, dtype=torch.long))
+    three = RowExperts(random_experts(3, 1, head=head), torch.ones(3, 1), torch.zeros(3, dtype=torch.long))
     with pytest.raises(InputError, match="3 rows"), inject(model, LAYER, three):
         model(prompts)
 
 
-def test_gradients_reach_the_experts_and_not_the_llm(make_llm, random_experts, prompts):
+def test_gradients_reach_the_experts_and_not_the_llm(make_llm, random_experts, head, prompts):
     model = make_llm("llama").requires_grad_(False)
-    experts = Experts(*(weight.requires_grad_() for weight in random_experts(2, 1).weights))
+    experts = random_experts(2, 1, head=head)
+    learning = [*experts.weights, *(experts.factors if head == "factored" else ())]
+    for tensor in learning:
+        tensor.requires_grad_()
     rows = RowExperts(experts, torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
     with inject(model, LAYER, rows):
         model(prompts, use_cache=False).logits.square().mean().backward()
-    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in experts.weights)
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in learning)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_untrained_factored_experts_leave_the_llm_as_it_is_bit_for_bit(make_llm, make_hypernetwork, prompts, family):
+    model = make_llm(family)
+    untrained = make_hypernetwork(head="factored", base="silent")
+    experts = untrained(torch.randn(2, 5, 32), torch.ones(2, 5, dtype=torch.bool)).unsqueeze(1)
+    plain = model(prompts).logits
+    with inject(model, LAYER, RowExperts(experts, torch.ones(2, 1), torch.zeros(2, dtype=torch.long))):
+        assert torch.equal(model(prompts).logits, plain)

@@ -82,15 +82,23 @@ def llm(make_llm):
 
 
 @pytest.fixture(scope="session")
-def hypernetwork_dir(tmp_path_factory, make_llm, llm, tokenizer) -> Path:
-    """Random base and large output, so that its experts change every answer."""
-    torch.manual_seed(5)
-    config = HypernetworkConfig(
-        hidden_size=32, layer=LAYER, rank=4, expert_width=16, code_size=16, base="random", generator_gain=3.0
-    )
-    directory = tmp_path_factory.mktemp("checkpoint") / "hypernetwork"
-    save_hypernetwork(directory, Hypernetwork(config), llm, tokenizer, {})
-    return directory
+def make_hypernetwork_dir(tmp_path_factory, llm, tokenizer) -> Callable[..., Path]:
+    """``make(**form)``: a checkpoint with random base and large output, so that its experts change every answer."""
+
+    def make(**form: Any) -> Path:
+        values = {"hidden_size": 32, "layer": LAYER, "rank": 4, "core_size": 6, "expert_width": 16, "code_size": 16}
+        config = HypernetworkConfig(**{**values, "base": "random", "generator_gain": 3.0, **form})
+        torch.manual_seed(5)
+        directory = tmp_path_factory.mktemp("checkpoint") / "hypernetwork"
+        save_hypernetwork(directory, Hypernetwork(config), llm, tokenizer, {})
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hypernetwork_dir(make_hypernetwork_dir) -> Path:
+    return make_hypernetwork_dir()
 
 
 @pytest.fixture(scope="session")
@@ -107,23 +115,29 @@ def make_lm(llm, tokenizer, hypernetwork_dir) -> Callable[..., GenPoELM]:
 class ByHand:
     """The LLM with experts, one prompt at a time, without cache, padding, or any code of ours but the hypernetwork."""
 
-    def __init__(self, llm, tokenizer, directory: Path) -> None:
-        self.llm, self.tokenizer = llm, tokenizer
+    def __init__(self, llm, tokenizer, directory: Path, one_expert) -> None:
+        self.llm, self.tokenizer, self.one_expert = llm, tokenizer, one_expert
         self.network = load_hypernetwork(directory, llm, tokenizer)
 
+    @torch.no_grad()
+    def states(self, passage: str) -> torch.Tensor:
+        if self.network.config.states == "contextual":
+            ids = torch.tensor([self.tokenizer(passage)["input_ids"][:257]])
+            return self.llm(ids, output_hidden_states=True).hidden_states[LAYER][:, 1:]
+        return self.llm.get_input_embeddings()(
+            torch.tensor([self.tokenizer(passage, add_special_tokens=False)["input_ids"][:256]])
+        )
+
     def logits(self, ids: list[int], passages: Sequence[str], gates: Sequence[float], start: int) -> torch.Tensor:
-        weights = []
+        experts = []
         for passage in passages:
-            tokens = torch.tensor([self.tokenizer(passage, add_special_tokens=False)["input_ids"][:256]])
-            states = self.llm.get_input_embeddings()(tokens)
-            weights.append(self.network(states, torch.ones_like(tokens).bool()))
+            states = self.states(passage)
+            experts.append(self.network(states, torch.ones(states.shape[:2], dtype=torch.bool))[0])
 
         def branch(module, args, output):
             for position in range(start, len(ids)):
-                x = args[0][0, position].double()
-                for gate, expert in zip(gates, weights, strict=True):
-                    w1, w2, w3, w4 = (w[0].double() for w in expert.weights)
-                    output[0, position] += (gate * (w4 @ (w3 @ torch.relu(w2 @ (w1 @ x))))).float()
+                for gate, expert in zip(gates, experts, strict=True):
+                    output[0, position] += (gate * self.one_expert(expert, args[0][0, position])).float()
             return output
 
         handle = self.llm.model.layers[LAYER].mlp.register_forward_hook(branch)
@@ -153,8 +167,13 @@ class ByHand:
 
 
 @pytest.fixture(scope="session")
-def by_hand(llm, tokenizer, hypernetwork_dir) -> ByHand:
-    return ByHand(llm, tokenizer, hypernetwork_dir)
+def make_by_hand(llm, tokenizer, one_expert) -> Callable[[Path], ByHand]:
+    return lambda directory: ByHand(llm, tokenizer, directory, one_expert)
+
+
+@pytest.fixture(scope="session")
+def by_hand(make_by_hand, hypernetwork_dir) -> ByHand:
+    return make_by_hand(hypernetwork_dir)
 
 
 def _expected_row(doc: dict[str, Any], most: int = 4) -> tuple[list[str], list[float]]:

@@ -12,7 +12,7 @@ from genpoe_plugin.lm import GenPoELM
 def make(llm_dir, hypernetwork_dir, tmp_path):
     def make(mode: str = "genpoe", **options) -> GenPoELM:
         if mode.startswith("genpoe"):
-            options["hypernetwork"] = str(hypernetwork_dir)
+            options.setdefault("hypernetwork", str(hypernetwork_dir))
         folder = str(tmp_path / "offload")
         return GenPoELM(str(llm_dir), mode=mode, device="cpu", batch_size=3, offload_folder=folder, **options)
 
@@ -44,6 +44,17 @@ def test_an_offloaded_llm_answers_and_scores_the_same(make, make_lm, docs, gener
     plain = make_lm("closed_book", batch_size=3).loglikelihood(choices(docs))
     moved = max(abs(score - other) for (score, _), (other, _) in zip(scores, plain, strict=True))
     assert (moved > 0.1) == (mode != "closed_book"), "experts have to matter for this test to mean anything"
+
+
+@pytest.mark.parametrize("places", ["all on disk, as happens without a GPU", "the embeddings on disk"])
+def test_an_offloaded_llm_reads_passages_the_same(make, make_lm, make_hypernetwork_dir, docs, choices, places):
+    directory = str(make_hypernetwork_dir(head="factored", states="contextual"))
+    spread = make(hypernetwork=directory, parallelize=True, device_map=PLACES[places])
+    scores = spread.loglikelihood(choices(docs))
+    assert scores == make_lm(hypernetwork=directory, batch_size=3).loglikelihood(choices(docs))
+    # The pass that was stopped left nothing loaded.
+    assert any(parameter.is_meta for parameter in spread.model.parameters())
+    assert scores == spread.loglikelihood(choices(docs))
 
 
 def test_without_passages_it_is_the_original(make, make_lm, docs, generation):

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from genpoe_plugin.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import mix_experts
 from genpoe_plugin.experts.injection import find_mlp
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.draws import Draw
@@ -17,6 +16,7 @@ from genpoe_plugin.training.examples import DrawnExample, TrainingExample, draw_
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner, make_batch, train_hypernetwork
 
 CONFIGURATION = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random", generator_gain=1.0)
+FACTORED = HypernetworkConfig(hidden_size=32, layer=1, head="factored", core_size=4, expert_width=16, base="random")
 EXAMPLES = [
     TrainingExample("who wrote the opera", "Gioachino Rossini", "Rossini: Gioachino Rossini wrote an opera."),
     TrainingExample("where is it?", "Canberra", "Canberra: The capital is Canberra, founded in 1913, they say."),
@@ -44,7 +44,7 @@ def reference_losses(model, tokenizer, learner, knowledge):
         def add(mlp, args, output, experts=experts, gates=drawn.gates, start=start):
             output = output.clone()
             for expert, gate in zip(experts, gates, strict=True):
-                output[:, start:] += mix_experts(args[0], expert, torch.full((1, 1), gate))[:, start:]
+                output[:, start:] += expert.mix(args[0], torch.full((1, 1), gate))[:, start:]
             return output
 
         hook = find_mlp(model, 1).register_forward_hook(add)
@@ -71,12 +71,12 @@ def alone(model, tokenizer, learner, passage):
 
 @pytest.mark.parametrize("changes", [{}, {"num_passages": 3}, {"distillation": 0.3}])
 @pytest.mark.parametrize("knowledge", [0.0, 1.0])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_each_loss_is_that_of_its_example_alone(make_llm, tokenizer, family, knowledge, changes):
+@pytest.mark.parametrize(("family", "config"), [("llama", CONFIGURATION), ("gpt_neox", FACTORED)])
+def test_each_loss_is_that_of_its_example_alone(make_llm, tokenizer, family, config, knowledge, changes):
     """Each row of the batch with its own passages, which the research code did not manage."""
     model = make_llm(family)
     settings = HypernetworkTraining(knowledge=knowledge, **changes)
-    learner = HypernetworkLearner(CONFIGURATION, settings, EXAMPLES, model, tokenizer)
+    learner = HypernetworkLearner(config, settings, EXAMPLES, model, tokenizer)
     losses = learner.losses(DRAWS, step=0)
     torch.testing.assert_close(
         losses.double(), reference_losses(model, tokenizer, learner, knowledge), rtol=1e-5, atol=1e-6
