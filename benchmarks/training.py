@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.memory import peak_bytes, tensors_of
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
@@ -109,15 +109,6 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(work: Callable[[], None], *external: Any) -> int:
-    """The most that tensors took at any moment of ``work``; ``external`` are modules and optimizers made before."""
-    tracker = MemTracker()
-    tracker.track_external(*external)
-    with tracker:
-        work()
-    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-
-
 def measure() -> list[Row]:
     """Time and memory of a step of 16 examples, ours over the loop's."""
     model, tokenizer = language_model()
@@ -143,10 +134,10 @@ def measure() -> list[Row]:
             if repeat:  # the first is warm-up
                 times[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    peaks = {
-        "loop": peak_bytes(works["loop"], model, theirs, their_optimizer),
-        **{name: peak_bytes(works[name], model, learners[name].module, optimizers[name]) for name in learners},
-    }
+    frozen = tensors_of(model)
+    parts = {"loop": (theirs, their_optimizer)}
+    parts |= {name: (learner.module, optimizers[name]) for name, learner in learners.items()}
+    peaks = {name: peak_bytes(works[name], frozen + tensors_of(*parts[name])) for name in works}
     return [
         Row("training.loop_examples_per_second", BATCH / medians["loop"], "examples/s"),
         Row("training.examples_per_second_ratio", medians["loop"] / medians["paper"], "x", ">= 3"),
