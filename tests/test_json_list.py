@@ -64,7 +64,7 @@ def test_errors_have_the_place_that_the_decoder_of_the_whole_gives(chunk: int, c
             with pytest.raises(InputError) as caught:
                 read(text)
             # json_list and newer versions of Python differ in where they see a comma too many.
-            if "comma" not in error.msg and text[error.pos : error.pos + 1] not in "]":
+            if "comma" not in error.msg:
                 assert str(caught.value) == f"x.json:{error.lineno}: not JSON ({error.msg}, column {error.colno})"
         else:
             assert read(text) == expected
