@@ -23,7 +23,11 @@ class HTTPFile:
     # Statuses that come before any other answer, a number for each.
     failures: list[int] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
+    # Body and ETag from the first request with a Range on.
+    later: tuple[bytes, str] | None = None
     says_size: bool = True
+    # How many bytes too early an answer to a Range begins.
+    early: int = 0
     url: str = ""
     asked: list[str] = field(default_factory=list)
 
@@ -37,6 +41,8 @@ def serve(body: bytes) -> Iterator[HTTPFile]:
         def do_GET(self) -> None:
             wanted = self.headers.get("Range", "")
             file.asked.append(wanted)
+            if wanted and file.later:
+                file.body, file.etag = file.later
             if file.failures:
                 self.send_error(file.failures.pop(0))
                 return
@@ -44,7 +50,7 @@ def serve(body: bytes) -> Iterator[HTTPFile]:
             if wanted and file.ranges:
                 match = re.fullmatch(r"bytes=(\d+)-", wanted)
                 assert match is not None
-                begin = int(match[1])
+                begin = int(match[1]) - file.early
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {begin}-{len(file.body) - 1}/{len(file.body)}")
             else:

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,6 +116,7 @@ def test_a_server_without_ranges_sends_all_of_it_again(file: HTTPFile, target: P
     file.ranges = False
     assert download(file.url, target) is True
     assert target.read_bytes() == BODY
+    assert len(file.asked) == 2
     assert names(target) == ["data.tsv.gz"]
 
 
@@ -131,12 +133,20 @@ def test_a_changed_file_is_started_over(file: HTTPFile, target: Path, change: st
     assert names(target) == ["data.tsv.gz"]
 
 
-def test_a_file_that_changes_between_two_requests_is_not_mixed(file: HTTPFile, target: Path) -> None:
-    """The answer to the request for the rest is of another version than that to the request before."""
+@pytest.mark.parametrize("etag", ['"one"', '"two"'])
+def test_a_file_that_changes_between_two_requests_is_not_mixed(file: HTTPFile, target: Path, etag: str) -> None:
     break_off(file, target)
-    file.headers = {"Content-Range": "bytes 5-9/10"}
+    file.later = (BODY[::-1] + b"more"[: 4 * (etag == '"one"')], etag)
     assert download(file.url, target) is True
     assert target.read_bytes() == BODY
+
+
+def test_an_answer_that_begins_elsewhere_is_not_used(file: HTTPFile, target: Path) -> None:
+    break_off(file, target)
+    file.early = 1
+    assert download(file.url, target) is True
+    assert target.read_bytes() == BODY
+    assert len(file.asked) == 2
 
 
 def test_fewer_bytes_than_the_server_says_are_no_file(file: HTTPFile, target: Path) -> None:
@@ -251,6 +261,18 @@ def test_two_downloads_at_once(file: HTTPFile, target: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert target.read_bytes() == BODY
+
+
+def test_another_download_that_is_done_first(file: HTTPFile, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = module._receive
+
+    def receive_twice(response: Any, part: Path, *rest: Any) -> None:
+        receive(response, part, *rest)
+        part.replace(target)
+
+    monkeypatch.setattr(module, "_receive", receive_twice)
+    assert download(file.url, target) is True
     assert target.read_bytes() == BODY
 
 
