@@ -74,7 +74,7 @@ class _Version:
 
     @classmethod
     def of(cls, response: requests.Response, first: int = 0) -> _Version | None:
-        """None if the response does not say how large the file is, or does not begin at byte ``first``."""
+        """None if the response does not begin at byte ``first``; the size is -1 where it does not say it."""
         headers = response.headers
         if response.status_code == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
