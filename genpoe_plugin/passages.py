@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -12,8 +13,14 @@ from typing import Any
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import open_text
+from genpoe_plugin.json_list import read_json_list
 
 RESULTS_FORMAT, RESULTS_VERSION = "genpoe-retrieval", 1
+
+# Who gives a passage its id calls it so: ours and DPR's results, BEIR, and DPR's retriever data (NQ and the others).
+_ID_FIELDS = ("id", "_id", "passage_id", "psg_id")
+# One JSON list, bare or as DPR's gold passages have it; anything else is JSON Lines.
+_LIST = re.compile(r'\[|\{\s*"data"\s*:\s*\[')
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,9 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
         InputError: a line is malformed, a passage has no id or no text, or one id stands for two passages of a DPR
             result. That ids are unique in the other files is for the index to check.
     """
-    kind = first_character(path)
-    if kind == "":
+    if not (start := beginning(path)):
         raise InputError(f"{path}: the file is empty; give a file of passages")
-    if kind not in "{[":
+    if start[0] not in "{[":
         yield from _read_tsv(path)
         return
     ids: dict[str, bytes] = {}
@@ -70,7 +76,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 
 def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
     """The passage in one JSON object; ``where`` (file and line) begins the message of the ``InputError``."""
-    identifier = record.get("id", record.get("_id"))
+    identifier = next((record[field] for field in _ID_FIELDS if field in record), None)
     if not isinstance(identifier, str | int) or isinstance(identifier, bool) or identifier == "":
         raise InputError(f'{where}: a passage needs an "id", a string or a whole number, not {identifier!r}')
     title, text = record.get("title") or "", record.get("text")
@@ -93,12 +99,12 @@ def check_characters(text: str, where: str) -> None:
         raise InputError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
 
 
-def first_character(path: str | Path) -> str:
-    """The first character of a text file that is not white space, "" if there is none."""
+def beginning(path: str | Path) -> str:
+    """The first characters of a text file, from the first that is not white space on; "" if there is none."""
     with open_text(path) as file:
-        for line in file:
-            if stripped := line.lstrip():
-                return stripped[0]
+        while text := file.read(1000):
+            if stripped := text.lstrip():
+                return stripped
     return ""
 
 
@@ -122,16 +128,17 @@ def read_tsv_rows(path: str | Path) -> Iterator[tuple[list[str], str]]:
 def read_json_objects(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The objects of a JSON Lines file, each with its ``file:line``, or of a JSON list, each with its position.
 
-    The first line of our own result files, which names format and version, is checked and left out.
+    A list may also be the value of ``"data"``, as in ``{"data": [...]}``. One object at a time is in memory. The first
+    line of our own result files, which names format and version, is checked and left out.
     """
-    if first_character(path) == "[":
+    if _LIST.match(beginning(path)):
         with open_text(path) as file:
-            yield from json_objects(_parse(file.read(), path, 1), str(path))
+            yield from _objects(read_json_list(file, path), str(path))
         return
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                record = _parse(line.rstrip(), path, number)
+                record = _parse(line.rstrip(), f"{path}:{number}")
                 if not isinstance(record, dict):
                     raise InputError(f"{path}:{number}: expected one JSON object a line")
                 if record.get("format") != RESULTS_FORMAT:
@@ -147,17 +154,23 @@ def json_objects(items: Any, where: str) -> Iterator[tuple[Mapping[str, Any], st
     """The objects of a parsed JSON list, each with its position, counted from 1, after ``where``."""
     if not isinstance(items, list | tuple):
         raise InputError(f"{where}: expected a list of JSON objects")
+    yield from _objects(items, where)
+
+
+def _objects(items: Iterable[Any], where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     for number, item in enumerate(items, 1):
         if not isinstance(item, Mapping):
             raise InputError(f"{where}, item {number}: expected a JSON object")
         yield item, f"{where}, item {number}"
 
 
-def _parse(text: str, path: str | Path, line: int) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno})") from error
+        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not JSON (nested too deeply)") from error
 
 
 def _read_tsv(path: str | Path) -> Iterator[Passage]:

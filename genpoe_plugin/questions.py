@@ -17,8 +17,8 @@ from genpoe_plugin.passages import (
     RESULTS_FORMAT,
     RESULTS_VERSION,
     Passage,
+    beginning,
     check_characters,
-    first_character,
     json_objects,
     passage_from_record,
     read_json_objects,
@@ -53,17 +53,20 @@ def read_questions(path: str | Path) -> Iterator[Question]:
     - DPR results, as one JSON list or as JSON Lines: ``{"question", "answers", "ctxs": [...]}``;
     - what `write_questions` wrote;
     - DPR's ``*.qas.csv`` or ``.tsv``: ``question<TAB>['answer', ...]``;
-    - nq_open: JSON Lines of ``{"question", "answer": [...]}``.
+    - nq_open: JSON Lines of ``{"question", "answer": [...]}``;
+    - DPR's training data of retrievers, a JSON list of ``{"question", "answers", "positive_ctxs": [...],
+      "negative_ctxs": [...], "hard_negative_ctxs": [...]}``: positives first, then the hard negatives;
+    - DPR's gold passages, ``{"data": [{"question", "short_answers", "example_id", "title", "context"}]}``, where a
+      question may have no passage (an empty ``context``); those without a short answer are passed over.
 
-    The kind of file is seen from its content.
+    The kind of file is seen from its content. One question at a time is in memory.
 
     Raises:
         InputError: a line is malformed, a question has no text or no answers, or the file is of a newer version.
     """
-    kind = first_character(path)
-    if kind == "":
+    if not (start := beginning(path)):
         raise InputError(f"{path}: the file is empty; give a file of questions")
-    if kind not in "{[":
+    if start[0] not in "{[":
         for row, where in read_tsv_rows(path):
             if len(row) != 2:
                 raise InputError(f"{where}: {len(row)} fields; a line is question<TAB>['answer', ...]")
@@ -74,10 +77,13 @@ def read_questions(path: str | Path) -> Iterator[Question]:
             yield Question(_question(row[0], where), _answers(answers, where))
         return
     for record, where in read_json_objects(path):
+        answers = next((record[field] for field in ("answers", "answer", "short_answers") if field in record), None)
+        if answers == [] and "short_answers" in record:
+            continue  # not every question of NQ has a short answer
         yield Question(
             _question(record.get("question"), where),
-            _answers(record.get("answers", record.get("answer")), where),
-            passages_from_ctxs(record.get("ctxs") or (), where),
+            _answers(answers, where),
+            passages_from_ctxs(_ctxs(record, where), where),
         )
 
 
@@ -120,6 +126,20 @@ def passages_from_ctxs(ctxs: Sequence[Mapping[str, Any]], where: str) -> tuple[R
         )
         for position, (ctx, ctx_where) in enumerate(json_objects(ctxs, f'{where}, "ctxs"'), 1)
     )
+
+
+def _ctxs(record: Mapping[str, Any], where: str) -> Any:
+    """The passages of one question's record, in the form of DPR's ``ctxs``."""
+    if "positive_ctxs" in record:
+        pools = (("positive_ctxs", True), ("hard_negative_ctxs", False), ("negative_ctxs", None))
+        return [
+            {**ctx, "has_answer": flag}
+            for pool, flag in pools
+            for ctx, _ in json_objects(record.get(pool) or (), f'{where}, "{pool}"')
+        ]
+    if "short_answers" in record and record.get("context"):
+        return [{"id": record.get("example_id"), "title": record.get("title"), "text": record["context"]}]
+    return record.get("ctxs") or ()
 
 
 def _question(question: Any, where: str) -> str:

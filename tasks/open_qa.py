@@ -11,7 +11,7 @@ in any form that ``genpoe_plugin.questions`` reads: DPR result JSON or JSONL, qa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import datasets
 
 from genpoe_plugin.answers import exact_match, f1
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.hub_questions import NQ_OPEN, TRIVIA_QA, read_hub_questions
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.questions import Question, read_questions
 
@@ -29,19 +30,12 @@ Splits = dict[str, datasets.Dataset]
 
 def genpoe_nq(genpoe_data: Any = None, **_: Any) -> Splits:
     """The ``custom_dataset`` of genpoe_nq; lm-eval passes all of its metadata and model arguments."""
-    return _local("genpoe_nq", genpoe_data) or _hub(
-        "genpoe_nq", "google-research-datasets/nq_open", None, lambda row: list(row["answer"])
-    )
+    return _local("genpoe_nq", genpoe_data) or _hub("genpoe_nq", NQ_OPEN)
 
 
 def genpoe_tqa(genpoe_data: Any = None, **_: Any) -> Splits:
-    """The ``custom_dataset`` of genpoe_tqa; an answer is the value or any of its aliases."""
-    return _local("genpoe_tqa", genpoe_data) or _hub(
-        "genpoe_tqa",
-        "mandarjoshi/trivia_qa",
-        "unfiltered.nocontext",
-        lambda row: list(dict.fromkeys([row["answer"]["value"], *row["answer"]["aliases"]])),
-    )
+    """The ``custom_dataset`` of genpoe_tqa."""
+    return _local("genpoe_tqa", genpoe_data) or _hub("genpoe_tqa", TRIVIA_QA)
 
 
 def genpoe_demo(genpoe_data: Any = None, **_: Any) -> Splits:
@@ -94,14 +88,14 @@ def _doc(question: Question) -> dict[str, Any]:
     return {"question": question.question, "answers": list(question.answers), "ctxs": ctxs}
 
 
-def _hub(task: str, name: str, config: str | None, answers: Callable[[Mapping[str, Any]], list[str]]) -> Splits:
+def _hub(task: str, name: str) -> Splits:
     try:
-        rows = datasets.load_dataset(name, config, split="validation")
-    except (OSError, ValueError) as error:  # not reachable, not there, or offline and not in the cache
-        reason = str(error).split("\n", 1)[0]
+        docs = [
+            {"question": question.question, "answers": list(question.answers)}
+            for question in read_hub_questions(name, "validation")
+        ]
+    except InputError as error:
         raise InputError(
-            f"{task}: cannot load {name} from the hub ({reason}); "
-            f"""a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
+            f"""{task}: {error}; a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
         ) from error
-    docs = [{"question": row["question"], "answers": answers(row)} for row in rows]
     return {"test": datasets.Dataset.from_list(docs)}

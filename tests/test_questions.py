@@ -17,6 +17,19 @@ CTX = {"id": "wiki:7", "title": "Opera", "text": "Rossini wrote it.", "score": "
 RETRIEVED = RetrievedPassage(Passage("wiki:7", "Opera", "Rossini wrote it."), 81.25, 1, has_answer=True)
 RESULT = {"question": "who wrote it", "answers": ["Rossini", "G. Rossini"], "ctxs": [CTX]}
 QUESTION = Question("who wrote it", ("Rossini", "G. Rossini"), (RETRIEVED,))
+POOLS = {
+    "question": "who wrote it",
+    "answers": ["Rossini"],
+    "positive_ctxs": [{"title": "Opera", "text": "Gioachino wrote it.", "score": 1000, "passage_id": "7"}],
+    "negative_ctxs": [{"title": "", "text": "Rossini again.", "score": 0, "psg_id": 9}],
+    "hard_negative_ctxs": [{"title": "Verdi", "text": "Verdi did not.", "score": 8.5, "psg_id": "8"}],
+}
+POOLED = (
+    RetrievedPassage(Passage("7", "Opera", "Gioachino wrote it."), 1000.0, 1, has_answer=True),
+    RetrievedPassage(Passage("8", "Verdi", "Verdi did not."), 8.5, 2, has_answer=False),
+    RetrievedPassage(Passage("9", "", "Rossini again."), 0.0, 3),
+)
+GOLD = {"question": "who", "short_answers": ["Rossini"], "example_id": 5, "title": "Opera", "context": "Rossini did."}
 PLAIN = Question("who wrote it", ("Rossini", "G. Rossini"))
 QAS = "who wrote it\t['Rossini', 'G. Rossini']\n"
 
@@ -38,6 +51,13 @@ def write(path: Path, text: str) -> Path:
         ("nq-test.qas.csv", QAS, PLAIN),
         ("nq-test.qas.tsv.gz", QAS, PLAIN),
         ("nq_open.jsonl", json.dumps({"question": "who wrote it", "answer": ["Rossini", "G. Rossini"]}), PLAIN),
+        ("biencoder.json", json.dumps([POOLS]), Question("who wrote it", ("Rossini",), POOLED)),
+        (
+            "gold_info.json.gz",
+            json.dumps({"data": [{**GOLD, "short_answers": []}, GOLD], "version": 1}, indent=1),
+            Question("who", ("Rossini",), (RetrievedPassage(Passage("5", "Opera", "Rossini did."), 0.0, 1),)),
+        ),
+        ("gold_info.json", json.dumps({"data": [{**GOLD, "context": ""}]}), Question("who", ("Rossini",))),
         ("one_answer.jsonl", json.dumps({"question": "q", "answer": "a"}), Question("q", ("a",))),
     ],
 )
@@ -135,7 +155,10 @@ def test_ctxs_without_score_and_rank_keep_their_order() -> None:
         ("q.jsonl", json.dumps({**RESULT, "ctxs": [{**CTX, "rank": 0}]}), r"item 1: \"rank\" has to be a whole number"),
         ("q.jsonl", '{"format": "genpoe-retrieval", "version": 2}\n', r"q\.jsonl:1: version 2 .* version 1"),
         ("q.json", json.dumps([RESULT, {"question": ""}]), r"q\.json, item 2: a question"),
-        ("q.json", "[\n{},\n{]", r"q\.json:3: not JSON"),
+        ("q.json", f"[\n{json.dumps(RESULT)},\n{{]", r"q\.json:3: not JSON .*column 2\)"),
+        ("q.json", json.dumps([RESULT])[:-1], r"q\.json:1: not JSON"),
+        ("q.json", json.dumps({"data": [GOLD, {**GOLD, "title": 3}]}), r"q\.json, item 2, \"ctxs\", item 1: "),
+        ("q.json", json.dumps([{**POOLS, "negative_ctxs": ["b"]}]), r"q\.json, item 1, \"negative_ctxs\", item 1"),
         ("q.json", "", r"q\.json: the file is empty"),
     ],
 )

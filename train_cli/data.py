@@ -1,4 +1,4 @@
-"""``genpoe data``: making training data."""
+"""``genpoe data``: downloading data, and making training data of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,55 @@ import click
 
 @click.group()
 def data() -> None:
-    """Make training data."""
+    """Download data, and make training data of it."""
+
+
+@data.command("list")
+def list_() -> None:
+    """List what can be downloaded, and what to do where something cannot."""
+    from genpoe_plugin.resources import RESOURCES, UNAVAILABLE
+
+    rows = [("NAME", "WHAT", "LICENCE"), *((row.name, row.what, row.licence) for row in RESOURCES)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    kind = None
+    for row, resource in zip(rows, [None, *RESOURCES], strict=True):
+        if resource is not None and resource.kind != kind:
+            click.echo(f"\n{resource.kind}")
+            kind = resource.kind
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("\nnot to be had")
+    for name, advice in UNAVAILABLE.items():
+        click.echo(f"{name}: {advice}")
+
+
+@data.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--out", default="downloads", show_default=True, type=click.Path(path_type=Path), help="Folder.")
+def download(names: tuple[str, ...], out: Path) -> None:
+    """Download the resource called NAME, or all whose names begin so.
+
+    `genpoe data list` has the names, DPR's own. What was interrupted is gone on with by the same command.
+    """
+    from genpoe_plugin.resources import fetch, find, left_out
+
+    wanted = {resource.name: resource for name in names for resource in find(name)}
+    try:
+        for resource in wanted.values():
+            path, is_new = fetch(resource, out, progress=True)
+            state = f"{path.stat().st_size:,} bytes" if is_new else "was there already"
+            click.echo(f"{path}: {state}; {resource.what}; licence: {resource.licence}")
+    except KeyboardInterrupt:
+        click.echo("what has been downloaded is kept; the same command goes on where it stopped", err=True)
+        raise
+    for advice in dict.fromkeys(advice for name in names for advice in left_out(name)):
+        click.echo(f"not downloaded: {advice}")
 
 
 @data.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON lines of query, pos, neg and prompt.")
 @click.option("--negatives", default=32, show_default=True, help="Passages without an answer, at most, per question.")
-@click.option("--min-negatives", default=1, show_default=True, help="Leave out questions that have fewer.")
+@click.option("--min-negatives", type=int, help="Leave out questions that have fewer.  [default: --negatives]")
 @click.option("--random-negatives", is_flag=True, help="Fill up with passages of other questions.")
 @click.option("--seed", default=0, show_default=True, help="Of the random negatives.")
 @click.option("--prompt", help="Question that the reranker is asked about query A and passage B.  [default: BGE's]")
@@ -24,7 +65,7 @@ def reranker(
     results: tuple[Path, ...],
     out: Path,
     negatives: int,
-    min_negatives: int,
+    min_negatives: int | None,
     random_negatives: bool,
     seed: int,
     prompt: str | None,
@@ -33,11 +74,12 @@ def reranker(
     from genpoe_plugin.reranking import DEFAULT_PROMPT
     from genpoe_plugin.training.reranker_data import write_reranker_data
 
+    least = negatives if min_negatives is None else min_negatives
     counts = write_reranker_data(
         results,
         out,
         negatives=negatives,
-        min_negatives=min_negatives,
+        min_negatives=least,
         random_negatives=random_negatives,
         seed=seed,
         prompt=prompt or DEFAULT_PROMPT,
@@ -45,5 +87,5 @@ def reranker(
     click.echo(
         f"{out}: {counts.written:,} of {counts.questions:,} questions "
         f"({counts.without_positive:,} have no passage with an answer, "
-        f"{counts.too_few_negatives:,} fewer than {min_negatives} without)"
+        f"{counts.too_few_negatives:,} fewer than {least} without)"
     )

@@ -123,7 +123,9 @@ def _with_passages(question: WorldQuestion, passages: tuple[RetrievedPassage, ..
 
 def _train_reranker(out: Path, settings: DemoSettings) -> None:
     if not (data := out / "reranker.jsonl").is_file():
-        write_reranker_data([out / "train.jsonl"], data, negatives=HARD_NEGATIVES, prompt=RERANKER_PROMPT)
+        write_reranker_data(
+            [out / "train.jsonl"], data, negatives=HARD_NEGATIVES, min_negatives=1, prompt=RERANKER_PROMPT
+        )
     if not is_finished(out / "reranker"):
         _train(
             "reranker",

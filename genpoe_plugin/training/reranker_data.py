@@ -72,7 +72,7 @@ def write_reranker_data(
     out: str | Path,
     *,
     negatives: int = 32,
-    min_negatives: int = 1,
+    min_negatives: int | None = None,
     random_negatives: bool = False,
     seed: int = 0,
     prompt: str = DEFAULT_PROMPT,
@@ -84,12 +84,14 @@ def write_reranker_data(
 
     Args:
         negatives: kept per question, at most.
+        min_negatives: as many as ``negatives``, where None.
         random_negatives: fill up to ``negatives`` with other questions' passages that do not hold an answer.
         seed: of the random negatives.
 
     Raises:
         InputError: a file is malformed, or no question can be used; nothing is written then.
     """
+    min_negatives = negatives if min_negatives is None else min_negatives
     if not 1 <= min_negatives <= negatives:
         raise InputError(f"{min_negatives} negatives at least and {negatives} at most: must be 1 <= least <= most")
     pool = _draw_pool(results, seed) if random_negatives else []
@@ -115,7 +117,7 @@ def write_reranker_data(
         if not written:
             raise InputError(
                 f"{results[0]}: none of {questions} questions has a passage with an answer and at least "
-                f"{min_negatives} without (random negatives can supply the latter)"
+                f"{min_negatives} without; retrieve more passages, ask for fewer, or add random negatives"
             )
     return RerankerDataCounts(questions, written, without_positive, too_few_negatives)
 

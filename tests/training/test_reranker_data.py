@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_positives_and_negatives_in_the_retrievers_order(results: Path, tmp_path: Path) -> None:
-    counts = write_reranker_data([results], tmp_path / "out.jsonl", negatives=2)
+    counts = write_reranker_data([results], tmp_path / "out.jsonl", negatives=2, min_negatives=1)
     assert counts == RerankerDataCounts(questions=4, written=2, without_positive=1, too_few_negatives=1)
     assert records(tmp_path / "out.jsonl") == [
         {"query": "Who?", "pos": ["A: It was Ada."], "neg": ["B: second", "no title"], "prompt": DEFAULT_PROMPT},
@@ -75,8 +76,38 @@ def test_what_is_written_is_read(results: Path, tmp_path: Path) -> None:
 
 
 def test_several_files(results: Path, tmp_path: Path) -> None:
-    counts = write_reranker_data([results, results], tmp_path / "out.jsonl")
+    counts = write_reranker_data([results, results], tmp_path / "out.jsonl", min_negatives=1)
     assert (counts.questions, counts.written) == (8, 4)
+
+
+@pytest.mark.parametrize(("given", "least", "most"), [({}, 32, 32), ({"min_negatives": 31}, 31, 32)])
+def test_thirty_two_negatives_or_a_stated_minimum(tmp_path: Path, given: dict[str, int], least: int, most: int) -> None:
+    questions = [
+        (f"q{count}?", ["Ada"], [ctx("A", "Ada"), *(ctx("N", str(number)) for number in range(count))])
+        for count in range(29, 35)
+    ]
+    results = write_results(tmp_path / "r.jsonl", questions)
+    counts = write_reranker_data([results], tmp_path / "out.jsonl", **given)
+    sizes = [len(record["neg"]) for record in records(tmp_path / "out.jsonl")]
+    assert sizes == [min(count, most) for count in range(29, 35) if count >= least]
+    assert counts == RerankerDataCounts(6, len(sizes), 0, 6 - len(sizes))
+
+
+def test_memory_does_not_grow_with_the_results(tmp_path: Path) -> None:
+    """DPR's form, one JSON list of many questions; what is written is counted to be all of them."""
+    passages = [ctx("A", "It was Ada."), *(ctx("N", f"{number} " + "word " * 100) for number in range(32))]
+    question = json.dumps({"question": "Who?", "answers": ["Ada"], "ctxs": passages}, indent=4)
+    peaks = []
+    for count in (20, 150):
+        path = tmp_path / f"{count}.json"
+        path.write_text("[" + ",\n".join([question] * count) + "]")
+        tracemalloc.start()
+        assert write_reranker_data([path], tmp_path / "out.jsonl").written == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        size = path.stat().st_size
+    assert peaks[1] < peaks[0] + 0.02 * size
+    assert peaks[1] < 0.3 * size
 
 
 @pytest.fixture
@@ -137,8 +168,8 @@ def test_impossible_counts(results: Path, tmp_path: Path, negatives: int, least:
 
 
 def test_no_usable_question_writes_nothing(gold: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gold\.jsonl: none of 30 questions"):
-        write_reranker_data([gold], tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=r"gold\.jsonl: none of 30 questions .* at least 1 without"):
+        write_reranker_data([gold], tmp_path / "out.jsonl", min_negatives=1)
     assert [path.name for path in tmp_path.iterdir()] == ["gold.jsonl"]
 
 
