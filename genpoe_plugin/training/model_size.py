@@ -1,0 +1,161 @@
+"""What of a decoder LLM decides how much memory it takes, from its configuration: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.utils import TensorInfo
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.injection import find_decoder
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class LanguageModelSize:
+    """The sizes of a decoder LLM; in brackets, their letters in the formulas of `genpoe_plugin.training.memory`.
+
+    Attributes:
+        weights: number of its weights.
+        largest_weight: of these, in the largest tensor.
+        weight_bytes: bytes of all of them.
+        number_bytes: bytes of a number in its hidden states, if nothing else is asked for [w].
+        layers: [n].
+        hidden_size: [d].
+        heads: of its attention.
+        attention_width: [a].
+        mlp_width: numbers that an MLP keeps a token [3·f].
+        layer_weights: number of weights in a layer.
+        vocabulary: [V].
+    """
+
+    weights: int
+    largest_weight: int
+    weight_bytes: int
+    number_bytes: int
+    layers: int
+    hidden_size: int
+    heads: int
+    attention_width: int
+    mlp_width: int
+    layer_weights: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, dtype: str = "auto", weight_bytes: int | None = None) -> LanguageModelSize:
+        """The sizes of a model, with or without storage.
+
+        Args:
+            dtype: that it will be loaded in; ``auto``: as its configuration says, else float32.
+            weight_bytes: of a quantised one; the others' follow from the dtype.
+
+        Raises:
+            InputError: there is no such dtype, or nothing that looks like a stack of decoder layers.
+        """
+        config = model.config.get_text_config()
+        number_bytes = _number_bytes(dtype, config.dtype)
+        sizes = [weight.numel() for weight in model.parameters()]
+        heads = config.num_attention_heads
+        (layer, *_) = find_decoder(model)[1]
+        mlp = sum(
+            weight.numel()
+            for name, weight in layer.named_parameters()
+            if weight.dim() > 1 and "attn" not in name.lower() and "attention" not in name.lower()
+        )
+        return cls(
+            weights=sum(sizes),
+            largest_weight=max(sizes),
+            weight_bytes=sum(sizes) * number_bytes if weight_bytes is None else weight_bytes,
+            number_bytes=number_bytes,
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            heads=heads,
+            attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+            mlp_width=mlp // config.hidden_size,
+            layer_weights=sum(weight.numel() for weight in layer.parameters()),
+            vocabulary=config.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """A LoRA adapter: number of its weights, and the numbers a token that its linear layers read and pass on."""
+
+    weights: int
+    kept: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, targets: Sequence[str], rank: int) -> AdapterSize:
+        """The adapter of ``rank`` on the layers that ``targets`` name, whole or by the end of their names."""
+        endings = tuple(f".{target}" for target in targets)
+        shapes = [
+            # transformers' Conv1D (GPT-2) has its weight the other way round.
+            module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
+            for name, module in model.named_modules()
+            if f".{name}".endswith(endings) and isinstance(getattr(module, "weight", None), torch.Tensor)
+        ]
+        inputs, outputs = sum(shape[0] for shape in shapes), sum(shape[1] for shape in shapes)
+        return cls(rank * (inputs + outputs), inputs + rank * len(shapes))
+
+
+def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """An LLM of a directory or the hub, all of its structure and none of its storage.
+
+    Raises:
+        InputError: it has no configuration of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+
+
+def read_size(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> LanguageModelSize:
+    """The sizes of an LLM in a directory or on the hub, as it will be loaded in ``dtype``.
+
+    Raises:
+        InputError: it has no configuration of a causal language model, or there is no such dtype.
+    """
+    model = empty_model(name, trust_remote_code=trust_remote_code)
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    unknown = dtype == "auto" and model.config.get_text_config().dtype is None
+    stored = _stored_tensors(name) if quantised or unknown else []
+    if unknown:
+        # transformers takes that of the checkpoint's first floating point tensor.
+        dtype = next((FLOATS[tensor.dtype] for tensor in stored if tensor.dtype in FLOATS), "float32")
+    bytes_stored = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in stored)
+    return LanguageModelSize.of(model, dtype=dtype, weight_bytes=bytes_stored if quantised and stored else None)
+
+
+def _stored_tensors(name: str) -> list[TensorInfo]:
+    """The tensors of a checkpoint, by the headers of its safetensors files; none if it has no such files."""
+    directory = Path(str(cached_file(name, CONFIG_NAME))).parent
+    try:
+        found = get_local_safetensors_metadata(directory)
+    except (OSError, NotASafetensorsRepoError, SafetensorsParsingError):
+        try:
+            found = get_safetensors_metadata(name)
+        except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
+            return []
+    return [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
+
+
+def _number_bytes(dtype: str, configured: torch.dtype | str | None) -> int:
+    # transformers leaves a name in a configuration that has been saved.
+    name = str(configured or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    wanted = getattr(torch, name, None)
+    if not isinstance(wanted, torch.dtype):
+        raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
+    return wanted.itemsize

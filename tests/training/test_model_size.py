@@ -1,0 +1,94 @@
+"""The sizes of an LLM, read without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.training.model_size import LanguageModelSize, empty_model, read_size
+
+MakeLLM = Callable[..., PreTrainedModel]
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox", "gpt2"])
+def test_sizes_are_those_of_the_loaded_model(make_llm: MakeLLM, tmp_path: Path, family: str) -> None:
+    model = make_llm(family)
+    model.save_pretrained(tmp_path)
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.unlink()
+    size = read_size(str(tmp_path))
+    tensors = list(model.parameters())
+    assert size.weights == sum(tensor.numel() for tensor in tensors)
+    assert size.largest_weight == max(tensor.numel() for tensor in tensors)
+    assert size.weight_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert (size.layers, size.hidden_size, size.heads, size.attention_width) == (3, 32, 4, 32)
+    assert size.mlp_width == (2 if family in ("gpt_neox", "gpt2") else 3) * 48
+    assert size.vocabulary == model.config.vocab_size
+    layer = [tensor for name, tensor in model.named_parameters() if ".0." in name]
+    assert size.layer_weights == sum(tensor.numel() for tensor in layer)
+    assert size == LanguageModelSize.of(model)
+
+
+def test_nothing_has_storage(llm_dir: Path) -> None:
+    model = empty_model(str(llm_dir))
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("configured", "dtype", "number_bytes"),
+    [("bfloat16", "auto", 2), ("float32", "auto", 4), ("float32", "bfloat16", 2), ("bfloat16", "float32", 4)],
+)
+def test_dtypes(make_llm: MakeLLM, tmp_path: Path, configured: str, dtype: str, number_bytes: int) -> None:
+    make_llm("llama").config.save_pretrained(tmp_path)
+    change_config(tmp_path, dtype=configured)
+    size = read_size(str(tmp_path), dtype=dtype)
+    assert size.number_bytes == number_bytes
+    assert size.weight_bytes == number_bytes * size.weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_configuration_without_dtype_has_that_of_its_files(
+    make_llm: MakeLLM, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    make_llm("llama").to(dtype).save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    change_config(tmp_path, dtype=None)
+    assert read_size(str(tmp_path)).number_bytes == dtype.itemsize
+
+
+def test_a_quantised_llm_takes_what_its_files_hold(make_llm: MakeLLM, tmp_path: Path) -> None:
+    make_llm("llama").config.save_pretrained(tmp_path)
+    change_config(tmp_path, dtype="float16", quantization_config={"quant_method": "gptq", "bits": 4})
+    packed = {"a.qweight": torch.zeros(7, 5, dtype=torch.int32), "a.scales": torch.zeros(3, dtype=torch.float16)}
+    save_file(packed, tmp_path / "model.safetensors")
+    size = read_size(str(tmp_path))
+    assert size.weight_bytes == 7 * 5 * 4 + 3 * 2
+    assert size.number_bytes == 2
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{", '{"model_type": "clip"}'])
+def test_what_is_no_llm_is_said_in_one_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="cannot be loaded") as error:
+        read_size(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_dtype(llm_dir: Path) -> None:
+    with pytest.raises(InputError, match="dtype float23: no such number format"):
+        read_size(str(llm_dir), dtype="float23")
