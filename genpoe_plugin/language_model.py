@@ -27,15 +27,29 @@ def load_language_model(
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+    return to_device(model, device).eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of an LLM in a directory or on the hub.
+
+    Raises:
+        InputError: it cannot be loaded, or cannot tell which characters a token covers.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
     if not tokenizer.is_fast:
         raise InputError(f"LLM {name}: its tokenizer gives no character offsets; one of the fast kind is needed")
-    return to_device(model, device).eval().requires_grad_(False), tokenizer
+    return tokenizer
 
 
 def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from genpoe_plugin.errors import InputError
 from genpoe_plugin.training.arguments import HypernetworkTraining
-from train_cli.training_options import FORM_HELP, form_options, report, training_options
+from train_cli.training_options import FORM_HELP, describe, digests, form_options, report, show_memory, training_options
 
 
 @click.command()
@@ -16,6 +17,7 @@ from train_cli.training_options import FORM_HELP, form_options, report, training
 @click.option("--data", required=True, help="Questions with passages: DPR results, or what `genpoe retrieve` writes.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
 @click.option("--validation", help="Held-out questions with passages; the weights that answer them best are kept.")
+@click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
 @form_options
 @training_options(HypernetworkTraining)
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
@@ -26,6 +28,7 @@ def hypernetwork(
     data: str,
     out: Path,
     validation: str | None,
+    estimate: bool,
     preset: str,
     device: str | None,
     dtype: str,
@@ -34,43 +37,54 @@ def hypernetwork(
 ) -> None:
     """Train a hypernetwork: passages in, experts for a frozen LLM out."""
     from genpoe_plugin.experts.config import HypernetworkConfig
-    from genpoe_plugin.files import file_digest
-    from genpoe_plugin.language_model import load_language_model
+    from genpoe_plugin.experts.footprint import footprint
+    from genpoe_plugin.language_model import load_language_model, load_tokenizer
     from genpoe_plugin.questions import read_questions
+    from genpoe_plugin.training.card import DataFile
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.examples import training_examples
     from genpoe_plugin.training.hypernetwork import train_hypernetwork
+    from genpoe_plugin.training.model_size import read_size
+    from genpoe_plugin.training.plans import plan_hypernetwork
     from genpoe_plugin.training.trainer import is_finished
     from genpoe_plugin.training.validation import Validation
 
     form = {name: options.pop(name) for name in FORM_HELP}
     arguments = HypernetworkTraining(**options)
     examples = training_examples(read_questions(data))
+    if not examples:
+        raise InputError(f"{data}: no training example: no question has a passage that contains one of its answers")
     accelerator = accelerator_on(device)
     finished_before = is_finished(out)
+
+    llm_size = read_size(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    changes = {name: value for name, value in form.items() if value is not None}
+    layer = changes.pop("layer", llm_size.layers // 3)
+    config = HypernetworkConfig.preset(preset, hidden_size=llm_size.hidden_size, layer=layer, **changes)
+    size = footprint(config)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if accelerator.is_main_process:
+        click.echo(f"hypernetwork: {size.parameters:,} parameters; an expert: {size.expert_bytes:,} bytes", err=True)
+    plan = plan_hypernetwork(config, arguments, examples, llm_size, tokenizer, accelerator)
+    if not show_memory(plan.estimate(), accelerator, device, estimate):
+        return
+
     llm, tokenizer = load_language_model(
         model, device=device or str(accelerator.device), dtype=dtype, trust_remote_code=trust_remote_code
     )
-    text_config = llm.config.get_text_config()
-    changes = {name: value for name, value in form.items() if value is not None}
-    layer = changes.pop("layer", text_config.num_hidden_layers // 3)
-    config = HypernetworkConfig.preset(preset, hidden_size=text_config.hidden_size, layer=layer, **changes)
+    files = [DataFile.read("training", data, len(examples))]
     held_out = None
     if validation:
+        questions = list(read_questions(validation))
         held_out = Validation(
-            list(read_questions(validation)),
+            questions,
             llm,
             tokenizer,
             layer=config.layer,
             num_passages=arguments.num_passages,
             batch_size=arguments.batch_size,
         )
-    identity = {
-        "model": model,
-        "dtype": dtype,
-        "data": file_digest(data),
-        "validation": file_digest(validation) if validation else None,
-    }
+        files.append(DataFile.read("validation", validation, len(questions)))
     progress = train_hypernetwork(
         config,
         arguments,
@@ -78,9 +92,20 @@ def hypernetwork(
         llm,
         tokenizer,
         out,
-        identity=identity,
+        identity={"model": model, "dtype": dtype, **digests(files)},
         validation=held_out,
         accelerator=accelerator,
     )
     if accelerator.is_main_process:
         report(progress, out, finished_before)
+        describe(
+            "hypernetwork",
+            model,
+            out,
+            {**config.to_dict(), "parameters": size.parameters, "bytes of an expert": size.expert_bytes},
+            files,
+            arguments,
+            progress,
+            accelerator.num_processes,
+            {"num_passages": arguments.num_passages},
+        )

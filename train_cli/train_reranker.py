@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from genpoe_plugin.training.arguments import RerankerTraining
-from train_cli.training_options import report, training_options
+from train_cli.training_options import describe, digests, report, show_memory, training_options
 
 
 @click.command()
@@ -16,6 +16,7 @@ from train_cli.training_options import report, training_options
 @click.option("--data", required=True, help="Training data, as `genpoe data reranker` writes it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the trained reranker.")
 @click.option("--validation", help="Held-out data; the weights that rank it best are kept.")
+@click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens of query and passage together.")
 @training_options(RerankerTraining)
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
@@ -32,25 +33,45 @@ def reranker(
     data: str,
     out: Path,
     validation: str | None,
+    estimate: bool,
     max_length: int,
     device: str | None,
     dtype: str,
     trust_remote_code: bool,
-    **training: Any,
+    **options: Any,
 ) -> None:
     """Train a reranker: a decoder LLM that tells passages with an answer from those without."""
-    from genpoe_plugin.files import file_digest
+    from genpoe_plugin.language_model import load_tokenizer
     from genpoe_plugin.reranking import Reranker
+    from genpoe_plugin.training.card import DataFile
     from genpoe_plugin.training.devices import accelerator_on
+    from genpoe_plugin.training.model_size import empty_model, read_size
+    from genpoe_plugin.training.plans import plan_reranker
     from genpoe_plugin.training.reranker import train_reranker
     from genpoe_plugin.training.reranker_data import read_examples
     from genpoe_plugin.training.trainer import is_finished
 
-    arguments = RerankerTraining(**training)
+    arguments = RerankerTraining(**options)
     examples = read_examples(data)
+    files = [DataFile.read("training", data, len(examples))]
     held_out = read_examples(validation) if validation else []
+    if validation:
+        files.append(DataFile.read("validation", validation, len(held_out)))
     accelerator = accelerator_on(device)
     finished_before = is_finished(out)
+
+    plan = plan_reranker(
+        empty_model(model, trust_remote_code=trust_remote_code),
+        arguments,
+        examples,
+        read_size(model, dtype=dtype, trust_remote_code=trust_remote_code),
+        load_tokenizer(model, trust_remote_code=trust_remote_code),
+        max_length,
+        accelerator,
+    )
+    if not show_memory(plan.estimate(), accelerator, device, estimate):
+        return
+
     start = Reranker.load(
         model,
         device=device or str(accelerator.device),
@@ -59,15 +80,11 @@ def reranker(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
-    identity = {
-        "model": model,
-        "dtype": dtype,
-        "max_length": max_length,
-        "data": file_digest(data),
-        "validation": file_digest(validation) if validation else None,
-    }
+    identity: dict[str, Any] = {"model": model, "dtype": dtype, "max_length": max_length, **digests(files)}
     progress = train_reranker(
         start, arguments, examples, out, identity=identity, held_out=held_out, accelerator=accelerator
     )
     if accelerator.is_main_process:
         report(progress, out, finished_before)
+        form = {"prompt": examples[0].prompt, "max_length": max_length}
+        describe("reranker", model, out, form, files, arguments, progress, accelerator.num_processes)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
+from click.core import ParameterSource
 
 from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
 from genpoe_plugin.training.arguments import TrainingArguments
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from genpoe_plugin.training.card import DataFile
+    from genpoe_plugin.training.memory import MemoryEstimate
     from genpoe_plugin.training.state import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,6 +113,11 @@ def _options(holder: type, defaults: Mapping[str, Any]) -> Callable[[Function], 
     return decorate
 
 
+def digests(files: Sequence[DataFile]) -> dict[str, str]:
+    """What tells the data of one run from that of another, by use."""
+    return {"data" if file.use == "training" else file.use: file.sha256 for file in files}
+
+
 def report(progress: Progress, out: Path, finished_before: bool) -> None:
     """Say what came out: measures before and after, and where it is."""
     if finished_before:
@@ -120,3 +130,69 @@ def report(progress: Progress, out: Path, finished_before: bool) -> None:
                     f"{measure}: {first[measure]:.3f} before training, {best[measure]:.3f} at step {progress.best}"
                 )
     click.echo(f"{out}: trained in {progress.step:,} steps, loss {progress.losses[-1][1]:.3f}")
+
+
+def show_memory(estimate: MemoryEstimate, accelerator: Accelerator, device: str | None, only: bool) -> bool:
+    """Print the estimate, and say whether to go on: not if it was ``only`` asked for.
+
+    Raises:
+        InputError: so much memory is not free on the device.
+    """
+    from genpoe_plugin.training.device_memory import available_memory
+    from genpoe_plugin.training.memory import check_fits
+
+    if accelerator.is_main_process:
+        click.echo(estimate.table(), err=True)
+    if not only:
+        check_fits(estimate, available_memory(device or str(accelerator.device)))
+    return not only
+
+
+def describe(
+    kind: Literal["hypernetwork", "reranker"],
+    base_model: str,
+    out: Path,
+    form: Mapping[str, Any],
+    data: Sequence[DataFile],
+    arguments: TrainingArguments,
+    progress: Progress,
+    processes: int,
+    lm_eval_arguments: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model card, unless it is there."""
+    from genpoe_plugin.training.card import CARD, ModelCard, write_card
+
+    if (out / CARD).is_file():
+        return
+    card = ModelCard(
+        kind=kind,
+        base_model=base_model,
+        out=str(out),
+        form=form,
+        data=data,
+        arguments=asdict(arguments),
+        command=_command(processes),
+        steps=progress.step,
+        validations=progress.validations,
+        best=progress.best,
+        lm_eval_arguments=lm_eval_arguments or {},
+    )
+    write_card(out, card)
+
+
+def _command(processes: int) -> list[str]:
+    """The command that is running, with the options that were given."""
+    context = click.get_current_context()
+    words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "train_cli"] if processes > 1 else []
+    words = words or ["genpoe"]
+    words += context.command_path.split()[1:]
+    for option in context.command.params:
+        name = option.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value, flags = context.params[name], [*option.opts, *option.secondary_opts]
+        if isinstance(value, bool):
+            words.append(flags[0] if value else flags[-1])
+        else:
+            words += [flags[0], ",".join(value) if isinstance(value, tuple) else str(value)]
+    return words

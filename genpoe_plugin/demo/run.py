@@ -163,6 +163,7 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
                 "out": out / "hypernetwork",
                 "dtype": "float32",
                 "layer": 2,
+                "head": "dense",
                 "rank": 16,
                 "max-steps": settings.hypernetwork_steps,
                 "batch-size": 64,

@@ -5,7 +5,6 @@ The front matter is what the Hugging Face hub reads; the rest is Markdown for pe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
@@ -21,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from genpoe_plugin import __version__
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.training.curves import LOSS, PICTURE, VALIDATION
 
 CARD = "README.md"
@@ -50,8 +49,7 @@ class DataFile:
     @classmethod
     def read(cls, use: Literal["training", "validation"], path: str | Path, examples: int) -> DataFile:
         """Describe the file at ``path``, hashing it."""
-        with Path(path).open("rb") as file:
-            return cls(use, str(path), hashlib.file_digest(file, "sha256").hexdigest(), examples)
+        return cls(use, str(path), file_digest(path), examples)
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,0 +1,96 @@
+"""What a training will hold in memory, from its arguments, its examples and the LLM's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, rag_prompt
+from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
+from genpoe_plugin.training.examples import TrainingExample
+from genpoe_plugin.training.memory import HypernetworkPlan, RerankerPlan
+from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize
+from genpoe_plugin.training.reranker import attention_projections
+from genpoe_plugin.training.reranker_data import RerankerExample
+
+# Of those with the most characters the one with the most tokens is taken.
+LONGEST = 50
+
+Item = TypeVar("Item")
+
+
+def plan_hypernetwork(
+    config: HypernetworkConfig,
+    arguments: HypernetworkTraining,
+    examples: Sequence[TrainingExample],
+    llm: LanguageModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> HypernetworkPlan:
+    """The plan of a training on ``examples`` of a hypernetwork of the form ``config``."""
+    size = footprint(config)
+    with torch.device("meta"):
+        largest = max(weight.numel() for weight in Hypernetwork(config).parameters())
+    passage_tokens = min(MAX_PASSAGE_TOKENS, _longest(examples, lambda example: example.passage, tokenizer))
+    tokens = _longest(examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer)
+    if arguments.knowledge:
+        tokens += arguments.num_passages * passage_tokens
+    inner = 2 * config.rank if config.head == "dense" else 4 * config.core_size
+    return HypernetworkPlan(
+        llm=llm,
+        weights=size.parameters,
+        largest_weight=largest,
+        buffers=size.base_numbers,
+        expert_bytes=size.expert_bytes,
+        expert_width=inner + config.expert_width,
+        layer=config.layer,
+        rows=arguments.micro_batch_size or arguments.batch_size,
+        num_experts=arguments.num_passages,
+        tokens=tokens,
+        answer_tokens=_longest(examples, lambda example: f" {example.answer}\n", tokenizer),
+        passage_tokens=passage_tokens,
+        precision=arguments.precision,
+        shards=accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1,
+        device_type=accelerator.device.type,
+    )
+
+
+def plan_reranker(
+    model: PreTrainedModel,
+    arguments: RerankerTraining,
+    examples: Sequence[RerankerExample],
+    llm: LanguageModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    accelerator: Accelerator,
+) -> RerankerPlan:
+    """The plan of a training on ``examples``; ``model`` may be without storage."""
+    targets = list(arguments.lora_targets) or attention_projections(model)
+    pair = _longest(
+        examples, lambda example: f"A: {example.query}\nB: {max(example.pos + example.neg, key=len)}", tokenizer
+    )
+    most = max(len(example.neg) for example in examples)
+    return RerankerPlan(
+        llm=llm,
+        adapter=AdapterSize.of(model, targets, arguments.lora_rank) if arguments.lora_rank else None,
+        groups=min(arguments.micro_batch_size or arguments.batch_size, arguments.batch_size),
+        group_size=1 + min(arguments.negatives, most),
+        tokens=min(max_length, pair) + len(tokenizer(examples[0].prompt)["input_ids"]),
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        precision=arguments.precision,
+        device_type=accelerator.device.type,
+    )
+
+
+def _longest(items: Sequence[Item], text: Callable[[Item], str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest text."""
+    longest = sorted(map(text, items), key=len)[-LONGEST:]
+    return max(map(len, tokenizer(longest, verbose=False)["input_ids"]))
