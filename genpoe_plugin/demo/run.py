@@ -33,7 +33,7 @@ from genpoe_plugin.training.trainer import is_finished
 ASSETS = Path(__file__).parent / "assets"
 LLM, ENCODER = ASSETS / "llm", ASSETS / "encoder"
 TASK = "genpoe_demo"
-NUM_RETRIEVED = 20
+NUM_RETRIEVED: dict[Side, int] = {"train": 13, "test": 20}  # those of training are only for the reranker's negatives
 HARD_NEGATIVES = 12  # of the best found: most others have nothing in common with the question
 RERANKER_PROMPT = "Yes or No:"  # short, since every pair is read on a CPU
 
@@ -111,7 +111,8 @@ def _retrieve(out: Path, world: World, settings: DemoSettings) -> None:
         if not target.is_file():
             retriever = Retriever.load(out / "index", encoder=str(ENCODER))
             questions = world.questions[side]
-            found = retriever.retrieve([question.question for question in questions], NUM_RETRIEVED, progress=True)
+            asked = [question.question for question in questions]
+            found = retriever.retrieve(asked, NUM_RETRIEVED[side], progress=True)
             write_questions(target, map(_with_passages, questions, found))
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from genpoe_plugin.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.questions import read_questions
+from genpoe_plugin.training import device_memory
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork
@@ -148,6 +151,55 @@ def test_an_llm_in_half_precision(llm_dir: Path, data: Path, tmp_path: Path, dty
         tmp_path / "out", AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
     ).state_dict()
     assert all(torch.isfinite(weight).all() and weight.dtype == torch.float32 for weight in weights.values())
+
+
+def test_sizes_and_memory_are_told_before_anything_is_loaded(tokenizer, data: Path, tmp_path: Path) -> None:
+    """Of an LLM of Llama 2's size, of which there is a configuration and nothing else."""
+    LlamaConfig(vocab_size=32000, torch_dtype="float16").save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    told = {}
+    for preset in ("paper", "recommended"):
+        result = CliRunner().invoke(
+            main,
+            [
+                *["train", "hypernetwork", "--model", str(tmp_path / "llm"), "--data", str(data)],
+                *["--preset", preset, "--out", str(tmp_path / "out"), "--estimate"],
+            ],
+        )
+        assert result.exit_code == 0, result.output
+        assert "LLM weights" in result.stderr and "12.6 GiB" in result.stderr
+        first = result.stderr.splitlines()[0]
+        assert first.startswith("hypernetwork: ")
+        told[preset] = [int(word.replace(",", "")) for word in first.split() if word[0].isdigit()]
+    parameters, expert = told["paper"]
+    # Linear(4096, 128), and Linear(128, 2 * 512 * (4096 + 4096)).
+    assert parameters == 4097 * 128 + 129 * 2**23 and expert == 32 * 2**20
+    assert told["recommended"][0] <= parameters / 100 and told["recommended"][1] <= expert / 500
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_fit_is_refused_with_advice(llm_dir: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(device_memory, "available_memory", lambda device: 1_000_000)
+    result = run(llm_dir, data, tmp_path / "out", "--preset", "paper", "--batch-size", 64)
+    assert_one_line(result, "training needs about ")
+    assert "micro_batch_size=" in result.stderr and "Loading" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_has_the_command_and_the_scores(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "an out"
+    options = ["--max-steps", 2, "--validation", data, "--no-normalise"]
+    assert run(llm_dir, data, out, *options).exit_code == 0
+    card = (out / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("genpoe train"))
+    assert shlex.split(command) == [
+        *["genpoe", "train", "hypernetwork", "--model", str(llm_dir), "--data", str(data), "--out", str(out)],
+        *["--validation", str(data), "--rank", "4", "--no-normalise", "--max-steps", "2"],
+    ]
+    assert hashlib.sha256(data.read_bytes()).hexdigest() in card
+    assert "| first | 0 |" in card and "curves.png" in card and "--model genpoe" in card
+    again = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert again.exit_code == 0 and "finished before" in again.stdout
 
 
 def test_options_are_the_settings_with_their_defaults() -> None:

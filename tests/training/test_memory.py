@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import Experts
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.training.memory import HypernetworkPlan, MemoryEstimate, Part, RerankerPlan, check_fits
@@ -111,7 +110,13 @@ class HypernetworkRun:
         self.rows, self.num_experts, self.tokens = form["rows"], form["num_experts"], form["tokens"]
         self.answer_tokens, self.passage_tokens = form["answer_tokens"], form["passage_tokens"]
         width, rank, expert_width = model.config.hidden_size, form["rank"], form["expert_width"]
-        config = HypernetworkConfig(width, form["layer"], rank, expert_width, code_size=form["code_size"])
+        config = HypernetworkConfig(
+            hidden_size=width,
+            layer=form["layer"],
+            rank=rank,
+            expert_width=expert_width,
+            code_size=form["code_size"],
+        )
         torch.manual_seed(0)
         self.model = model.requires_grad_(False)
         self.hypernetwork = Hypernetwork(config)
@@ -144,7 +149,7 @@ class HypernetworkRun:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             states = self.model.get_input_embeddings()(passages).float()
             experts = self.hypernetwork(states, torch.ones_like(passages, dtype=torch.bool))
-            per_row = Experts(*(weight.unflatten(0, (rows, count)) for weight in experts.weights))
+            per_row = experts.map(lambda weight: weight.unflatten(0, (rows, count)))
             del experts
             gates = torch.full((rows, count), 1 / count)
             with inject(self.model, self.plan.layer, RowExperts(per_row, gates, torch.zeros(rows, dtype=torch.long))):
@@ -323,7 +328,7 @@ def paper(**changes: Any) -> HypernetworkPlan:
     with torch.device("meta"):
         config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
         size = LanguageModelSize.of(LlamaForCausalLM(config), dtype="bfloat16")
-        hypernetwork = Hypernetwork(HypernetworkConfig(4096, 11, 512, 4096, encoder="mean", base="random"))
+        hypernetwork = Hypernetwork(HypernetworkConfig.preset("paper", hidden_size=4096, layer=11))
         weights = [weight.numel() for weight in hypernetwork.parameters()]
     plan = HypernetworkPlan(
         llm=size,

@@ -1,0 +1,77 @@
+"""What a training is planned to hold, against what it does hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
+from genpoe_plugin.training.devices import accelerator_on
+from genpoe_plugin.training.draws import Draw
+from genpoe_plugin.training.examples import TrainingExample
+from genpoe_plugin.training.hypernetwork import HypernetworkLearner
+from genpoe_plugin.training.model_size import LanguageModelSize
+from genpoe_plugin.training.plans import plan_hypernetwork, plan_reranker
+from genpoe_plugin.training.reranker_data import RerankerExample
+
+EXAMPLES = [
+    TrainingExample("who is it", "Marie Curie", "Marie Curie: " + "She discovered radium. " * 3),
+    TrainingExample("where was this very famous and well known person born", "Rome", "Short."),
+]
+
+
+@pytest.mark.parametrize("head", ["dense", "factored"])
+@pytest.mark.parametrize("knowledge", [0.0, 1.0])
+def test_a_hypernetworks_plan_is_of_its_longest_batch(
+    make_llm: Callable[..., Any], tokenizer: Any, head: str, knowledge: float
+) -> None:
+    model = make_llm("llama")
+    form = {"head": head, "rank": 4, "core_size": 6, "expert_width": 16}
+    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, **form)
+    arguments = HypernetworkTraining(batch_size=2, knowledge=knowledge)
+    learner = HypernetworkLearner(config, arguments, EXAMPLES, model, tokenizer)
+    plan = plan_hypernetwork(config, arguments, EXAMPLES, LanguageModelSize.of(model), tokenizer, accelerator_on("cpu"))
+    seen: dict[str, Any] = {}
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["tokens"] = kwargs["input_ids"].shape[1]
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    learner.losses([Draw(0, 0), Draw(0, 1)], step=0)
+    hook.remove()
+    # The longest passage and the longest question need not meet in one example.
+    assert seen["tokens"] <= plan.tokens <= seen["tokens"] + 8 + 20 * knowledge
+    assert plan.weights == sum(weight.numel() for weight in learner.module.parameters())
+    assert plan.largest_weight == max(weight.numel() for weight in learner.module.parameters())
+    expert = learner.generator.generate([EXAMPLES[0].passage])
+    assert plan.expert_bytes == expert.nbytes
+    assert plan.passage_tokens >= len(tokenizer(EXAMPLES[0].passage, add_special_tokens=False)["input_ids"])
+    assert (plan.rows, plan.num_experts, plan.layer, plan.shards) == (2, 1, 1, 1)
+
+
+def test_a_rerankers_plan_is_of_its_longest_pair(make_llm: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    model = make_llm("llama")
+    examples = [
+        RerankerExample("who", ("short",), ("n", "a much longer passage than all the others " * 4), "Well?"),
+        RerankerExample("who was it that did that", ("p",), ("n",) * 9, "Well?"),
+    ]
+    size = LanguageModelSize.of(model)
+
+    def plan(max_length: int, **changes: Any) -> Any:
+        arguments = RerankerTraining(negatives=15, **changes)
+        return plan_reranker(model, arguments, examples, size, tokenizer, max_length, accelerator_on("cpu"))
+
+    ids = tokenizer(f"A: who\nB: {examples[0].neg[1]}\nWell?")["input_ids"]
+    found = plan(512, lora_rank=2, micro_batch_size=3, gradient_checkpointing=True)
+    assert len(ids) - 4 <= found.tokens <= len(ids) + 4
+    assert (found.groups, found.group_size, found.gradient_checkpointing) == (3, 10, True)
+    # q and o are 32 x 32, k and v, of half as many heads, 16 x 32; three layers.
+    assert found.adapter is not None and found.adapter.weights == 3 * 2 * (2 * (32 + 32) + 2 * (16 + 32))
+    short = plan(20, lora_rank=0)
+    assert short.adapter is None and short.tokens == 20 + len(tokenizer("Well?")["input_ids"])
+    assert torch.equal(model.lm_head.weight, make_llm("llama").lm_head.weight)
