@@ -17,6 +17,9 @@ from train_cli.training_options import FORM_HELP, describe, digests, form_option
 @click.option("--data", required=True, help="Questions with passages: DPR results, or what `genpoe retrieve` writes.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
 @click.option("--validation", help="Held-out questions with passages; the weights that answer them best are kept.")
+@click.option(
+    "--titles/--no-titles", default=None, help="Passages with their titles.  [default: yes; no for the paper's preset]"
+)
 @click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
 @form_options
 @training_options(HypernetworkTraining)
@@ -28,6 +31,7 @@ def hypernetwork(
     data: str,
     out: Path,
     validation: str | None,
+    titles: bool | None,
     estimate: bool,
     preset: str,
     device: str | None,
@@ -51,7 +55,8 @@ def hypernetwork(
 
     form = {name: options.pop(name) for name in FORM_HELP}
     arguments = HypernetworkTraining(**options)
-    examples = training_examples(read_questions(data))
+    titles = preset != "paper" if titles is None else titles
+    examples = training_examples(read_questions(data), titles)
     if not examples:
         raise InputError(f"{data}: no training example: no question has a passage that contains one of its answers")
     accelerator = accelerator_on(device)
@@ -92,7 +97,7 @@ def hypernetwork(
         llm,
         tokenizer,
         out,
-        identity={"model": model, "dtype": dtype, **digests(files)},
+        identity={"model": model, "dtype": dtype, "titles": titles, **digests(files)},
         validation=held_out,
         accelerator=accelerator,
     )

@@ -42,11 +42,11 @@ class DrawnExample:
     gates: tuple[float, ...]
 
 
-def training_examples(questions: Iterable[Question]) -> list[TrainingExample]:
+def training_examples(questions: Iterable[Question], titles: bool = True) -> list[TrainingExample]:
     """An example for every question that has a passage with an answer in it: its best such passage.
 
     Passages that the file itself marks as having no answer are passed over. The target is the first accepted answer
-    that the passage uses.
+    that the passage uses. Without ``titles`` passages are their texts alone, as the paper trains.
     """
     examples = []
     for question in questions:
@@ -55,12 +55,15 @@ def training_examples(questions: Iterable[Question]) -> list[TrainingExample]:
                 continue
             stated = [answer for answer in question.answers if has_answer(retrieved.passage.text, [answer])]
             if stated:
-                examples.append(_example(question, stated[0], retrieved))
+                examples.append(_example(question, stated[0], retrieved, titles))
                 break
     return examples
 
 
-def _example(question: Question, answer: str, own: RetrievedPassage) -> TrainingExample:
+def _example(question: Question, answer: str, own: RetrievedPassage, titles: bool) -> TrainingExample:
+    def string(retrieved: RetrievedPassage) -> str:
+        return retrieved.passage.string if titles else retrieved.passage.text
+
     others = [
         other
         for other in question.passages
@@ -71,8 +74,8 @@ def _example(question: Question, answer: str, own: RetrievedPassage) -> Training
     return TrainingExample(
         question.question,
         answer,
-        own.passage.string,
-        tuple(other.passage.string for other in others),
+        string(own),
+        tuple(map(string, others)),
         tuple(scores) if len(scores) == 1 + len(others) else None,
     )
 

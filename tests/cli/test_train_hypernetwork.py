@@ -104,6 +104,20 @@ def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> No
     assert record["steps"] == len((tmp_path / "out" / "loss.csv").read_text().splitlines()) - 1 == 4
 
 
+@pytest.mark.parametrize(("options", "titles"), [([], True), (["--preset", "paper"], False), (["--no-titles"], False)])
+def test_the_paper_trains_without_titles(llm_dir: Path, data: Path, tmp_path: Path, options: list[str], titles) -> None:
+    assert run(llm_dir, data, tmp_path / "out", "--max-steps", 1, *options).exit_code == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["arguments"]["titles"] is titles
+    by_hand = training_examples(read_questions(data), titles)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
+    config = load_hypernetwork(tmp_path / "out", model, tokenizer).config
+    progress = train_hypernetwork(
+        config, HypernetworkTraining(max_steps=1), by_hand, model, tokenizer, tmp_path / "two"
+    )
+    assert progress.losses[0][1] == record["losses"][0][1]
+
+
 def test_validation_decides_what_is_kept(llm_dir: Path, data: Path, tmp_path: Path) -> None:
     """Measured on the training data, which an expert with so many steps knows by heart."""
     options = ["--validation", data, "--validate-every", 30, "--max-steps", 60, "--learning-rate", 0.01]

@@ -28,6 +28,12 @@ def test_examples_take_the_best_passage_with_an_answer_and_the_form_it_uses():
     assert training_examples([marked, Question("Who?", ("doctor",))]) == []
 
 
+def test_without_titles_passages_are_their_texts():
+    question = Question("Who?", ("doctor",), (retrieved("No one."), retrieved("He was a doctor.")))
+    (example,) = training_examples([question], titles=False)
+    assert (example.passage, example.negatives) == ("He was a doctor.", ("No one.",))
+
+
 def test_negatives_hold_no_answer_and_scores_are_theirs():
     passages = (
         retrieved("First, no.", rerank_score=3.0),
