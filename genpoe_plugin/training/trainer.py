@@ -54,8 +54,9 @@ class Learner(Protocol):
         """The loss of each of ``draws``, ``[n]``, differentiable; ``step`` decides what a whole batch shares."""
 
     def validate(self, process: int, processes: int) -> dict[str, float]:
-        """Measures on held-out data, the one that decides which weights are best first; empty without such data.
+        """Measures on held-out data; empty without such data.
 
+        The first decides which weights are best, the next only where it does not. More is better, but of a ``loss``.
         Every process calls it for its share, and each gets the measures of all.
         """
 
@@ -233,10 +234,9 @@ class _Run:
             measures = self.learner.validate(self.accelerator.process_index, self.accelerator.num_processes)
         if not measures:
             return
-        deciding = next(iter(measures))
-        earlier = [validation[deciding] for validation in progress.validations]
+        earlier = [_quality(validation) for validation in progress.validations[1:]]
         progress.validations.append({"step": progress.step, **measures})
-        if progress.step and measures[deciding] > max(earlier[1:], default=-math.inf):
+        if progress.step and all(_quality(measures) > quality for quality in earlier):
             progress.best = progress.step
             weights, _ = full_state(self.learner.module, self.optimizer)
             if self.accelerator.is_main_process:
@@ -265,6 +265,11 @@ class _Run:
             shutil.rmtree(self.out / STATE)
         self.accelerator.wait_for_everyone()
         return progress
+
+
+def _quality(measures: Mapping[str, float]) -> tuple[float, ...]:
+    """What is the greater, the better the weights."""
+    return tuple(-value if name == "loss" else value for name, value in measures.items() if name != "step")
 
 
 def _number(*parts: object) -> int:

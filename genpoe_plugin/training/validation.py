@@ -1,4 +1,4 @@
-"""Exact match and F1 of a hypernetwork in training, on held-out questions answered as they are at test time."""
+"""A hypernetwork in training on held-out questions: exact match and F1 as at test time, and the loss of the answers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.pipeline import Pipeline
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.questions import Question
+from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.examples import DrawnExample, row_experts
 
 MAX_NEW_TOKENS = 32
@@ -53,29 +54,41 @@ class Validation:
         self.batch_size = batch_size
         pipeline = Pipeline(tokenizer, num_passages=num_passages, progress=False)
         self.examples = [
-            DrawnExample(selection.question.question, "", selection.strings, selection.gates)
+            DrawnExample(selection.question.question, selection.question.answers[0], selection.strings, selection.gates)
             for selection in pipeline.select(["validation"] * len(self.questions), self.questions)
         ]
 
     def measure(self, generator: ExpertGenerator, process: int, processes: int) -> dict[str, float]:
-        """EM and F1 of all questions, of which this process answers every ``processes``-th one."""
+        """EM, F1 and loss of all questions, of which this process answers every ``processes``-th one.
+
+        The loss is that of a question's first accepted answer, as in training.
+        """
         share = -(-len(self.questions) // processes)
         # As many passes in every process, since those of a sharded hypernetwork wait for each other.
         mine = [(process + number * processes) % len(self.questions) for number in range(share)]
-        answers: dict[int, str] = {}
+        answers: dict[int, tuple[str, float]] = {}
         for begin in range(0, share, self.batch_size):
             numbers = mine[begin : begin + self.batch_size]
             examples = [self.examples[number] for number in numbers]
-            answers.update(zip(numbers, self._answer(generator, examples), strict=True))
+            found = zip(self._answers(generator, examples), self._losses(generator, examples), strict=True)
+            answers.update(zip(numbers, found, strict=True))
         if processes > 1:
             answers = dict(gather_object(list(answers.items())))
-        pairs = [(answers[number], question.answers) for number, question in enumerate(self.questions)]
+        pairs = [(answers[number][0], question.answers) for number, question in enumerate(self.questions)]
         return {
             "em": sum(exact_match(answer, accepted) for answer, accepted in pairs) / len(pairs),
             "f1": sum(f1(answer, accepted) for answer, accepted in pairs) / len(pairs),
+            "loss": sum(answers[number][1] for number in range(len(pairs))) / len(pairs),
         }
 
-    def _answer(self, generator: ExpertGenerator, examples: Sequence[DrawnExample]) -> list[str]:
+    def _losses(self, generator: ExpertGenerator, examples: Sequence[DrawnExample]) -> list[float]:
+        batch = make_batch(examples, False, self.tokenizer)
+        with torch.no_grad(), inject(self.model, self.layer, row_experts(generator, examples, batch.start)):
+            logits = answer_logits(self.model, batch, generator.device)
+        labels = batch.labels.to(logits.device)
+        return mean_over_targets(token_losses(logits, labels), labels).tolist()
+
+    def _answers(self, generator: ExpertGenerator, examples: Sequence[DrawnExample]) -> list[str]:
         """The first line of each greedy generation."""
         prompts = [closed_book_prompt(example.question) for example in examples]
         rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]

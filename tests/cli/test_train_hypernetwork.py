@@ -123,7 +123,8 @@ def test_validation_decides_what_is_kept(llm_dir: Path, data: Path, tmp_path: Pa
     options = ["--validation", data, "--validate-every", 30, "--max-steps", 60, "--learning-rate", 0.01]
     result = run(llm_dir, data, tmp_path / "out", *options, "--batch-size", 3)
     assert result.exit_code == 0, result.output
-    (em, f1, _) = result.stdout.splitlines()
+    (em, f1, loss, _) = result.stdout.splitlines()
+    assert loss.startswith("loss: ")
     assert em.startswith("em: 0.000 before training, 1.000 at step ")
     assert f1.startswith("f1: 0.") and ", 1.000 at step " in f1
     validations = json.loads((tmp_path / "out" / "training.json").read_text())["validations"]

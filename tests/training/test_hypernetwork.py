@@ -11,9 +11,10 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.injection import find_mlp
 from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, draw_passages
-from genpoe_plugin.training.hypernetwork import HypernetworkLearner, make_batch, train_hypernetwork
+from genpoe_plugin.training.hypernetwork import HypernetworkLearner, train_hypernetwork
 
 CONFIGURATION = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random", generator_gain=1.0)
 FACTORED = HypernetworkConfig(hidden_size=32, layer=1, head="factored", core_size=4, expert_width=16, base="random")

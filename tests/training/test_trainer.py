@@ -255,6 +255,12 @@ def test_the_best_weights_are_kept_and_the_last(tmp_path: Path, measures: list[f
     assert same(weights(tmp_path / "out"), weights(tmp_path / "plain")) == (best == 15)
 
 
+def test_the_next_measure_decides_where_the_first_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [9.0, 3.0, 1.0, 2.0]
+    monkeypatch.setattr(Regression, "validate", lambda *_: {"score": 0.0, "loss": losses.pop(0)})
+    assert run(Regression(), tmp_path, arguments(validate_every=5)).best == 10
+
+
 def test_the_best_of_a_killed_run_is_not_lost(tmp_path: Path) -> None:
     measures = [0.1, 0.9, 0.3, 0.2]
     run(Regression(measures), tmp_path / "whole", arguments(validate_every=5))

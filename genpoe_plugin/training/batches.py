@@ -1,0 +1,78 @@
+"""A batch of answers to predict: prompts and targets as the LLM reads them, and the loss of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin.prompts import first_token_at, rag_prompt
+from genpoe_plugin.training.examples import DrawnExample
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded token ids, their mask, and the labels of the last ``labels.shape[1]`` positions."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    start: tuple[int, ...]
+
+
+def make_batch(examples: Sequence[DrawnExample], knowledge: bool, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Tokenise examples, as RAG prompts with ``knowledge``.
+
+    The target is `` answer\\n``, its space put where the tokenizer itself puts it.
+    """
+    rows: list[tuple[list[int], int]] = []
+    starts = []
+    for example in examples:
+        prompt = rag_prompt(example.question, example.passages if knowledge else [])
+        encoding = tokenizer(f"{prompt} {example.answer}\n", return_offsets_mapping=True)
+        offsets = encoding["offset_mapping"]
+        question_start = prompt.rindex("Question:") if knowledge else 0
+        starts.append(first_token_at(offsets, question_start) if knowledge else 0)
+        rows.append((encoding["input_ids"], len(offsets) - first_token_at(offsets, len(prompt))))
+    width, targets = max(len(ids) for ids, _ in rows), max(count for _, count in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full((len(rows), targets), IGNORED)
+    for number, (ids, count) in enumerate(rows):
+        input_ids[number, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[number, width - len(ids) :] = 1
+        labels[number, targets - count :] = torch.tensor(ids[-count:])
+    return Batch(input_ids, attention_mask, labels, tuple(starts))
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+    """The logits ``[rows, targets, vocabulary]``, float32, that predict the batch's labels."""
+    mask = batch.attention_mask.to(device)
+    return (
+        model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=batch.labels.shape[1] + 1,
+        )
+        .logits[:, :-1]
+        .float()
+    )
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of every label, ``[rows, targets]``; 0 where there is none."""
+    return functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
+
+
+def mean_over_targets(losses: Tensor, labels: Tensor) -> Tensor:
+    """The mean of every row's losses ``[rows, targets]`` where it has a label: ``[rows]``."""
+    wanted = labels != IGNORED
+    return losses.where(wanted, 0).sum(1) / wanted.sum(1)
