@@ -94,7 +94,7 @@ def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> No
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
     config = HypernetworkConfig.preset("paper", hidden_size=32, rank=4, normalise=True, generator_gain=0.5, **form)
     training = HypernetworkTraining(**settings)
-    examples = training_examples(read_questions(data))
+    examples = training_examples(read_questions(data), titles=False)
     train_hypernetwork(config, training, examples, model, tokenizer, tmp_path / "by_hand")
     trained, by_hand = (load_hypernetwork(tmp_path / name, model, tokenizer) for name in ("out", "by_hand"))
     assert trained.config == config
