@@ -1,7 +1,7 @@
 """How much memory a training will take, before anything is loaded.
 
 The formulas leave out what is small (index tensors, an allocator's rounding). Against all tensors that are alive in
-real steps of small models, the total is at most 5 % too low and 25 % too high for Llama-like LLMs, and within 30 % for
+real steps of small models, the total is at most 5 % too low and 30 % too high for Llama-like LLMs, and within 30 % for
 others. Attention is taken to run in a kernel that keeps no scores (torch's scaled dot product attention, transformers'
 default).
 
@@ -156,7 +156,7 @@ class HypernetworkPlan:
 
             experts               2·R·K·E: those of the batch with their gradients
             token states          8·R·K·p·d: of their passages, as they are and normalised
-            branch                N·c·(d + K·e): what the experts read and keep
+            branch                N·c·(d + 3·K·e): what the experts read and keep, with its gradients
             layers above          n - l - 1 times a frozen layer, and the gradients of one
             answers' predictions  R·(A + 1)·V·(c + 8): logits, in float32 as well, and their logarithms
         """
@@ -178,7 +178,7 @@ class HypernetworkPlan:
         above = llm.layers - self.layer - 1
         layer = _frozen_layer(llm, self.rows, self.tokens, number)
         gradients = self.rows * self.tokens * number * llm.mlp_width
-        read = llm.hidden_size + self.num_experts * self.expert_width
+        read = llm.hidden_size + 3 * self.num_experts * self.expert_width
         logits = self.rows * (self.answer_tokens + 1) * llm.vocabulary
         return (
             Part("LLM weights", llm.weight_bytes),

@@ -303,6 +303,15 @@ def test_a_layer_that_learns_keeps_what_autograd_saves_for_it(
     assert 0.95 < (estimated[1] - estimated[0]) / (measured[1] - measured[0]) < most
 
 
+def test_the_prediction_of_a_reranker_over_a_large_vocabulary(make_llm: MakeLLM) -> None:
+    """What so large a vocabulary adds to the worst moment: its weights, which are frozen, and the logits."""
+    small, large = (make_sized(make_llm, "llama", num_hidden_layers=1, vocab_size=size) for size in (20000, 40000))
+    runs = [RerankerRun(model, 4) for model in (small, large)]
+    added = most_alive(runs[1]) - most_alive(runs[0]) - (nbytes(large.parameters()) - nbytes(small.parameters()))
+    estimates = [sizes(run.plan.estimate())["predictions"] for run in runs]
+    assert estimates[1] - estimates[0] == pytest.approx(added, rel=0.05)
+
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"precision": "bfloat16"},
@@ -312,6 +321,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"rank": 32, "expert_width": 64, "rows": 16, "tokens": 10},  # experts outweigh activations
     {"answer_tokens": 30, "num_experts": 1, "vocab_size": 4000},  # predictions do
     {"layer": 3},
+    {"layer": 3, "rank": 2, "expert_width": 800, "rows": 2, "tokens": 300, "passage_tokens": 5},  # the branch does
 ]
 
 
@@ -320,7 +330,7 @@ def test_a_hypernetworks_step_takes_what_was_estimated(make_llm: MakeLLM, settin
     model_setting = {name: setting[name] for name in ("dtype", "vocab_size") if name in setting}
     training = {name: value for name, value in setting.items() if name not in model_setting}
     run = HypernetworkRun(make_sized(make_llm, "llama", **model_setting), **training)
-    assert 0.95 < run.plan.estimate().total / most_alive(run) < 1.25
+    assert 0.95 < run.plan.estimate().total / most_alive(run) < 1.3
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -339,7 +349,7 @@ def test_a_rerankers_step_takes_what_was_estimated(
     make_llm: MakeLLM, rank: int, dtype: torch.dtype, checkpointing: bool, precision: str
 ) -> None:
     run = RerankerRun(make_sized(make_llm, "llama", dtype), rank, checkpointing, precision)
-    assert 0.95 < run.plan.estimate().total / most_alive(run) < 1.25
+    assert 0.95 < run.plan.estimate().total / most_alive(run) < 1.3
 
 
 def paper(**changes: Any) -> HypernetworkPlan:
