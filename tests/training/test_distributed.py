@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -42,12 +42,18 @@ QUESTIONS = [
 ]
 
 
-def hypernetwork(make_llm: Callable[..., Any], tokenizer: Any, out: Path, **changes: Any) -> list[Any]:
+def hypernetwork(
+    make_llm: Callable[..., Any],
+    tokenizer: Any,
+    out: Path,
+    head: Literal["dense", "factored"] = "dense",
+    **changes: Any,
+) -> list[Any]:
     model = make_llm("llama")
     arguments = HypernetworkTraining(
         **{"epochs": 3, "num_passages": 2, "learning_rate": 0.01, "validate_every": 2, "save_every": 2, **changes}
     )
-    config = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16)
+    config = HypernetworkConfig(hidden_size=32, layer=1, rank=4, core_size=4, expert_width=16, head=head)
     held_out = Validation(QUESTIONS[:5], model, tokenizer, layer=1, num_passages=2, batch_size=2)
     examples = training_examples(QUESTIONS)
     progress = train_hypernetwork(config, arguments, examples, model, tokenizer, out, validation=held_out)
@@ -77,7 +83,9 @@ def assert_weights(one: Path, two: Path) -> None:
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 1}, {"knowledge": 0.5, "distillation": 0.3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batch_size": 1, "head": "factored"}, {"knowledge": 0.5, "distillation": 0.3}]
+)
 def test_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Seven examples in batches of four: the second batch of an epoch is short, and one process has less to do."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -97,10 +105,11 @@ def test_reranker(llm_dir: Path, make_reranker_data, in_two_processes, tmp_path:
     assert_weights(one, two)
 
 
-def test_a_sharded_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["dense", "factored"])
+def test_a_sharded_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path: Path, head: Any) -> None:
     """FSDP, which accelerate uses on GPUs only, told here that these are some; stopped once and gone on."""
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = hypernetwork(make_llm, tokenizer, one, batch_size=4)
+    alone = hypernetwork(make_llm, tokenizer, one, head, batch_size=4)
 
     def sharded() -> list[Any]:
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
@@ -116,9 +125,9 @@ def test_a_sharded_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path:
 
         HypernetworkLearner.losses = stop  # type: ignore[method-assign]
         with pytest.raises(ZeroDivisionError):
-            hypernetwork(make_llm, tokenizer, two, batch_size=2)
+            hypernetwork(make_llm, tokenizer, two, head, batch_size=2)
         HypernetworkLearner.losses = take  # type: ignore[method-assign]
-        return hypernetwork(make_llm, tokenizer, two, batch_size=2)
+        return hypernetwork(make_llm, tokenizer, two, head, batch_size=2)
 
     ranks = in_two_processes(sharded)
     assert_same(json.loads(json.dumps(alone)), ranks)
