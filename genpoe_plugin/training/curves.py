@@ -91,7 +91,7 @@ def _draw_losses(axes: Axes, table: np.ndarray) -> None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    lines += right.plot(steps, rates, color="0.5", linestyle="--", linewidth=1, marker=mark, label="learning rate")
+    lines += right.plot(steps, rates, color="#a08060", linestyle="--", linewidth=1, marker=mark, label="learning rate")
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
