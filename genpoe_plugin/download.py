@@ -96,6 +96,24 @@ def _attempt(session: requests.Session, url: str, target: Path, progress: bool) 
         raise InputError(f"{url}: the server does not say how large the file is, so it could not be checked")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = version.part(target)
+    try:
+        _collect(session, url, response, version, part, target, progress)
+        part.replace(target)
+    except FileNotFoundError:
+        if not target.exists():  # else another download of the same file was done first
+            raise
+
+
+def _collect(
+    session: requests.Session,
+    url: str,
+    response: requests.Response,
+    version: _Version,
+    part: Path,
+    target: Path,
+    progress: bool,
+) -> None:
+    """Bring ``part`` to its whole size, from what is there already if the server can send the rest alone."""
     for other in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
         if other != part or other.stat().st_size > version.size:
             other.unlink()
@@ -112,11 +130,6 @@ def _attempt(session: requests.Session, url: str, target: Path, progress: bool) 
     with response:
         if begin < version.size:
             _receive(response, part, begin, version.size, target.name if progress else None)
-    try:
-        part.replace(target)
-    except FileNotFoundError:
-        if not target.exists():  # else another download of the same file was done first
-            raise
 
 
 def _receive(response: requests.Response, part: Path, begin: int, size: int, title: str | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import random
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +256,24 @@ def test_a_target_that_cannot_be_written(file: HTTPFile, tmp_path: Path) -> None
 
 
 def test_two_downloads_at_once(file: HTTPFile, target: Path) -> None:
-    threads = [threading.Thread(target=download, args=(file.url, target)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(download, file.url, target) for _ in range(4)]:
+            done.result()
+    assert target.read_bytes() == BODY
+
+
+def test_another_download_that_is_done_before_the_bytes_come(
+    file: HTTPFile, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = module._receive
+
+    def receive_late(response: Any, part: Path, *rest: Any) -> None:
+        target.write_bytes(BODY)
+        part.unlink()
+        receive(response, part, *rest)
+
+    monkeypatch.setattr(module, "_receive", receive_late)
+    assert download(file.url, target) is True
     assert target.read_bytes() == BODY
 
 
