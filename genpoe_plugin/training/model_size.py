@@ -64,7 +64,7 @@ class LanguageModelSize:
         config = model.config.get_text_config()
         number_bytes = _number_bytes(dtype, config.dtype)
         sizes = [weight.numel() for weight in model.parameters()]
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", 1)  # state space models have none
         (layer, *_) = find_decoder(model)[1]
         mlp = sum(
             weight.numel()

@@ -23,6 +23,7 @@ from markdown_it.token import Token
 from genpoe_plugin import __version__
 from genpoe_plugin.lm import GenPoEArguments
 from genpoe_plugin.training.card import DataFile, ModelCard, lm_eval_command, write_card
+from train_cli.retrieve import retrieve as retrieve_command
 
 NASTY = "a|b\\|c\n``d`` <i> *e* _f_ [g](h)\r\n| i |"
 COMMAND = [
@@ -47,6 +48,7 @@ CARD = ModelCard(
         "max_steps": None,
         "prompt": NASTY,
         "a|b": "`",
+        "path": "a\\|b",
         "empty": "",
         "targets": ("q", "v"),
     },
@@ -114,6 +116,7 @@ def test_tables_keep_every_value_whatever_it_holds(tmp_path: Path) -> None:
         ["max_steps", "null"],
         ["prompt", json.dumps(NASTY)],
         ["a|b", "`"],
+        ["path", json.dumps("a\\|b")],
         ["empty", '""'],
         ["targets", '["q", "v"]'],
     ]
@@ -176,16 +179,22 @@ def test_lm_eval_understands_its_command() -> None:
     GenPoEArguments(**expected)
 
 
-def test_how_to_use_a_reranker(tmp_path: Path) -> None:
-    _, tokens = read(tmp_path, replace(CARD, kind="reranker", out='it\'s\n"mine"'))
+def test_how_to_use_a_reranker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_of_it = 'it\'s\n"mine"'
+    _, tokens = read(tmp_path, replace(CARD, kind="reranker", out=name_of_it))
     (python,) = blocks(tokens, "python")
     loads = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
     assert [ast.literal_eval(node.args[0]) for node in loads if ast.unparse(node.func) == "Reranker.load"] == [
-        'it\'s\n"mine"'
+        name_of_it
     ]
     retrieve, training = (shlex.split(block) for block in blocks(tokens, "bash"))
-    assert retrieve[:2] == ["genpoe", "retrieve"]
-    assert retrieve[retrieve.index("--reranker") + 1] == 'it\'s\n"mine"'
+    program, name, *options = retrieve
+    assert (program, name) == ("genpoe", "retrieve")
+    monkeypatch.chdir(tmp_path)
+    for argument in ("INDEX", "QUESTIONS"):
+        Path(argument).mkdir()
+    with retrieve_command.make_context(name, options) as context:
+        assert context.params["reranker"] == name_of_it
     assert training == COMMAND
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.training.model_size import LanguageModelSize, empty_model, read_size
@@ -40,6 +40,12 @@ def test_sizes_are_those_of_the_loaded_model(make_llm: MakeLLM, tmp_path: Path, 
     layer = [tensor for name, tensor in model.named_parameters() if ".0." in name]
     assert size.layer_weights == sum(tensor.numel() for tensor in layer)
     assert size == LanguageModelSize.of(model)
+
+
+def test_a_state_space_model_has_sizes_too() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4))
+    size = LanguageModelSize.of(model)
+    assert (size.weights, size.layers) == (sum(tensor.numel() for tensor in model.parameters()), 2)
 
 
 def test_nothing_has_storage(llm_dir: Path) -> None:
