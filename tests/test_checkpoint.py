@@ -33,7 +33,7 @@ def saved(tmp_path, llm, tokenizer, config):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"head": "factored", "states": "contextual", "value_size": 5}, {"encoder": "mean"}]
+    "form", [{}, {"head": "factored", "states": "contextual", "value_size": 5}, {"head": "memory"}, {"encoder": "mean"}]
 )
 def test_save_and_load_is_identity(tmp_path, config, form, llm, tokenizer):
     """The random base included: the research code drew another one at every start."""
@@ -65,7 +65,7 @@ def test_a_checkpoint_from_before_there_were_two_heads(saved, llm, tokenizer):
     ("change", "message"),
     [
         ({"colour": 1}, "unknown field colour"),
-        ({"head": "sparse"}, "head is 'sparse'; it must be one of dense, factored"),
+        ({"head": "sparse"}, "head is 'sparse'; it must be one of dense, factored, memory"),
         ({"head": "factored"}, "damaged or of another shape"),
     ],
 )

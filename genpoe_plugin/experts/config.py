@@ -22,15 +22,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "recommended": {
         "encoder": "attention",
-        "num_queries": 8,
-        "value_size": 128,
-        "code_size": 128,
+        "num_queries": 32,
         "normalise": True,
-        "states": "embeddings",
-        "head": "factored",
+        "states": "contextual",
+        "head": "memory",
         "core_size": 64,
         "base": "silent",
-        "generator_gain": 0.1,
+        "generator_gain": 1.0,
     },
 }
 
@@ -47,18 +45,19 @@ class HypernetworkConfig:
         core_size: ``p``, the width of a factored expert's two cores.
         encoder: how a passage becomes a code: ``mean`` of its token states (the paper's form) or ``attention``
             pooling with learned queries.
-        num_queries: learned queries of the attention encoder.
+        num_queries: learned queries of the attention encoder; with the ``memory`` head also what an expert can hold.
         value_size: width that a learned projection, the same for all queries, brings what they find to; None leaves it
             at ``hidden_size``, and most of a small hypernetwork's parameters in the layer that joins it.
-        code_size: width of the code.
+        code_size: width of the code, which the ``memory`` head does without.
         normalise: bring token states (attention) or their mean (mean) to unit root mean square first.
         states: what the encoder reads of each token: the LLM's ``embeddings`` (the paper's form), or ``contextual``
             hidden states that enter ``layer`` while the LLM reads the passage.
         head: how a code becomes an expert: ``dense`` generates all four matrices entry by entry (the paper's form),
-            ``factored`` two small cores between learned matrices that all experts share.
-        base: the shared matrices of an expert: ``random`` draws all four (the paper's form), ``silent`` draws three and
-            makes the last zero, so that an untrained expert says nothing (a dense one next to nothing). What a dense
-            head generates is added to them and they stay as drawn; a factored head learns them.
+            ``factored`` two small cores between learned matrices that all experts share, ``memory`` such cores too,
+            but straight from what the queries found: as the keys of one core and the values of the other.
+        base: ``random`` draws all that an expert starts from (the paper's form), ``silent`` makes the last part zero,
+            so that an untrained expert says nothing (a dense one next to nothing). What a dense head generates is added
+            to shared matrices that stay as drawn; the others learn theirs.
         generator_gain: factor on all that is generated; below 1 it slows the generating layer, whose many inputs would
             otherwise move an expert by more than its base in a few steps (the paper's form has 1).
     """
@@ -74,7 +73,7 @@ class HypernetworkConfig:
     code_size: int = 128
     normalise: bool = True
     states: Literal["embeddings", "contextual"] = "embeddings"
-    head: Literal["dense", "factored"] = "dense"
+    head: Literal["dense", "factored", "memory"] = "dense"
     base: Literal["random", "silent"] = "silent"
     generator_gain: float = 0.1
 
@@ -88,6 +87,8 @@ class HypernetworkConfig:
             whole = hint is int or int in choices
             if whole and (not isinstance(value, int) or value < (0 if name == "layer" else 1)):
                 raise InputError(f"hypernetwork {name} is {value!r}; it must be a positive whole number")
+        if self.head == "memory" and self.encoder != "attention":
+            raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose queries find what it keeps")
 
     @classmethod
     def preset(cls, name: str, *, hidden_size: int, layer: int, **changes: Any) -> HypernetworkConfig:

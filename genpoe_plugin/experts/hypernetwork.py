@@ -1,4 +1,4 @@
-"""The hypernetwork: token states of a passage -> a code -> the weights of an expert."""
+"""The hypernetwork: token states of a passage -> a code, or what queries find -> the weights of an expert."""
 
 from __future__ import annotations
 
@@ -31,27 +31,41 @@ class MeanEncoder(nn.Module):
         return torch.relu(self.project(mean))
 
 
-class AttentionEncoder(nn.Module):
-    """Learned queries that each look for their own kind of token; what they find is joined and projected.
+class Attention(nn.Module):
+    """Learned queries that each look for their own kind of token.
 
     Each query is compared with the token states themselves: a projection of the keys could be folded into the query.
-    One of the values could be folded into the layer that follows, which without it has one of full width a query.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.normalise = config.normalise
         self.queries = nn.Parameter(torch.randn(config.num_queries, config.hidden_size) / math.sqrt(config.hidden_size))
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """What each query finds, ``[n, queries, d]``: a mean of token states."""
+        if self.normalise:
+            states = functional.rms_norm(states, states.shape[-1:])
+        scores = states @ self.queries.mT  # [n, tokens, queries]
+        weights = scores.masked_fill(~mask.bool().unsqueeze(-1), -math.inf).softmax(1)
+        return weights.mT @ states
+
+
+class AttentionEncoder(Attention):
+    """What the queries find is joined and projected.
+
+    A projection of the values could be folded into the layer that follows, which without it has one of full width a
+    query.
+    """
+
+    def __init__(self, config: HypernetworkConfig) -> None:
+        super().__init__(config)
         size = config.value_size
         self.values = nn.Identity() if size is None else nn.Linear(config.hidden_size, size, bias=False)
         self.project = nn.Linear(config.num_queries * (size or config.hidden_size), config.code_size)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        if self.normalise:
-            states = functional.rms_norm(states, states.shape[-1:])
-        scores = states @ self.queries.mT  # [n, tokens, queries]
-        weights = scores.masked_fill(~mask.bool().unsqueeze(-1), -math.inf).softmax(1)
-        return torch.relu(self.project(self.values(weights.mT @ states).flatten(1)))
+        return torch.relu(self.project(self.values(super().forward(states, mask)).flatten(1)))
 
 
 class DenseHead(nn.Module):
@@ -105,8 +119,52 @@ class FactoredHead(nn.Module):
         return FactoredExperts(factors, *cores.unbind(-3))
 
 
-ENCODERS = {"mean": MeanEncoder, "attention": AttentionEncoder}
-HEADS = {"dense": DenseHead, "factored": FactoredHead}
+class MemoryHead(nn.Module):
+    """Writes what each query found into an expert as a memory: a key to be asked with, and a value to be answered.
+
+    With ``f_q`` what query ``q`` found, and the addresses ``a_q`` and ``b_q`` its own, the same for all passages, the
+    cores are sums of outer products, as in fast weights (Schmidhuber, 1992; Schlag et al., 2021)::
+
+        M_u = I + g · Σ_q a_q ⊗ (K f_q)        what the LLM asks about is compared with what was found
+        M_d =     g · Σ_q (V f_q) ⊗ b_q        what was found is said where the address is called
+
+    ``K`` and the matrix that reads the LLM's states start as the same orthonormal rows, and so do ``V`` and the one
+    that writes: so a memory says from the start what was found, and only when to say it is left to learn. No code in
+    between has to hold the passage, and no layer has to learn to spell it out again, which takes the other heads most
+    of their training; this one also has no layer of ``p^2`` outputs.
+    """
+
+    def __init__(self, config: HypernetworkConfig) -> None:
+        super().__init__()
+        d, h, self.size, slots = config.hidden_size, config.expert_width, config.core_size, config.num_queries
+        self.gain = config.generator_gain
+        self.keys = nn.Parameter(nn.init.orthogonal_(torch.empty(self.size, d)))
+        self.values = nn.Parameter(nn.init.orthogonal_(torch.empty(self.size, d)))
+        silent, scale = config.base == "silent", 1 / math.sqrt(self.size)
+        # Small, so that at first the core is next to the identity and a memory's neighbours do not drown it.
+        self.address_up = nn.Parameter(torch.randn(slots, self.size) * scale * (0.1 if silent else 1.0))
+        self.address_down = nn.Parameter(
+            torch.zeros(slots, self.size) if silent else torch.randn(slots, self.size) * scale
+        )
+        self.read_up = nn.Parameter(self.keys.detach().clone())
+        self.write_up = nn.Parameter(torch.randn(h, self.size) * scale)
+        self.read_down = nn.Parameter(torch.randn(self.size, h) / math.sqrt(h))
+        self.write_down = nn.Parameter(self.values.detach().mT.clone(memory_format=torch.contiguous_format))
+
+    def forward(self, found: Tensor) -> FactoredExperts:
+        up = torch.eye(self.size, dtype=found.dtype, device=found.device)
+        up = up + self.gain * self.address_up.mT @ (found @ self.keys.mT)
+        down = self.gain * (found @ self.values.mT).mT @ self.address_down
+        return FactoredExperts(Factors(self.read_up, self.write_up, self.read_down, self.write_down), up, down)
+
+
+HEADS = {"dense": DenseHead, "factored": FactoredHead, "memory": MemoryHead}
+
+
+def _encoder(config: HypernetworkConfig) -> nn.Module:
+    if config.head == "memory":
+        return Attention(config)
+    return MeanEncoder(config) if config.encoder == "mean" else AttentionEncoder(config)
 
 
 class Hypernetwork(nn.Module):
@@ -115,7 +173,7 @@ class Hypernetwork(nn.Module):
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = ENCODERS[config.encoder](config)
+        self.encoder = _encoder(config)
         self.head = HEADS[config.head](config)
 
     def forward(self, states: Tensor, mask: Tensor) -> Experts:

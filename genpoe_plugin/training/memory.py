@@ -166,7 +166,7 @@ class HypernetworkPlan:
             _fewer_rows(self.rows, lambda rows: replace(self, rows=rows)._parts()),
             [("precision=bfloat16", replace(self, precision="bfloat16")._parts())],
             [("an LLM in bfloat16", replace(self, llm=_in_bfloat16(self.llm))._parts())],
-            [("a hypernetwork of a fraction of the size (factored head, lower rank)", least._parts())],
+            [("a hypernetwork of a fraction of the size (another head, a lower rank)", least._parts())],
             [(f"sharding over {shards} devices", replace(self, shards=shards)._parts()) for shards in (2, 4, 8)],
         ]
         return _with_ways_out(own, ways)

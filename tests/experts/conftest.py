@@ -10,9 +10,9 @@ from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts,
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
 
-@pytest.fixture(params=["dense", "factored"])
+@pytest.fixture(params=["dense", "factored", "memory"])
 def head(request: pytest.FixtureRequest) -> str:
-    """Both forms of an expert, for the laws that hold for both."""
+    """The heads, for the laws that hold for all; the experts of the last two are of one form."""
     return request.param
 
 

@@ -93,7 +93,7 @@ def test_gradients_equal_finite_differences(random_experts, head):
     experts = random_experts(2, 2, head=head, d=3, r=2, h=4).to(torch.float64)
     x = torch.randn(2, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     gates = torch.tensor([[0.7, 0.3], [1.0, 0.5]], dtype=torch.float64)
-    shared = experts.factors if head == "factored" else ()
+    shared = experts.factors if head != "dense" else ()
 
     def mixed(*tensors):
         own = tensors[len(shared) :]

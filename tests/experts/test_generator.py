@@ -56,6 +56,8 @@ def assert_close(experts, expected):
 def test_a_batch_equals_one_passage_at_a_time_in_its_order(
     make_hypernetwork, llm, tokenizer, encoder, head, states_form
 ):
+    if head == "memory" and encoder == "mean":
+        pytest.skip("a memory keeps what queries find")
     hypernetwork = make_hypernetwork(encoder=encoder, head=head, states=states_form)
     generator = ExpertGenerator(hypernetwork, llm, tokenizer)
     for passages in (PASSAGES, PASSAGES[::-1]):

@@ -11,6 +11,11 @@ from genpoe_plugin.experts.footprint import footprint
 ENCODERS = [{"encoder": "mean"}, {"encoder": "attention"}, {"encoder": "attention", "value_size": 5}]
 
 
+def skip_memories_without_queries(head, encoder):
+    if head == "memory" and encoder["encoder"] != "attention":
+        pytest.skip("a memory keeps what queries find")
+
+
 def states_and_mask(lengths=(5, 2, 7), width=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(len(lengths), max(lengths), width, generator=generator)
@@ -20,6 +25,11 @@ def states_and_mask(lengths=(5, 2, 7), width=32, seed=0):
 
 def rms(x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + np.finfo(np.float32).eps)
+
+
+def naive_find(tokens, query):
+    weights = np.exp(tokens @ query)
+    return (weights / weights.sum()) @ tokens
 
 
 def naive_code(hypernetwork, states):
@@ -33,8 +43,7 @@ def naive_code(hypernetwork, states):
         tokens = rms(tokens) if config.normalise else tokens
         found = []
         for query in encoder.queries.double().numpy():
-            weights = np.exp(tokens @ query)
-            found.append((weights / weights.sum()) @ tokens)
+            found.append(naive_find(tokens, query))
             if config.value_size is not None:
                 found[-1] = encoder.values.weight.double().numpy() @ found[-1]
         pooled = np.concatenate(found)
@@ -60,6 +69,41 @@ def test_factored_experts_equal_the_definition(make_hypernetwork, encoder, norma
     assert {"read_up", "write_up", "read_down", "write_down"} <= learned
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("base", ["random", "silent"])
+def test_memories_equal_the_definition(make_hypernetwork, normalise, base):
+    hypernetwork = make_hypernetwork(head="memory", normalise=normalise, base=base, generator_gain=0.7)
+    states, mask = states_and_mask()
+    experts = hypernetwork(states, mask)
+    head = {name: value.double().numpy() for name, value in hypernetwork.head.named_parameters()}
+    for row in range(3):
+        tokens = states[row][mask[row]].double().numpy()
+        tokens = rms(tokens) if normalise else tokens
+        up, down = np.eye(6), np.zeros((6, 6))
+        for number, query in enumerate(hypernetwork.encoder.queries.double().numpy()):
+            found = naive_find(tokens, query)
+            up += 0.7 * np.outer(head["address_up"][number], head["keys"] @ found)
+            down += 0.7 * np.outer(head["values"] @ found, head["address_down"][number])
+        np.testing.assert_allclose(experts.core_up[row].numpy(), up, atol=1e-4)
+        np.testing.assert_allclose(experts.core_down[row].numpy(), down, atol=1e-4)
+    assert [tuple(factor.shape) for factor in experts.factors] == [(6, 32), (16, 6), (6, 16), (32, 6)]
+    np.testing.assert_allclose(head["keys"] @ head["keys"].T, np.eye(6), atol=1e-5)
+    np.testing.assert_array_equal(head["read_up"], head["keys"])
+    np.testing.assert_array_equal(head["write_down"], head["values"].T)
+
+
+def test_a_memory_says_what_was_found_where_its_address_is_called(make_hypernetwork):
+    """An expert whose value lies in the memory's space writes it unchanged, as many times as it is called."""
+    hypernetwork = make_hypernetwork(head="memory", num_queries=1, normalise=False, generator_gain=1.0)
+    head = hypernetwork.head
+    value = head.values.mT @ torch.arange(1.0, 7.0)
+    expert = hypernetwork(value.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool)).unsqueeze(1)
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(2))
+    inner = torch.relu(x @ head.read_up.mT @ expert.core_up[0].mT @ head.write_up.mT) @ head.read_down.mT
+    called = inner @ head.address_down[0]
+    torch.testing.assert_close(expert.mix(x, torch.ones(1, 1)), called.unsqueeze(-1) * value)
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
@@ -83,6 +127,7 @@ def test_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_padding_does_not_matter(make_hypernetwork, head, encoder):
+    skip_memories_without_queries(head, encoder)
     hypernetwork = make_hypernetwork(head=head, **encoder)
     states, mask = states_and_mask()
     noisy = torch.where(mask.unsqueeze(-1), states, torch.full_like(states, 1e3))
@@ -107,18 +152,20 @@ def test_a_silent_base_makes_untrained_experts_nearly_silent_and_a_random_one_do
     assert torch.count_nonzero(make_hypernetwork(generator_gain=0.0)(states, mask).w4) > 0
 
 
-def test_untrained_factored_experts_are_exactly_silent(make_hypernetwork):
+@pytest.mark.parametrize("head", ["factored", "memory"])
+def test_untrained_silent_experts_are_exactly_silent(make_hypernetwork, head):
     states, mask = states_and_mask()
     x, gates = torch.randn(3, 4, 32), torch.ones(3, 1)
-    silent = make_hypernetwork(head="factored", base="silent")(states, mask).unsqueeze(1)
+    silent = make_hypernetwork(head=head, base="silent")(states, mask).unsqueeze(1)
     assert torch.count_nonzero(silent.mix(x, gates)) == 0
-    loud = make_hypernetwork(head="factored")(states, mask).unsqueeze(1)
+    loud = make_hypernetwork(head=head)(states, mask).unsqueeze(1)
     assert (loud.mix(x, gates).abs().mean((1, 2)) > 0.1).all()
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_parameter_learns(make_hypernetwork, head, encoder):
     """Also from a silent start, where the last factor has to move first."""
+    skip_memories_without_queries(head, encoder)
     hypernetwork = make_hypernetwork(head=head, base="silent", **encoder).train().requires_grad_()
     states, mask = states_and_mask()
     x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
@@ -158,6 +205,7 @@ def test_recommended_size(dtype):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_footprint_is_that_of_what_is_built(make_hypernetwork, head, encoder):
+    skip_memories_without_queries(head, encoder)
     hypernetwork = make_hypernetwork(head=head, **encoder)
     before = torch.get_rng_state()
     size = footprint(hypernetwork.config)
@@ -177,6 +225,11 @@ def test_the_footprint_is_that_of_what_is_built(make_hypernetwork, head, encoder
 def test_wrong_configurations_are_named(field, value):
     with pytest.raises(InputError, match=field):
         HypernetworkConfig(**{"hidden_size": 32, "layer": 1, "rank": 4, "expert_width": 16, field: value})
+
+
+def test_a_memory_needs_queries():
+    with pytest.raises(InputError, match="head 'memory' needs encoder 'attention'"):
+        HypernetworkConfig(hidden_size=32, layer=1, expert_width=16, head="memory", encoder="mean")
 
 
 def test_configuration_round_trip():
@@ -204,9 +257,9 @@ def test_the_paper_preset_is_the_papers_form():
 
 
 def test_presets_take_changes_and_name_what_is_wrong():
-    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, core_size=8, states="contextual")
-    assert (config.encoder, config.head, config.base) == ("attention", "factored", "silent")
-    assert (config.core_size, config.states, config.expert_width) == (8, "contextual", 32)
+    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, core_size=8, states="embeddings")
+    assert (config.encoder, config.head, config.base) == ("attention", "memory", "silent")
+    assert (config.core_size, config.states, config.expert_width) == (8, "embeddings", 32)
     with pytest.raises(InputError, match="preset 'best' is unknown; it must be one of paper, recommended"):
         HypernetworkConfig.preset("best", hidden_size=32, layer=1)
     with pytest.raises(InputError, match="colour"):

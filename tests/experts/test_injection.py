@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_named(make_llm, random_experts, head, prompts):
 def test_gradients_reach_the_experts_and_not_the_llm(make_llm, random_experts, head, prompts):
     model = make_llm("llama").requires_grad_(False)
     experts = random_experts(2, 1, head=head)
-    learning = [*experts.weights, *(experts.factors if head == "factored" else ())]
+    learning = [*experts.weights, *(experts.factors if head != "dense" else ())]
     for tensor in learning:
         tensor.requires_grad_()
     rows = RowExperts(experts, torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
@@ -131,10 +131,13 @@ def test_gradients_reach_the_experts_and_not_the_llm(make_llm, random_experts, h
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["factored", "memory"])
 @torch.no_grad()
-def test_untrained_factored_experts_leave_the_llm_as_it_is_bit_for_bit(make_llm, make_hypernetwork, prompts, family):
+def test_untrained_silent_experts_leave_the_llm_as_it_is_bit_for_bit(
+    make_llm, make_hypernetwork, prompts, family, form
+):
     model = make_llm(family)
-    untrained = make_hypernetwork(head="factored", base="silent")
+    untrained = make_hypernetwork(head=form, base="silent")
     experts = untrained(torch.randn(2, 5, 32), torch.ones(2, 5, dtype=torch.bool)).unsqueeze(1)
     plain = model(prompts).logits
     with inject(model, LAYER, RowExperts(experts, torch.ones(2, 1), torch.zeros(2, dtype=torch.long))):

@@ -19,7 +19,7 @@ PASSAGES = {
     "f": "Canberra is the capital of the country and was founded in 1913.",
 }
 # The tiny hypernetwork's d, h, r and p: four matrices of r·d, h·r, r·h and d·r numbers, or two cores of p·p.
-EXPERT_NUMBERS = {"dense": 4 * 32 + 16 * 4 + 4 * 16 + 32 * 4, "factored": 2 * 6 * 6}
+EXPERT_NUMBERS = {"dense": 4 * 32 + 16 * 4 + 4 * 16 + 32 * 4, "factored": 2 * 6 * 6, "memory": 2 * 6 * 6}
 
 
 class Recorder:

@@ -10,6 +10,7 @@ FORMS = [
     {"head": "factored"},
     {"states": "contextual"},
     {"head": "factored", "states": "contextual", "encoder": "mean"},
+    {"head": "memory", "states": "contextual"},
 ]
 
 
@@ -47,11 +48,12 @@ def placed(by_hand, doc, expected_row, mode):
 
 
 @pytest.mark.parametrize("mode", ["genpoe", "genpoe_rag"])
-def test_an_untrained_factored_hypernetwork_changes_nothing(
-    make_lm, make_hypernetwork_dir, docs, choices, generation, mode
+@pytest.mark.parametrize("head", ["factored", "memory"])
+def test_an_untrained_silent_hypernetwork_changes_nothing(
+    make_lm, make_hypernetwork_dir, docs, choices, generation, mode, head
 ):
     """Bit for bit, the prompts being the same."""
-    untrained = make_lm(mode, hypernetwork=str(make_hypernetwork_dir(head="factored", base="silent")))
+    untrained = make_lm(mode, hypernetwork=str(make_hypernetwork_dir(head=head, base="silent")))
     plain = make_lm("rag" if mode == "genpoe_rag" else "closed_book", logits_cache=False)
     assert untrained.generate_until(generation(docs)) == plain.generate_until(generation(docs))
     assert untrained.loglikelihood(choices(docs)) == plain.loglikelihood(choices(docs))

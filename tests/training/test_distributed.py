@@ -46,7 +46,7 @@ def hypernetwork(
     make_llm: Callable[..., Any],
     tokenizer: Any,
     out: Path,
-    head: Literal["dense", "factored"] = "dense",
+    head: Literal["dense", "factored", "memory"] = "dense",
     **changes: Any,
 ) -> list[Any]:
     model = make_llm("llama")
@@ -105,7 +105,7 @@ def test_reranker(llm_dir: Path, make_reranker_data, in_two_processes, tmp_path:
     assert_weights(one, two)
 
 
-@pytest.mark.parametrize("head", ["dense", "factored"])
+@pytest.mark.parametrize("head", ["dense", "memory"])
 def test_a_sharded_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path: Path, head: Any) -> None:
     """FSDP, which accelerate uses on GPUs only, told here that these are some; stopped once and gone on."""
     one, two = tmp_path / "one", tmp_path / "two"

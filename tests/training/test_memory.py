@@ -427,7 +427,7 @@ def test_advice_on_a_hypernetwork_holds() -> None:
             elif found := re.fullmatch(r"sharding over (\d) devices", text):
                 assert replace(plan, shards=int(found[1])).estimate().total <= available
             else:
-                assert text == "a hypernetwork of a fraction of the size (factored head, lower rank)"
+                assert text == "a hypernetwork of a fraction of the size (another head, a lower rank)"
     assert "sharding over 4 devices" in advice(paper().estimate(), 30 << 30)
 
 

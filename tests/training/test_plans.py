@@ -25,7 +25,7 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("head", ["dense", "factored"])
+@pytest.mark.parametrize("head", ["dense", "factored", "memory"])
 @pytest.mark.parametrize("knowledge", [0.0, 1.0])
 def test_a_hypernetworks_plan_is_of_its_longest_batch(
     make_llm: Callable[..., Any], tokenizer: Any, head: str, knowledge: float
