@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "recommended": {
         "encoder": "attention",
-        "num_queries": 32,
+        "num_queries": 64,
         "normalise": True,
         "states": "contextual",
         "head": "memory",

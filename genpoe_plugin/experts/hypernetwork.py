@@ -141,8 +141,7 @@ class MemoryHead(nn.Module):
         self.keys = nn.Parameter(nn.init.orthogonal_(torch.empty(self.size, d)))
         self.values = nn.Parameter(nn.init.orthogonal_(torch.empty(self.size, d)))
         silent, scale = config.base == "silent", 1 / math.sqrt(self.size)
-        # Small, so that at first the core is next to the identity and a memory's neighbours do not drown it.
-        self.address_up = nn.Parameter(torch.randn(slots, self.size) * scale * (0.1 if silent else 1.0))
+        self.address_up = nn.Parameter(torch.randn(slots, self.size) * scale)
         self.address_down = nn.Parameter(
             torch.zeros(slots, self.size) if silent else torch.randn(slots, self.size) * scale
         )
