@@ -9,7 +9,7 @@ the same examples and is asked the same questions, about entities that it has no
     random      with some other person's, place's or organisation's
 
 Each form's learning rate is the one of `RATES` with the lowest loss on held-out questions of the training side, after
-a quarter of the steps. A run is a folder; those that are there already are not trained again.
+a training of fewer steps. A run is a folder; those that are there already are not trained again.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ HELD_OUT = 0.04
 
 @dataclass(frozen=True)
 class World:
-    """A world's size, and how long is trained on it."""
+    """A world's size, and how long is trained on it: to choose a rate, and then."""
 
     entities: int
     tested: int
+    rate_steps: int
     steps: int
     batch_size: int
     every: int
 
 
-WORLDS = {"demo": World(2500, 70, 500, 32, 50), "relations": World(4000, 60, 700, 64, 50)}
-QUICK = {"demo": World(200, 10, 40, 16, 20), "relations": World(200, 10, 40, 16, 20)}
+WORLDS = {"demo": World(2500, 70, 125, 500, 32, 50), "relations": World(4000, 60, 175, 450, 64, 50)}
+QUICK = {"demo": World(200, 10, 10, 40, 16, 10), "relations": World(200, 10, 10, 40, 16, 10)}
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """One training; ``share`` of the world's steps."""
+    """One training, to choose a rate or to be told of."""
 
     world: str
     form: str
     rate: float
     seed: int
-    share: float = 1.0
+    for_rate: bool = False
     quick: bool = False
 
     def directory(self, out: Path) -> Path:
-        kind = "rates" if self.share < 1 else "runs"
+        kind = "rates" if self.for_rate else "runs"
         return out / kind / self.world / f"{self.form.strip('+ ')}-{self.rate}-{self.seed}"
 
 
@@ -198,14 +199,14 @@ def carry_out(run: Run, out: Path) -> dict[str, Any]:
     def asked(questions: Sequence[Question], most: int = 1) -> Validation:
         return Validation(questions, model, tokenizer, layer=LAYER, num_passages=most, batch_size=64)
 
-    if run.share < 1:
+    if run.for_rate:
         tests, curve = {}, Curve(asked(conditions(held_out, 0)["single"]))
     else:
         test = questions_of(run.world, "test", world.tested, run.seed)
         tests = conditions(test if form.titles else without_titles(test), run.seed)
         curve = Curve(asked(tests["single"]))
     arguments = HypernetworkTraining(
-        max_steps=round(run.share * world.steps),
+        max_steps=world.rate_steps if run.for_rate else world.steps,
         batch_size=world.batch_size,
         learning_rate=run.rate,
         validate_every=world.every,
@@ -261,13 +262,13 @@ def all_runs(out: Path, runs: Sequence[Run], title: str) -> list[dict[str, Any]]
 def measure(out: Path = Path("forms-out"), quick: bool = False) -> list[Row]:
     """Train everything that ``out`` lacks, write its ``table.md``, and tell the aims."""
     worlds = QUICK if quick else WORLDS
-    tried = [Run(world, form, rate, 0, 0.25, quick) for world in worlds for form in FORMS for rate in RATES]
+    tried = [Run(world, form, rate, 0, True, quick) for world in worlds for form in FORMS for rate in RATES]
     losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run, found in zip(tried, all_runs(out, tried, "Choosing rates"), strict=True):
         losses.setdefault((run.world, run.form), []).append((found["curve"][-1]["loss"], run.rate))
     rates = {key: min(found)[1] for key, found in losses.items()}
     runs = [
-        Run(world, form, rates[world, form], seed, 1.0, quick)
+        Run(world, form, rates[world, form], seed, False, quick)
         for seed in SEEDS[: 1 if quick else None]
         for world, form in rates
     ]
