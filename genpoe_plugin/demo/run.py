@@ -59,7 +59,7 @@ class DemoSettings:
     train_entities: int = 2500
     test_entities: int = 120
     reranker_steps: int = 900
-    hypernetwork_steps: int = 1000
+    hypernetwork_steps: int = 300
     version: str = __version__
 
 
@@ -164,12 +164,10 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
                 "out": out / "hypernetwork",
                 "dtype": "float32",
                 "layer": 2,
-                "head": "dense",
-                "rank": 16,
-                "max-steps": settings.hypernetwork_steps,
-                "batch-size": 64,
-                "learning-rate": 2.5e-3,
                 "knowledge": 0.1,
+                "max-steps": settings.hypernetwork_steps,
+                "batch-size": 32,
+                "learning-rate": 4e-3,
                 "seed": settings.seed,
             },
             position=0,
