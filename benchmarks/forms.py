@@ -27,9 +27,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from tqdm import tqdm
 
+from benchmarks.options import Options
 from benchmarks.relations import related_questions
 from benchmarks.row import Row
 from genpoe_plugin import controls
@@ -49,6 +51,7 @@ from genpoe_plugin.training.validation import Validation
 LAYER, RANK = 2, 16  # of five layers; the paper's rank is an eighth of the width as well
 RATES = (1.5e-3, 4e-3)
 SEEDS = (0, 1, 2)
+OUT = Path("forms-out")
 REACHED = 0.8
 HELD_OUT = 0.04
 """Share of the training side's entities that only choose the learning rate."""
@@ -259,8 +262,9 @@ def all_runs(out: Path, runs: Sequence[Run], title: str) -> list[dict[str, Any]]
         return [future.result() for future in tqdm(futures, desc=title)]
 
 
-def measure(out: Path = Path("forms-out"), quick: bool = False) -> list[Row]:
-    """Train everything that ``out`` lacks, write its ``table.md``, and tell the aims."""
+def measure(options: Options) -> list[Row]:
+    """Train everything that ``out`` (by default `OUT`) lacks, write its ``table.md``, and tell the aims."""
+    out, quick = options.out or OUT, options.quick
     worlds = QUICK if quick else WORLDS
     tried = [Run(world, form, rate, 0, True, quick) for world in worlds for form in FORMS for rate in RATES]
     losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -275,8 +279,10 @@ def measure(out: Path = Path("forms-out"), quick: bool = False) -> list[Row]:
     scores: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run, found in zip(runs, all_runs(out, runs, "Training forms"), strict=True):
         scores.setdefault((run.world, run.form), []).append(found)
+    told = markdown(scores, rates)
     with atomic_file(out / "table.md") as temporary:
-        temporary.write_text(markdown(scores, rates), encoding="utf-8")
+        temporary.write_text(told, encoding="utf-8")
+    click.echo(told)
     return rows(scores)
 
 

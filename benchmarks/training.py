@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.memory import peak_bytes, tensors_of
+from benchmarks.options import Options
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
@@ -109,7 +110,7 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def measure() -> list[Row]:
+def measure(options: Options) -> list[Row]:
     """Time and memory of a step of 16 examples, ours over the loop's."""
     model, tokenizer = language_model()
     examples = training_set(BATCH)
@@ -128,7 +129,7 @@ def measure() -> list[Row]:
         **{name: lambda name=name: our_step(learners[name], optimizers[name], examples) for name in learners},
     }
     times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in tqdm(range(REPEATS + 1), desc="Timing"):
+    for repeat in tqdm(range(1 + (1 if options.quick else REPEATS)), desc="Timing"):
         for name, work in works.items():
             taken = seconds(work)
             if repeat:  # the first is warm-up
