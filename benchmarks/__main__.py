@@ -18,7 +18,7 @@ NAMES = ("training", "forms")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows, the machine and the command.")
 @click.option("--quick", is_flag=True, help="A size for a few minutes; what it says is no more than that it runs.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Keep what is made on the way here, and use what is there."
+    "--out", type=click.Path(path_type=Path), help="Keep what is made here, and use what is there."
 )
 def main(name: str, path: Path | None, quick: bool, out: Path | None) -> None:
     """Measure NAME and print its rows, each with its aim."""
