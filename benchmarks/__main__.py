@@ -17,9 +17,7 @@ NAMES = ("training", "forms")
 @click.argument("name", type=click.Choice([*NAMES, "all"]))
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows, the machine and the command.")
 @click.option("--quick", is_flag=True, help="A size for a few minutes; what it says is no more than that it runs.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Keep what is made here, and use what is there."
-)
+@click.option("--out", type=click.Path(path_type=Path), help="Keep what is made here, and use what is there.")
 def main(name: str, path: Path | None, quick: bool, out: Path | None) -> None:
     """Measure NAME and print its rows, each with its aim."""
     rows: list[Row] = []

@@ -5,6 +5,8 @@ the same examples and is asked the same questions, about entities that it has no
 
     single      with the passage that states the answer
     four        with that and three that do not, all gates equal: no reranker says which
+    gated       with the same four, by a reranker that is barely right: gates of 0.4 and three of 0.2
+    diluted     with the same four, but those that do not at gates of 0, and the other still at a quarter
     shuffled    with another question's passage
     random      with some other person's, place's or organisation's
 
@@ -53,6 +55,7 @@ RATES = (1.5e-3, 4e-3)
 SEEDS = (0, 1, 2)
 OUT = Path("forms-out")
 REACHED = 0.8
+GATES = {"gated": (0.4, 0.2, 0.2, 0.2), "diluted": (0.25, 0.0, 0.0, 0.0)}
 HELD_OUT = 0.04
 """Share of the training side's entities that only choose the learning rate."""
 
@@ -233,6 +236,10 @@ def carry_out(run: Run, out: Path) -> dict[str, Any]:
     for name, questions in tests.items():
         with torch.no_grad():
             found[name] = asked(questions, 4 if name == "four" else 1).measure(curve.generator, 0, 1)
+        for name, gates in GATES.items() if tests else ():
+            weighed = asked(tests["four"], 4)
+            weighed.examples = [replace(example, gates=gates) for example in weighed.examples]
+            found[name] = weighed.measure(curve.generator, 0, 1)
     with atomic_file(scores) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
@@ -314,13 +321,14 @@ def markdown(scores: dict[tuple[str, str], list[dict[str, Any]]], rates: dict[tu
         lines += [
             f"### {world}",
             "",
-            f"| form | rate | EM single | F1 single | EM four | EM shuffled | EM random | EM {REACHED} after |",
-            "|---|---|---|---|---|---|---|---|",
+            "| form | rate | EM single | F1 single | EM four | EM gated | EM diluted | EM shuffled | EM random "
+            f"| EM {REACHED} after |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for (where, form), seeds in scores.items():
             if where == world:
                 cells = [_spread(seeds, *key) for key in (("single", "em"), ("single", "f1"), ("four", "em"))]
-                cells += [_spread(seeds, name, "em") for name in ("shuffled", "random")]
+                cells += [_spread(seeds, name, "em") for name in (*GATES, "shuffled", "random")]
                 times = [reached(found["curve"]) for found in seeds]
                 told = "; ".join(
                     "not reached" if at is None else f"{at['step']} steps, {at['seconds']:.0f} s" for at in times

@@ -43,7 +43,13 @@ def test_a_run_is_carried_out_once(form, tmp_path, monkeypatch):
     found = carry_out(run, tmp_path)
     assert [row["step"] for row in found["curve"]] == [0, 2, 4]
     assert found["curve"][0]["seconds"] == 0 < found["curve"][1]["seconds"] < found["curve"][2]["seconds"]
-    assert found["single"]["em"] == found["curve"][-1]["em"] and {"four", "shuffled", "random"} <= set(found)
+    assert found["single"]["em"] == found["curve"][-1]["em"] and {
+        "four",
+        "gated",
+        "diluted",
+        "shuffled",
+        "random",
+    } <= set(found)
     monkeypatch.setattr(forms, "train_hypernetwork", None)
     assert carry_out(run, tmp_path) == found
     (run.directory(tmp_path) / "scores.json").write_text(json.dumps({"curve": []}))
@@ -53,7 +59,12 @@ def test_a_run_is_carried_out_once(form, tmp_path, monkeypatch):
 def scored(em: float, four: float, at: int | None) -> dict:
     curve = [{"step": 50, "em": 0.9 if at == 50 else 0.1, "seconds": 7.0}, {"step": 100, "em": em, "seconds": 12.0}]
     score = {"em": em, "f1": em + 0.1}
-    return {"curve": curve, "single": score, "four": {"em": four, "f1": four}, "shuffled": score, "random": score}
+    return {
+        "curve": curve,
+        "single": score,
+        "four": {"em": four, "f1": four},
+        **dict.fromkeys(("gated", "diluted", "shuffled", "random"), score),
+    }
 
 
 def test_rows_and_table_are_of_all_seeds():
