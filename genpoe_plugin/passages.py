@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import open_text
+from genpoe_plugin.files import open_text, refuse_pickles
 from genpoe_plugin.json_list import read_json_list
 
 RESULTS_FORMAT, RESULTS_VERSION = "genpoe-retrieval", 1
@@ -51,8 +51,15 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 
     Raises:
         InputError: a line is malformed, a passage has no id or no text, or one id stands for two passages of a DPR
-            result. That ids are unique in the other files is for the index to check.
+            result. That ids are unique in the other files is for `check_corpus` to see.
     """
+    for passage, _ in located_passages(path):
+        yield passage
+
+
+def located_passages(path: str | Path) -> Iterator[tuple[Passage, str]]:
+    """As `read_passages`, each passage with its ``file:line``, or what else tells where it is."""
+    refuse_pickles(path)
     if not (start := beginning(path)):
         raise InputError(f"{path}: the file is empty; give a file of passages")
     if start[0] not in "{[":
@@ -62,7 +69,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
     texts: set[bytes] = set()
     for record, where in read_json_objects(path):
         if "ctxs" not in record:
-            yield passage_from_record(record, where)
+            yield passage_from_record(record, where), where
             continue
         for ctx, ctx_where in json_objects(record["ctxs"], f'{where}, "ctxs"'):
             passage = passage_from_record(ctx, ctx_where)
@@ -71,7 +78,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
                 raise InputError(f"{ctx_where}: id {passage.id!r} already stands for another passage; make ids unique")
             if digest not in texts:
                 texts.add(digest)
-                yield passage
+                yield passage, ctx_where
 
 
 def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
@@ -173,7 +180,7 @@ def _parse(line: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON (nested too deeply)") from error
 
 
-def _read_tsv(path: str | Path) -> Iterator[Passage]:
+def _read_tsv(path: str | Path) -> Iterator[tuple[Passage, str]]:
     columns = ["id", "text", "title"]
     for number, (row, where) in enumerate(read_tsv_rows(path)):
         if number == 0 and sorted(row) == sorted(columns):
@@ -181,4 +188,4 @@ def _read_tsv(path: str | Path) -> Iterator[Passage]:
         elif len(row) != len(columns):
             raise InputError(f"{where}: {len(row)} fields; a passage is id<TAB>text<TAB>title")
         else:
-            yield passage_from_record(dict(zip(columns, row, strict=True)), where)
+            yield passage_from_record(dict(zip(columns, row, strict=True)), where), where

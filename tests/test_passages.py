@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,10 @@ def test_real_nq_passages() -> None:
     assert len(ctxs) == 1800
     assert {(p.title, p.text) for p in passages} == {(ctx["title"], ctx["text"]) for ctx in ctxs}
     assert len(passages) == len({p.string for p in passages}) == len({p.id for p in passages})
+
+
+@pytest.mark.parametrize("name", ["wikipedia_passages_0.pkl", "wikipedia_passages_0"])
+def test_pickles_are_refused_with_advice(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps([("wiki:1", [0.5])]))
+    with pytest.raises(InputError, match=rf"{name}: .*pickles.*data.wikipedia_split.psgs_w100.*genpoe index build"):
+        next(read_passages(tmp_path / name))

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.passages import Passage
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DPR_MAX_LENGTH = 256
 FINGERPRINT_VALUES = 2**20
 FINGERPRINT_TEXT = "Dr. O'Brien's naïve ÉCLAIR cost £3,000 in 東京 (1999)."
@@ -28,10 +29,11 @@ Item = TypeVar("Item")
 
 
 class Encoder(Protocol):
-    """What the index and the retriever need of a bi-encoder.
+    """What shards, index and retriever need of a bi-encoder.
 
-    ``fingerprint`` stands for all that decides a vector: it is the same for a model from the hub and from a directory,
-    as safetensors and as .bin, on every device.
+    ``fingerprint`` stands for all that decides a vector but for rounding: it is the same for a model from the hub and
+    from a directory, as safetensors and as .bin, on every device and in every precision. ``precision`` is what it
+    computes in, "float32", "float16" or "bfloat16"; ``pooling`` says in words what becomes of the token states.
     """
 
     @property
@@ -40,6 +42,10 @@ class Encoder(Protocol):
     def dimension(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def pooling(self) -> str: ...
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
         """float32 [n, dimension]."""
 
@@ -47,23 +53,40 @@ class Encoder(Protocol):
         """float32 [n, dimension]."""
 
 
-def load_encoder(name: str, *, device: str = "cpu", batch_size: int = 64) -> Encoder:
+def load_encoder(name: str, *, device: str = "cpu", batch_size: int = 64, dtype: str = "float32") -> Encoder:
     """Load a bi-encoder: ``QUESTION_ENCODER,CONTEXT_ENCODER`` for a DPR pair, else a sentence-transformers model; each
     a directory or an id on the hub.
+
+    Args:
+        dtype: what it computes in, one of `DTYPES`; the halves are for GPUs. Its vectors are float32 all the same.
 
     Raises:
         InputError: it cannot be loaded, or is another kind of model.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: an encoder computes in one of {', '.join(DTYPES)}")
     question_name, comma, context_name = name.partition(",")
     if comma:
-        return DPREncoder(question_name.strip(), context_name.strip(), device=device, batch_size=batch_size)
-    return SentenceEncoder(name, device=device, batch_size=batch_size)
+        names = question_name.strip(), context_name.strip()
+        return DPREncoder(*names, device=device, batch_size=batch_size, dtype=dtype)
+    return SentenceEncoder(name, device=device, batch_size=batch_size, dtype=dtype)
 
 
 class DPREncoder:
     """The two encoders of Dense Passage Retrieval."""
 
-    def __init__(self, question_name: str, context_name: str, *, device: str = "cpu", batch_size: int = 64) -> None:
+    pooling = "state of [CLS]"
+
+    def __init__(
+        self,
+        question_name: str,
+        context_name: str,
+        *,
+        device: str = "cpu",
+        batch_size: int = 64,
+        dtype: str = "float32",
+    ) -> None:
+        self.precision = dtype
         self.name = f"{_lasting_name(question_name)},{_lasting_name(context_name)}"
         self._device, self._batch_size = device, batch_size
         self._question_model, self._question_tokenizer = _load_dpr(DPRQuestionEncoder, question_name, device)
@@ -77,6 +100,8 @@ class DPREncoder:
             [("dpr", _architecture(model), tokenizer(FINGERPRINT_TEXT)["input_ids"]) for model, tokenizer in sides],
             [model for model, _ in sides],
         )
+        for model, _ in sides:  # only now, for the fingerprint is of the weights as they are published
+            model.to(DTYPES[dtype])
 
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
         def encode(batch: Sequence[str]) -> np.ndarray:
@@ -92,9 +117,10 @@ class DPREncoder:
         return _in_batches(passages, _passage_length, encode, self._batch_size, self.dimension)
 
     def _embed(self, model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]]) -> np.ndarray:
-        # Tokenised one by one, because a passage may be one segment (no title) or two.
-        rows = [tokenizer(*segments, truncation=True, max_length=DPR_MAX_LENGTH) for segments in texts]
-        inputs = tokenizer.pad(rows, return_tensors="pt").to(self._device)
+        # A batch may mix passages of one segment (no title) and of two.
+        batch = [segments if len(segments) > 1 else segments[0] for segments in texts]
+        inputs = tokenizer(batch, truncation=True, max_length=DPR_MAX_LENGTH, padding=True, return_tensors="pt")
+        inputs = inputs.to(self._device)
         # DPR was trained with segment 0 throughout; the tokenizer's ones for the text would change the vectors.
         token_types = torch.zeros_like(inputs["input_ids"])
         with torch.inference_mode():
@@ -108,8 +134,8 @@ class SentenceEncoder:
     Vectors are normalised where the model compares by cosine, as the library itself would then do.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", batch_size: int = 64) -> None:
-        self.name = _lasting_name(name)
+    def __init__(self, name: str, *, device: str = "cpu", batch_size: int = 64, dtype: str = "float32") -> None:
+        self.name, self.precision = _lasting_name(name), dtype
         self._batch_size = batch_size
         with _loading(name, "a sentence-transformers encoder"):
             known = is_sentence_transformer_model(name)
@@ -123,8 +149,9 @@ class SentenceEncoder:
             model = SentenceTransformer(name, device=device).float().eval()
         self._model, self._normalise = model, model.similarity_fn_name == "cosine"
         self.dimension: int = len(self._encode(model.encode_query, [FINGERPRINT_TEXT])[0])
+        modules = [(type(module).__name__, str(getattr(module, "pooling_mode", ""))) for module in model]
         description = {
-            "modules": [(type(module).__name__, str(getattr(module, "pooling_mode", ""))) for module in model],
+            "modules": modules,
             "architecture": _architecture(getattr(model[0], "auto_model", model[0])),
             "max_length": model.max_seq_length,
             "prompts": model.prompts,
@@ -132,6 +159,9 @@ class SentenceEncoder:
             "tokens": model.preprocess([FINGERPRINT_TEXT])["input_ids"].tolist(),
         }
         self.fingerprint = _fingerprint(description, [model])
+        poolings = [pooling for _, pooling in modules if pooling]
+        self.pooling = ", ".join([*poolings, "normalised"] if self._normalise else poolings)
+        model.to(DTYPES[dtype])  # only now, for the fingerprint is of the weights as they are published
 
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
         return self._encode(self._model.encode_query, list(questions))
@@ -142,10 +172,11 @@ class SentenceEncoder:
     def _encode(self, encode: Callable[..., np.ndarray], texts: list[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
-        vectors = encode(
-            texts, batch_size=self._batch_size, normalize_embeddings=self._normalise, show_progress_bar=False
-        )  # sorts by length and restores the order by itself
-        return np.asarray(vectors, np.float32)
+        # Sorts by length and restores the order by itself.
+        vectors = encode(texts, batch_size=self._batch_size, show_progress_bar=False).astype(np.float32)
+        if self._normalise:  # here, because in half precision it would be a thousandth off
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
 
 
 def _passage_length(passage: Passage) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def _has_avx512() -> bool:
@@ -26,11 +27,12 @@ _set_here = "OPENBLAS_CORETYPE" not in os.environ and _has_avx512()
 if _set_here:
     os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
 
-import faiss  # noqa: E402
+import faiss as _faiss  # noqa: E402
 
 if _set_here:
     del os.environ["OPENBLAS_CORETYPE"]
 
+faiss: Any = _faiss  # whose type stubs miss or misstate a part of what it has
 faiss.cvar.distance_compute_blas_threshold = 20
 
 __all__ = ["faiss"]

@@ -28,7 +28,7 @@ SIZES = {
 class FixedEncoder:
     """An encoder whose vectors are given, by passage id and by question."""
 
-    name, fingerprint = "fixed", "fixed-fingerprint"
+    name, fingerprint, precision, pooling = "fixed", "fixed-fingerprint", "float32", "none"
 
     def __init__(self, passages: dict[str, np.ndarray], questions: dict[str, np.ndarray] | None = None) -> None:
         self.passages, self.questions = passages, questions or {}

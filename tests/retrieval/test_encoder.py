@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -60,6 +61,49 @@ def test_dpr_vectors_are_raw_cls_states(dpr_pair: tuple[Path, Path]) -> None:
     assert np.abs(vectors[0] - by_hand(context, tokenizer, segments[0], type_of_text=1)).max() > 0.01
 
 
+def as_published(directory: Path, target: Path, tokenizer_class: str | None) -> Path:
+    """A DPR encoder in the form of facebook/dpr-*: a pickle of weights, two more of them than the model has and the
+    positions that old versions stored, and a tokenizer whose class is named seldom."""
+    target.mkdir(parents=True)
+    shutil.copy(directory / "config.json", target)
+    shutil.copy(directory / "vocab.txt", target)
+    named = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (target / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512} | named))
+    weights = load_file(directory / "model.safetensors")
+    prefix = next(iter(weights)).split("embeddings")[0]
+    weights[f"{prefix}pooler.dense.weight"] = torch.ones(32, 32)
+    weights[f"{prefix}pooler.dense.bias"] = torch.ones(32)
+    weights[f"{prefix}embeddings.position_ids"] = torch.arange(512)[None]
+    torch.save(weights, target / "pytorch_model.bin")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizers"),
+    [
+        ("single-nq", (None, None)),
+        ("multiset", ("DPRQuestionEncoderTokenizer", "DPRContextEncoderTokenizer")),
+    ],
+)
+def test_published_dpr_encoders_give_transformers_own_vectors(
+    dpr_pair: tuple[Path, Path], tmp_path: Path, family: str, tokenizers: tuple[str | None, str | None]
+) -> None:
+    names = (f"dpr-question_encoder-{family}-base", f"dpr-ctx_encoder-{family}-base")
+    published = [as_published(d, tmp_path / n, t) for d, n, t in zip(dpr_pair, names, tokenizers, strict=True)]
+    encoder = load_encoder(",".join(map(str, published)), batch_size=3)
+    assert encoder.fingerprint == load_encoder(pair(dpr_pair)).fingerprint
+    tokenizer = BertTokenizer(str(dpr_pair[0] / "vocab.txt"))
+    models = DPRQuestionEncoder.from_pretrained(dpr_pair[0]), DPRContextEncoder.from_pretrained(dpr_pair[1])
+    texts = [[(q,) for q in QUESTIONS], [(p.title, p.text) if p.title else (p.text,) for p in PASSAGES]]
+    found = [encoder.encode_questions(QUESTIONS), encoder.encode_passages(PASSAGES)]
+    for model, rows, vectors in zip(models, texts, found, strict=True):
+        for row, vector in zip(rows, vectors, strict=True):
+            inputs = tokenizer(*row, truncation=True, max_length=256, return_tensors="pt")
+            with torch.no_grad():  # without token types, the model takes zeros
+                wanted = model.eval()(inputs["input_ids"]).pooler_output[0]
+            np.testing.assert_allclose(vector, wanted.numpy(), atol=2e-5)
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_sentence_vectors_are_pooled_as_the_model_says(
     bert_dir: Path, make_sentence_encoder: Callable[..., Path], similarity: str
@@ -101,6 +145,32 @@ def test_order_and_batch_size_do_not_matter(name: str) -> None:
 def test_nothing_to_encode(name: str) -> None:
     encoder = load_encoder(name)
     assert encoder.encode_passages([]).shape == encoder.encode_questions([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(name: str, dtype: str) -> None:
+    single, half = load_encoder(name), load_encoder(name, dtype=dtype)
+    assert (single.precision, half.precision) == ("float32", dtype)
+    assert half.fingerprint == single.fingerprint and half.pooling == single.pooling
+    exact, rounded = single.encode_passages(PASSAGES), half.encode_passages(PASSAGES)
+    assert rounded.dtype == np.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < (0.01 if dtype == "float16" else 0.1)
+    error = np.linalg.norm(half.encode_questions(QUESTIONS) - single.encode_questions(QUESTIONS))
+    assert 0 < error < 0.1 * np.linalg.norm(single.encode_questions(QUESTIONS))
+    with pytest.raises(InputError, match=r"dtype int8: .*float32, float16, bfloat16"):
+        load_encoder(name, dtype="int8")
+
+
+def test_normalised_in_single_precision(make_sentence_encoder: Callable[..., Path]) -> None:
+    encoder = load_encoder(str(make_sentence_encoder(similarity_fn_name="cosine")), dtype="bfloat16")
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_passages(PASSAGES), axis=1), 1, rtol=1e-6)
+
+
+def test_pooling_in_words(dpr_pair: tuple[Path, Path], make_sentence_encoder: Callable[..., Path]) -> None:
+    assert load_encoder(pair(dpr_pair)).pooling == "state of [CLS]"
+    assert load_encoder(str(make_sentence_encoder(similarity_fn_name="cosine"))).pooling == "mean, normalised"
+    assert load_encoder(str(make_sentence_encoder("cls", similarity_fn_name="dot"))).pooling == "cls"
 
 
 def copy(directories: tuple[Path, Path], target: Path) -> tuple[Path, Path]:
