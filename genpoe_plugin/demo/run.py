@@ -105,7 +105,7 @@ def _retrieve(out: Path, world: World, settings: DemoSettings) -> None:
     """The index over all passages of the world, and the passages that it finds for the questions of either side."""
     if not (out / "index").is_dir():
         encoder = load_encoder(str(ENCODER))
-        PassageIndex.build(world.passages, encoder, out / "index", total=len(world.passages))
+        PassageIndex.build(world.passages, encoder, out / "index")
     targets: dict[Side, Path] = {"train": out / "train.jsonl", "test": out / "test.retrieved.jsonl"}
     for side, target in targets.items():
         if not target.is_file():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from genpoe_plugin.retrieval import encoding
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.retriever import Retriever
+from genpoe_plugin.retrieval.shards import Shards
+from train_cli.index import Size
 from train_cli.main import main
 
 WORDS = ["rossini", "barber", "curie", "radium", "polonium", "fox"]
@@ -50,7 +55,108 @@ def test_build_and_info(encoder: Path, tmp_path: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in info.stdout.splitlines())
     assert lines["passages"] == "3" and lines["dimensions"] == "16" and lines["encoder"] == str(encoder)
     assert "verified" not in info.stdout
-    assert run("index", "info", tmp_path / "index", "--verify").stdout.count("verified") == 2
+    assert run("index", "info", tmp_path / "index", "--verify").stdout.count("verified") == 3
+
+
+def test_shards_are_encoded_once_for_any_index(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "passages.tsv").write_text(TSV)
+    options = ["--passages", tmp_path / "passages.tsv", "--encoder", encoder, "--shard-size", 2]
+    result = run("index", "encode", *options, "--out", tmp_path / "shards")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'shards'}: 3 passages, 16 dimensions, 2 shards\n"
+    assert Shards.open(tmp_path / "shards").is_complete
+    for factory in ("Flat", "SQ8"):
+        result = run(
+            "index", "build", "--shards", tmp_path / "shards", "--out", tmp_path / factory, "--factory", factory
+        )
+        assert result.exit_code == 0, result.output
+        found = Retriever.load(tmp_path / factory).retrieve(["radium", "fox", "barber"], 1)
+        assert [items[0].passage.id for items in found] == ["2", "3", "1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Flat", "SQ8", "passages.tsv", "shards"]
+
+    shutil.rmtree(tmp_path / "shards")
+    result = run("index", "build", *options, "--shards", tmp_path / "shards", "--out", tmp_path / "again")
+    assert result.exit_code == 0 and Shards.open(tmp_path / "shards").is_complete
+    shutil.copy(tmp_path / "shards" / "shards.json", tmp_path / "part.json")
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part.json").rename(tmp_path / "part" / "shards.json")
+    result = run("index", "build", "--shards", tmp_path / "part", "--out", tmp_path / "other")
+    assert result.exit_code == 2 and "part: 2 of 2 shards are missing; `genpoe index encode` goes on" in result.stderr
+
+
+def test_only_the_first_of_many_processes_builds(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    result = build(TSV, tmp_path, "--encoder", encoder)
+    assert result.exit_code == 0 and result.stdout == ""
+    assert not (tmp_path / "index").exists() and Shards.open(tmp_path / "index.building" / "shards").is_complete
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    assert build(TSV, tmp_path, "--encoder", encoder).exit_code == 0
+    assert len(PassageIndex.load(tmp_path / "index")) == 3
+
+
+def test_the_same_command_does_not_build_again(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "passages.tsv").write_text(TSV)
+    options = ["--passages", tmp_path / "passages.tsv", "--encoder", encoder, "--out", tmp_path / "index"]
+    assert run("index", "build", *options).exit_code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "encode_shards", lambda *a, **o: pytest.fail("encoded again"))
+        again = run("index", "build", *options)
+    assert again.exit_code == 0 and "built already" in again.stdout
+    assert run("index", "build", *options, "--factory", "SQ8").stdout.endswith("SQ8, recall@3 1.000\n")
+
+
+def test_index_type_is_chosen_and_tuned(encoder: Path, tmp_path: Path) -> None:
+    result = build(TSV, tmp_path, "--encoder", encoder, "--memory", "2.5 GB")
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Flat: ")]
+    assert "3 passages of 16 numbers, exact search: 0.0 GB" in line
+
+    rng = random.Random(0)
+    text = "".join(f"{i}\t{' '.join(rng.choices(WORDS, k=9))}\t\n" for i in range(400))
+    (tmp_path / "questions.tsv").write_text("".join(f"{word} {other}\t['x']\n" for word in WORDS for other in WORDS))
+    questions = ["--queries", tmp_path / "questions.tsv"]
+    options = ["--encoder", encoder, "--factory", "IVF8,SQ8", "--shards", tmp_path / "shards"]
+    result = build(text, tmp_path, *options, *questions, "--recall", 0.4)
+    assert result.exit_code == 0, result.output
+    info = run("index", "info", tmp_path / "index").stdout
+    first = PassageIndex.load(tmp_path / "index").manifest["search"]
+    assert f"search       nprobe {first['parameters']['nprobe']:g}, recall@20 {first['recall']:.3f}" in info
+    assert f"measured by  {tmp_path / 'questions.tsv'}" in info
+    result = run("index", "tune", tmp_path / "index", "--shards", tmp_path / "shards", *questions, "--recall", 0.99)
+    assert result.exit_code == 0, result.output
+    second = PassageIndex.load(tmp_path / "index").manifest["search"]
+    assert second["parameters"]["nprobe"] > first["parameters"]["nprobe"] and second["recall"] >= 0.99
+    assert result.stdout == f"{tmp_path / 'index'}: IVF8,SQ8, recall@20 {second['recall']:.3f}\n"
+
+
+def test_questions_of_another_encoder_are_refused(encoder: Path, tmp_path: Path) -> None:
+    assert build(TSV, tmp_path, "--encoder", encoder, "--shards", tmp_path / "shards").exit_code == 0
+    other = tmp_path / "other-encoder"
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=16)], device="cpu").save(str(other))
+    (tmp_path / "questions.tsv").write_text("fox\t['x']\n")
+    arguments = ["--shards", tmp_path / "shards", "--queries", tmp_path / "questions.tsv", "--encoder", other]
+    result = run("index", "tune", tmp_path / "index", *arguments)
+    assert result.exit_code == 2
+    assert str(encoder) in result.stderr and str(other) in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16 * 10**9), ("16gib", 2**34), ("1.5 TB", 15 * 10**11), ("4096", 4096)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "16 elephants", "1e3", "nanGB"])
+def test_what_is_no_size(text: str) -> None:
+    result = run("index", "build", "--out", "x", "--memory", text)
+    assert result.exit_code == 2 and "is not a size such as 16GB" in result.stderr
 
 
 def test_factory(encoder: Path, tmp_path: Path) -> None:
@@ -65,7 +171,7 @@ def test_factory(encoder: Path, tmp_path: Path) -> None:
     [
         (TSV + "4\tno title\n", [], "passages.tsv:5: 2 fields"),
         (TSV + "4\t \tfox\n", [], "passages.tsv:5: passage '4' has no text"),
-        (TSV + "2\tfox again\t\n", [], "passages 2 and 4 both have the id '2'"),
+        (TSV + "2\tfox again\t\n", [], "passages.tsv:5: id '2' is also that of"),
         ("id\ttext\ttitle\n", [], "no passages"),
         (TSV, ["--factory", "Flt"], "factory 'Flt'"),
         (TSV, ["--encoder", "no-such/encoder"], "no-such/encoder: "),
@@ -80,6 +186,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     last = result.stderr.splitlines()[-1]  # after the progress bar
     assert last.startswith("error: ") and message in last and "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["passages.tsv"]
+
+
+def test_too_few_passages_keep_what_is_encoded(encoder: Path, tmp_path: Path) -> None:
+    result = build(TSV, tmp_path, "--encoder", encoder, "--factory", "IVF64,Flat")
+    assert result.exit_code == 2 and "64 centroids take more than 3 passages" in result.stderr.splitlines()[-1]
+    assert Shards.open(tmp_path / "index.building" / "shards").is_complete
+    assert build(TSV, tmp_path, "--encoder", encoder).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "passages.tsv"]
+
+
+def test_what_to_build_of_is_needed(encoder: Path, tmp_path: Path) -> None:
+    for arguments, message in [
+        ([], "give --passages and --encoder, or --shards"),
+        (["--passages", tmp_path / "x.tsv"], "--passages needs --encoder"),
+        (["--shards", tmp_path / "none"], "not a folder of shards"),
+    ]:
+        result = run("index", "build", "--out", tmp_path / "index", *arguments)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_info_of_something_else(encoder: Path, tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_a_lazy_command_is_imported_on_use_only(tmp_path: Path, monkeypatch: pyt
     assert CliRunner().invoke(group, ["shout", "hello"]).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "data", "index", "retrieve", "train reranker", "train hypernetwork"])
+@pytest.mark.parametrize(
+    "command", ["demo", "data", "index", "retrieve", "rerank", "train reranker", "train hypernetwork"]
+)
 def test_every_command_is_there(command: str) -> None:
     result = CliRunner().invoke(main, [*command.split(), "--help"], prog_name="genpoe")
     assert result.exit_code == 0, result.exception

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.passages import Passage
-from genpoe_plugin.retrieval.index import BLOCK, MANIFEST, PASSAGES, VECTORS, PassageIndex
+from genpoe_plugin.retrieval import index as index_module
+from genpoe_plugin.retrieval.faiss_setup import faiss
+from genpoe_plugin.retrieval.index import MANIFEST, VECTORS, PassageIndex
+from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES
+from genpoe_plugin.retrieval.shards import BLOCK
 
 Corpus = Callable[[np.ndarray], tuple[list[Passage], object]]
 
@@ -68,7 +72,7 @@ def test_what_is_loaded_is_what_was_built(fixed_corpus: Corpus, tmp_path: Path) 
     vectors = rng.standard_normal((2 * BLOCK + 7, 8), np.float32)
     passages, encoder = fixed_corpus(vectors)
     passages[BLOCK] = Passage(passages[BLOCK].id, "", 'naïve 東京 "quoted"\nsecond line')
-    built = PassageIndex.build(iter(passages), encoder, tmp_path / "index", progress=False)
+    built = PassageIndex.build(passages, encoder, tmp_path / "index", progress=False)
     loaded = PassageIndex.load(tmp_path / "index")
     assert [loaded.passage(row) for row in range(len(loaded))] == passages
     for ours, theirs in zip(built.search(vectors[:30], 9), loaded.search(vectors[:30], 9), strict=True):
@@ -76,9 +80,13 @@ def test_what_is_loaded_is_what_was_built(fixed_corpus: Corpus, tmp_path: Path) 
     assert (loaded.encoder_name, loaded.encoder_fingerprint) == (encoder.name, encoder.fingerprint)
     assert loaded.fingerprint == built.fingerprint
     loaded.verify()
+    assert loaded.manifest["pooling"] == encoder.pooling
     for row in (-1, len(loaded)):
         with pytest.raises(IndexError):
             loaded.passage(row)
+    assert [loaded.row(f"p{row}") for row in (0, BLOCK, len(loaded) - 1)] == [0, BLOCK, len(loaded) - 1]
+    with pytest.raises(KeyError):
+        loaded.row("p")
 
 
 def test_fingerprint_is_of_encoder_vectors_and_passages(fixed_corpus: Corpus, tmp_path: Path) -> None:
@@ -91,7 +99,9 @@ def test_fingerprint_is_of_encoder_vectors_and_passages(fixed_corpus: Corpus, tm
     changed.append(build(fixed_corpus, 2 * vectors, tmp_path / "d").fingerprint)
     encoder.fingerprint = "another"
     changed.append(PassageIndex.build(passages, encoder, tmp_path / "e", progress=False).fingerprint)
-    assert len({fingerprint, *changed}) == 4
+    edit_manifest(tmp_path / "b", search={"parameters": {"nprobe": 2}})
+    changed.append(PassageIndex.load(tmp_path / "b").fingerprint)
+    assert len({fingerprint, *changed}) == 5
 
 
 @pytest.mark.parametrize("factory", ["SQfp16", "IVF8,Flat", "HNSW16,SQ8", "OPQ8_16,IVF8,PQ8x4fs,Refine(SQfp16)"])
@@ -125,32 +135,28 @@ def test_search_refuses_what_it_cannot_answer(fixed_corpus: Corpus, tmp_path: Pa
     assert index.search(np.ones((0, 4)), 3)[1].shape == (0, 3)
 
 
-def interrupted(passages: list[Passage]) -> Iterator[Passage]:
-    yield from passages
-    raise KeyboardInterrupt("stopped")
-
-
-def test_a_build_that_fails_leaves_everything_as_it_was(fixed_corpus: Corpus, tmp_path: Path) -> None:
+def test_a_build_that_fails_leaves_an_index_as_it_was(fixed_corpus: Corpus, tmp_path: Path) -> None:
     vectors = np.eye(4, dtype=np.float32)
     passages, encoder = fixed_corpus(vectors)
     not_finite = fixed_corpus(np.where(np.eye(4) > 0, np.nan, 1))[1]
-    attempts: list[tuple[object, object, str, type[BaseException], str]] = [
-        (interrupted(passages), encoder, "Flat", KeyboardInterrupt, "stopped"),
-        ([*passages, passages[1]], encoder, "Flat", InputError, "passages 2 and 5 .*'p1'"),
-        ([], encoder, "Flat", InputError, "no passages"),
-        (passages, not_finite, "Flat", InputError, "fixed: .*'p0' is not finite"),
-        (passages, encoder, "Flt", InputError, "factory 'Flt'.*could not parse"),
-        (passages, encoder, "IVF64,Flat", InputError, "factory 'IVF64,Flat'.*training points"),
-        (passages, encoder, "IDMap,Flat", InputError, "factory 'IDMap,Flat'"),
+    attempts: list[tuple[object, object, str, str]] = [
+        ([*passages, passages[1]], encoder, "Flat", "passage 5: id 'p1' is also that of passage 2"),
+        ([], encoder, "Flat", "no passages"),
+        (passages, not_finite, "Flat", "fixed: .*'p0' is not finite"),
+        (passages, encoder, "Flt", "factory 'Flt'.*could not parse"),
     ]
-    for given_passages, given_encoder, factory, error, message in attempts:
-        with pytest.raises(error, match=message) as caught:
-            PassageIndex.build(given_passages, given_encoder, tmp_path / "index", factory=factory, progress=False)
-        assert "\n" not in str(caught.value)
-        assert list(tmp_path.iterdir()) == []
+
+    def build_all() -> None:
+        for given_passages, given_encoder, factory, message in attempts:
+            with pytest.raises(InputError, match=message) as caught:
+                PassageIndex.build(given_passages, given_encoder, tmp_path / "index", factory=factory, progress=False)
+            assert "\n" not in str(caught.value)
+
+    build_all()
+    assert list(tmp_path.iterdir()) == []
     kept = PassageIndex.build(passages, encoder, tmp_path / "index", progress=False).fingerprint
-    with pytest.raises(InputError):
-        PassageIndex.build([], encoder, tmp_path / "index", progress=False)
+    build_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
     assert PassageIndex.load(tmp_path / "index").fingerprint == kept
 
 
@@ -184,18 +190,23 @@ def truncate(path: Path) -> None:
         (lambda d: (d / VECTORS).unlink(), r"index.faiss: no file where"),
         (lambda d: (d / PASSAGES).unlink(), r"passages.arrow: no file where"),
         (lambda d: truncate(d / MANIFEST), r"index.json: not the description"),
-        (lambda d: (d / MANIFEST).write_text("{}"), r"index.json: not the description"),
+        (lambda d: (d / MANIFEST).write_text("{}"), r"index.json: something else"),
         (lambda d: (d / MANIFEST).write_text("[]"), r"index.json: not the description"),
         (lambda d: (d / MANIFEST).write_bytes(b"\xff"), r"index.json: not the description"),
-        (lambda d: edit_manifest(d, version=2), r"index.json: not .* version 1"),
+        (lambda d: edit_manifest(d, version=1), r"index.json: version 1 where version 2 .*build it again"),
+        (lambda d: edit_manifest(d, format="recipe"), r"index.json: something else where version 2"),
+        (lambda d: edit_manifest(d, search={}), r"index.json: not the description"),
         (lambda d: edit_manifest(d, files={}), r"index.json: not the description"),
         (lambda d: edit_manifest(d, count="4"), r"index.json: not the description"),
         (lambda d: truncate(d / VECTORS), r"index.faiss: .* bytes where"),
         (lambda d: truncate(d / PASSAGES), r"passages.arrow: .* bytes where"),
+        (lambda d: truncate(d / IDS), r"ids.npy: .* bytes where"),
+        (lambda d: (d / IDS).unlink(), r"ids.npy: no file where"),
         (lambda d: edit_manifest(d, count=5), r"index: damaged index .*build it again"),
         (lambda d: edit_manifest(d, dimension=5), r"index: damaged index .*build it again"),
         (lambda d: (d / VECTORS).write_bytes(bytes((d / VECTORS).stat().st_size)), r"index: damaged index"),
-        (lambda d: (d / PASSAGES).write_bytes(bytes((d / PASSAGES).stat().st_size)), r"index: damaged index"),
+        (lambda d: (d / PASSAGES).write_bytes(bytes((d / PASSAGES).stat().st_size)), r"passages.arrow: damaged"),
+        (lambda d: (d / IDS).write_bytes(bytes((d / IDS).stat().st_size)), r"ids.npy: damaged"),
     ],
 )
 def test_damage_is_one_line(
@@ -208,7 +219,7 @@ def test_damage_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [VECTORS, PASSAGES])
+@pytest.mark.parametrize("name", [VECTORS, PASSAGES, IDS])
 def test_verify_finds_a_flipped_bit(fixed_corpus: Corpus, tmp_path: Path, name: str) -> None:
     index = build(fixed_corpus, np.eye(4, dtype=np.float32), tmp_path / "index")
     data = bytearray((tmp_path / "index" / name).read_bytes())
@@ -216,3 +227,56 @@ def test_verify_finds_a_flipped_bit(fixed_corpus: Corpus, tmp_path: Path, name: 
     (tmp_path / "index" / name).write_bytes(data)
     with pytest.raises(InputError, match=f"{name}: damaged"):
         index.verify()
+
+
+def test_damage_within_the_vectors_is_one_line_when_they_are_searched(fixed_corpus: Corpus, tmp_path: Path) -> None:
+    build(fixed_corpus, np.eye(4, dtype=np.float32), tmp_path / "index")
+    path = tmp_path / "index" / VECTORS
+    data = path.read_bytes()
+    path.write_bytes(b"Ixxx" + data[4:])
+    with pytest.raises(InputError, match=r"index.faiss: damaged .*build the index again") as caught:
+        PassageIndex.load(tmp_path / "index").search(np.ones((1, 4)), 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_vectors_are_not_read_before_they_are_searched(
+    fixed_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some FAISS types cannot be mapped from the file, so opening them would take as long as reading them."""
+    build(fixed_corpus, np.eye(4, dtype=np.float32), tmp_path / "index")
+    monkeypatch.setattr(index_module, "open_vectors", lambda paths: pytest.fail("vectors were read"))
+    opened = PassageIndex.load(tmp_path / "index")
+    assert opened.passage(3).id == "p3" and opened.row("p2") == 2 and len(opened) == 4
+
+
+class OnGPUs:
+    """Stands in for an index on GPUs, which finds a limited number of results."""
+
+    def __init__(self, index: object) -> None:
+        self.index, self.fetched = index, []
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        self.fetched.append(k)
+        assert k <= index_module.GPU_RESULTS
+        return self.index.search(vectors, k)
+
+
+def test_gpus_search_where_there_are_any_and_they_can(
+    fixed_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies: list[OnGPUs] = []
+    monkeypatch.setattr(index_module, "GPU_RESULTS", 8)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: copies.append(OnGPUs(index)) or copies[0])
+    index = build(fixed_corpus, np.ones((100, 4), np.float32), tmp_path / "index")
+    _, rows = index.search(np.ones((3, 4)), 3)  # all tie, so that more and more are looked at
+    np.testing.assert_array_equal(rows, [[0, 1, 2]] * 3)
+    assert [copy.fetched for copy in copies] == [[4, 8]]
+
+    def refuse(index: object) -> object:
+        raise RuntimeError("Error: no such type on a GPU")
+
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuse)
+    _, rows = PassageIndex.load(tmp_path / "index").search(np.ones((1, 4)), 3)
+    np.testing.assert_array_equal(rows, [[0, 1, 2]])
+    assert "searched on the CPU (no such type on a GPU)" in caplog.text
