@@ -7,12 +7,13 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.files import atomic_file, open_text
 from genpoe_plugin.passages import (
     RESULTS_FORMAT,
     RESULTS_VERSION,
@@ -24,6 +25,9 @@ from genpoe_plugin.passages import (
     read_json_objects,
     read_tsv_rows,
 )
+
+FORMATS = ("genpoe", "dpr")  # that retrieval results are written in
+HEADER_LIMIT = 1 << 16  # characters; a longer first line is a question's, or a whole JSON list
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +91,66 @@ def read_questions(path: str | Path) -> Iterator[Question]:
         )
 
 
-def write_questions(path: str | Path, questions: Iterable[Question], **header: Any) -> None:
+def write_questions(path: str | Path, questions: Iterable[Question], /, **header: Any) -> None:
     """Write JSON Lines that `read_questions` reads back: a line with format, version and ``header``, then one object
     a question in DPR's result form, its passages in the order given, with rank and, where there are any, rerank score,
     rerank rank and has_answer. ``.gz`` at the end of the name compresses."""
+    with _replacing(path) as file:
+        file.write(header_line(header))
+        for question in questions:
+            file.write(question_line(question))
+
+
+def write_dpr_results(path: str | Path, questions: Iterable[Question]) -> None:
+    """Write one JSON list in the form of DPR's result files, question by question; `read_questions` reads it back.
+
+    A passage has ``id, title, text, score`` (a string) and ``has_answer``, and no more if it is where the retriever
+    put it and was not reranked; else it has ``rank``, ``rerank_score`` and ``rerank_rank`` as well, which readers of
+    DPR's files pass over. ``.gz`` at the end of the name compresses.
+    """
+    with _replacing(path) as file:
+        separator = "[\n"
+        for question in questions:
+            record = _record(question)
+            for position, ctx in enumerate(record["ctxs"], 1):
+                ctx["score"] = str(ctx["score"])
+                if ctx["rank"] == position:
+                    del ctx["rank"]
+            file.write(separator + json.dumps(record, ensure_ascii=False))
+            separator = ",\n"
+        file.write("\n]\n" if separator[0] == "," else "[]\n")
+
+
+def header_line(header: Mapping[str, Any]) -> str:
+    """The first line of a result file: format, version, and ``header``."""
+    return json.dumps({"format": RESULTS_FORMAT, "version": RESULTS_VERSION, **header}) + "\n"
+
+
+def question_line(question: Question) -> str:
+    """The line of one question in a result file."""
+    return json.dumps(_record(question), ensure_ascii=False) + "\n"
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What the first line of a result file of ours says beside format and version; nothing of any other file."""
+    with open_text(path) as file:
+        try:
+            header = json.loads(file.readline(HEADER_LIMIT))
+        except (json.JSONDecodeError, RecursionError):
+            return {}
+    if not isinstance(header, dict) or header.pop("format", None) != RESULTS_FORMAT:
+        return {}
+    header.pop("version", None)
+    return header
+
+
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[TextIO]:
+    """A text file, compressed if its name ends in ``.gz``, that is there once it is whole."""
     with atomic_file(path) as temporary:
         opener = gzip.open if Path(path).suffix == ".gz" else open
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            file.write(json.dumps({"format": RESULTS_FORMAT, "version": RESULTS_VERSION, **header}) + "\n")
-            for question in questions:
-                file.write(json.dumps(_record(question), ensure_ascii=False) + "\n")
+        with cast(TextIO, opener(temporary, "wt", encoding="utf-8")) as file:
+            yield file
 
 
 def by_rerank_score(passages: tuple[RetrievedPassage, ...]) -> tuple[RetrievedPassage, ...]:

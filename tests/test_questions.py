@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage, passages_from_ctxs, read_questions, write_questions
+from genpoe_plugin.questions import (
+    Question,
+    RetrievedPassage,
+    passages_from_ctxs,
+    read_header,
+    read_questions,
+    write_dpr_results,
+    write_questions,
+)
 
 DATA = Path(__file__).parents[2] / "shared/data"
 CTX = {"id": "wiki:7", "title": "Opera", "text": "Rossini wrote it.", "score": "81.25", "has_answer": True}
@@ -116,14 +125,64 @@ def test_written_lines_are_dpr_results_with_ranks(tmp_path: Path) -> None:
     assert line == {"question": "q", "answers": ["a"], "ctxs": [ctx]}
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+@settings(max_examples=60, deadline=None)
+@given(st.lists(questions, max_size=4), st.sampled_from(["out.json", "out.json.gz"]))
+def test_dpr_results_are_one_list_and_read_back(
+    tmp_path_factory: pytest.TempPathFactory, asked: list[Question], name: str
+) -> None:
+    path = tmp_path_factory.mktemp("questions") / name
+    write_dpr_results(path, asked)
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = json.loads(content)
+    assert [set(row) for row in rows] == [{"question", "answers", "ctxs"}] * len(asked)
+    assert all(type(ctx["score"]) is str for row in rows for ctx in row["ctxs"])
+    assert list(read_questions(path)) == asked
+
+
+def test_dpr_results_have_dprs_fields_and_others_only_where_needed(tmp_path: Path) -> None:
+    second = RetrievedPassage(Passage("8", "", "Verdi."), 80.5, 2, has_answer=False)
+    write_dpr_results(tmp_path / "out.json", [Question("q", ("a",), (RETRIEVED, second))])
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    other = {"id": "8", "title": "", "text": "Verdi.", "score": "80.5", "has_answer": False}
+    assert row == {"question": "q", "answers": ["a"], "ctxs": [CTX, other]}
+
+    reranked = RetrievedPassage(second.passage, 80.5, 2, rerank_score=1.5, rerank_rank=1, has_answer=False)
+    write_dpr_results(tmp_path / "out.json", [Question("q", ("a",), (reranked,))])
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["ctxs"] == [{**other, "rank": 2, "rerank_score": 1.5, "rerank_rank": 1}]
+
+
+@pytest.mark.parametrize("writer", [write_questions, write_dpr_results])
+def test_a_failed_write_leaves_nothing(tmp_path: Path, writer) -> None:
     def broken():
         yield PLAIN
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_questions(tmp_path / "out.jsonl", broken())
+        writer(tmp_path / "out.jsonl", broken())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_header_of_our_files_only(tmp_path: Path) -> None:
+    write_questions(tmp_path / "ours.jsonl.gz", [PLAIN], encoder="e", questions=3)
+    assert read_header(tmp_path / "ours.jsonl.gz") == {"encoder": "e", "questions": 3}
+    others = (json.dumps(RESULT) + "\n", json.dumps([RESULT]), json.dumps([RESULT], indent=4), QAS, "", "[" * 9999)
+    for text in others:
+        assert read_header(write(tmp_path / "other", text)) == {}
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("name", ["nq-test.json", "nq-test.json.gz"])
+def test_a_pickle_is_refused_unread(tmp_path: Path, name: str, protocol: int) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "canary",))
+
+    data = pickle.dumps([RESULT, Bomb()], protocol)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(InputError, match=rf"{name}: a pickle, which is not opened .* JSON") as caught:
+        list(read_questions(tmp_path / name))
+    assert "\n" not in str(caught.value) and not (tmp_path / "canary").exists()
 
 
 def test_ctxs_without_score_and_rank_keep_their_order() -> None:

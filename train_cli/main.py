@@ -64,6 +64,7 @@ class MainGroup(LazyGroup):
         "data": LazyCommand("train_cli.data:data", "Download data, and make training data of it."),
         "index": LazyCommand("train_cli.index:index", "Build or describe a passage index."),
         "retrieve": LazyCommand("train_cli.retrieve:retrieve", "Retrieve passages for questions, ahead of time."),
+        "rerank": LazyCommand("train_cli.rerank:rerank", "Put retrieved passages in a reranker's order."),
     },
 )
 @click.version_option(__version__, prog_name="genpoe")

@@ -53,9 +53,11 @@ def run(index: Path, questions: Path, out: Path, *arguments: object) -> Result:
     return CliRunner().invoke(main, ["retrieve", *map(str, options)])
 
 
-def recall(ranked: Sequence[Sequence[bool]]) -> str:
-    """The figures of the printed line, from the questions' passages that hold an answer."""
-    return "  ".join(f"recall@{k} {np.mean([any(row[:k]) for row in ranked]):.4f}" for k in (1, 5, 20))
+def figures(ranked: Sequence[Sequence[bool]]) -> list[str]:
+    """Those of a printed line, from the questions' passages that hold an answer."""
+    recall = [np.mean([any(row[:k]) for row in ranked]) for k in (1, 5, 20)]
+    mrr = np.mean([1 / (1 + row.index(True)) if any(row) else 0 for row in ranked])
+    return [f"{value:.4f}" for value in (*recall, mrr)]
 
 
 def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path, tmp_path: Path) -> None:
@@ -79,7 +81,9 @@ def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path
         hits.append([bool(w & {answer.lower() for answer in question.answers}) for w in words])
         assert [item.has_answer for item in question.passages] == hits[-1]
         assert all(item.rerank_rank is None for item in question.passages)
-    assert result.stdout.splitlines()[0] == f"retrieved  {recall(hits)}"
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table[0] == ["4", "questions", "recall@1", "recall@5", "recall@20", "MRR"]
+    assert table[1] == ["retrieved", *figures(hits)] and len(table) == 3
     assert 0 < np.mean([row[0] for row in hits]) < 1
 
 
@@ -110,10 +114,18 @@ def test_reranked_passages(index: Path, questions: Path, tmp_path: Path, monkeyp
             len(item.passage.string.split()) for item in expected
         ]
         hits.append([bool(item.has_answer) for item in question.passages])
-    assert [line.split()[0] for line in result.stdout.splitlines()[:2]] == ["retrieved", "reranked"]
-    assert result.stdout.splitlines()[1] == f"reranked   {recall(hits)}"
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table[1][0] == "retrieved" and table[2] == ["reranked", *figures(hits)]
     header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
     assert (header["reranker"], header["reranker_fingerprint"]) == ("some/reranker", "by-length")
+
+
+def test_dprs_format_has_the_same(index: Path, questions: Path, tmp_path: Path) -> None:
+    assert run(index, questions, tmp_path / "out.jsonl").exit_code == 0
+    assert run(index, questions, tmp_path / "out.json", "--format", "dpr").exit_code == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [set(ctx) for row in rows for ctx in row["ctxs"]] == [{"id", "title", "text", "score", "has_answer"}] * 80
+    assert list(read_questions(tmp_path / "out.json")) == list(read_questions(tmp_path / "out.jsonl"))
 
 
 def test_recall_is_printed_only_as_far_as_was_retrieved(index: Path, questions: Path, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""What ``genpoe retrieve`` and ``genpoe rerank`` share: their options, and the way from one file to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.questions import FORMATS, Question, read_questions
+
+if TYPE_CHECKING:
+    from genpoe_plugin.reranking import Reranker
+
+
+def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both commands."""
+    form = "JSON lines of ours, or one JSON list as DPR's results are; the tasks read both."
+    for option in (
+        click.option("--device", default="cpu", show_default=True),
+        click.option("--format", "form", default="genpoe", show_default=True, type=click.Choice(FORMATS), help=form),
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="File of questions with passages."),
+    ):
+        command = option(command)
+    return command
+
+
+def count_questions(path: Path, with_passages: bool) -> int:
+    """Read once before the long work: it finds malformed lines, and how much there is to do."""
+    questions = passages = 0
+    for question in read_questions(path):
+        questions += 1
+        passages += len(question.passages)
+    if not questions:
+        raise InputError(f"{path}: no questions")
+    if with_passages and not passages:
+        raise InputError(f"{path}: no question has passages; find some with `genpoe retrieve`")
+    return questions
+
+
+def load_reranker(name: str, device: str) -> tuple[Reranker, dict[str, str]]:
+    """The reranker, and what the header of its results says of it."""
+    from genpoe_plugin.reranking import Reranker
+
+    model = Reranker.load(name, device=device)
+    return model, {"reranker": name, "reranker_fingerprint": model.fingerprint}
+
+
+def make_file(
+    asked: Path,
+    total: int,
+    out: Path,
+    form: str,
+    work: Callable[[Iterator[Question]], Iterator[Question]],
+    header: dict[str, Any],
+) -> None:
+    """Do the work on a file's questions, write what comes out, and print how good it is."""
+    from genpoe_plugin.results import make_results
+
+    quality = make_results(out, read_questions(asked), work, header, form=form, total=total, progress=True)
+    click.echo(quality.table(reranked="reranker" in header))
+    click.echo(f"{out}: {total:,} questions")
