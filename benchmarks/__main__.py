@@ -9,20 +9,29 @@ import click
 
 from benchmarks.options import Options
 from benchmarks.row import Row, table, write
+from genpoe_plugin.errors import InputError
 
-NAMES = ("training", "forms")
+ALL = ("training", "retrieval")
+ON_REQUEST = ("forms", "real-retrieval")
+"""Not among `all`: trainings that take a night, and data that the user has to name."""
 
 
 @click.command()
-@click.argument("name", type=click.Choice([*NAMES, "all"]))
+@click.argument("name", type=click.Choice([*ALL, *ON_REQUEST, "all"]))
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows, the machine and the command.")
 @click.option("--quick", is_flag=True, help="A size for a few minutes; what it says is no more than that it runs.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep what is made here, and use what is there.")
-def main(name: str, path: Path | None, quick: bool, out: Path | None) -> None:
+@click.option("--data", type=click.Path(path_type=Path), help="real-retrieval: folder of NQ gold passages or SQuAD.")
+@click.option("--reranker", help="real-retrieval: directory or hub name of a trained reranker.")
+def main(name: str, path: Path | None, quick: bool, out: Path | None, data: Path | None, reranker: str | None) -> None:
     """Measure NAME and print its rows, each with its aim."""
+    options = Options(quick, out, data, reranker)
     rows: list[Row] = []
-    for module in NAMES if name == "all" else (name,):
-        rows += import_module(f"benchmarks.{module}").measure(Options(quick, out))
+    for chosen in ALL if name == "all" else (name,):
+        try:
+            rows += import_module(f"benchmarks.{chosen.replace('-', '_')}").measure(options)
+        except InputError as error:
+            raise click.ClickException(str(error)) from error
     click.echo(table(rows))
     if path is not None:
         write(rows, path)

