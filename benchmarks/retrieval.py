@@ -203,7 +203,7 @@ def project(wikipedia: str, recommended: str, count: int, folder: Path) -> list[
 
 
 def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
-    """Our search over that of FAISS itself, with the same file and settings; and what the passages' texts add."""
+    """Our retriever, texts and all, over FAISS itself with the same file and settings; and our search without texts."""
     index = PassageIndex.load(directory)
     encoder = NumberedQuestions(index.encoder_name, queries)
     retriever = Retriever(index, encoder)
@@ -224,8 +224,8 @@ def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
     )
     return [
         Row("retrieval.faiss_search", 1000 * times["faiss"] / BATCH, "ms/question"),
-        Row("retrieval.time_ratio_to_faiss", times["index"] / times["faiss"], "x", "<= 1.1"),
-        Row("retrieval.time_ratio_to_faiss_with_texts", times["retriever"] / times["faiss"], "x"),
+        Row("retrieval.time_ratio_to_faiss_without_texts", times["index"] / times["faiss"], "x"),
+        Row("retrieval.time_ratio_to_faiss", times["retriever"] / times["faiss"], "x", "<= 1.1"),
     ]
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from genpoe_plugin.passages import Passage
 from genpoe_plugin.retrieval.shards import BLOCK, SCHEMA, Shards
 
 PASSAGES, IDS = "passages.arrow", "ids.npy"
+OPEN_BLOCKS = 2**16  # more than Wikipedia has; to open one takes longer than to read a passage of it, to keep it 3 KB
 
 
 class PassageStore:
     """Passages by row, counted from 0, and by id."""
 
     def __init__(self, passages: pa.ipc.RecordBatchFileReader, ids: np.ndarray, count: int) -> None:
-        self._passages, self._ids, self._count = passages, ids, count
+        self._ids, self._count = ids, count
+        self._columns = lru_cache(OPEN_BLOCKS)(lambda block: tuple(passages.get_batch(block).columns))
 
     @classmethod
     def open(cls, directory: Path) -> PassageStore:
@@ -56,7 +59,8 @@ class PassageStore:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index of {len(self)} passages")
         block, offset = divmod(int(row), BLOCK)
-        return Passage(*(column[offset].as_py() for column in self._passages.get_batch(block).columns))
+        identifier, title, text = self._columns(block)
+        return Passage(identifier[offset].as_py(), title[offset].as_py(), text[offset].as_py())
 
     def row(self, identifier: str) -> int:
         """The row of the passage with this id; a ``KeyError`` where there is none."""
