@@ -162,13 +162,16 @@ def is_checkpoint(directory: Path) -> bool:
     return True
 
 
-def load_hypernetwork(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Hypernetwork:
+def load_hypernetwork(
+    name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, depth: int | None = None
+) -> Hypernetwork:
     """Load a checkpoint for ``model``, on the device of its embeddings, in float32 and evaluation mode.
 
     Args:
         name: a directory or a hub id.
         model, tokenizer: the LLM to use it with; it must be the one that it was trained for, in any precision or
             quantised.
+        depth: how many layers the LLM has where ``model`` is only its lower part.
 
     Raises:
         InputError: files are missing or damaged, or the checkpoint belongs to another LLM or tokenizer.
@@ -176,6 +179,8 @@ def load_hypernetwork(name: str | Path, model: PreTrainedModel, tokenizer: PreTr
     directory = resolve_checkpoint(name)
     record = read_record(directory)
     here, there = llm_identity(model), record["llm"]
+    if depth is not None:
+        here["num_hidden_layers"] = depth
     if difference := _difference(there, here, getattr(model, "is_quantized", False)):
         raise InputError(
             f"hypernetwork {name} was trained for {there['name']}, this is {here['name']} ({difference}); "

@@ -11,7 +11,15 @@ from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from genpoe_plugin.errors import InputError
 
@@ -34,6 +42,35 @@ def load_language_model(
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
     return to_device(model, device).eval().requires_grad_(False), tokenizer
+
+
+def load_lower_layers(
+    name: str, layers: int, *, device: str = "cpu", dtype: str = "auto", revision: str | None = None
+) -> tuple[PreTrainedModel, int]:
+    """The lowest ``layers`` decoder layers of an LLM, for what only reads so far, and how many the whole LLM has.
+
+    What is above is neither read nor given memory.
+
+    Raises:
+        InputError: it cannot be loaded, or there is no such device.
+    """
+    level = transformers_logging.get_verbosity()
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        text = config.get_text_config()
+        depth = text.num_hidden_layers
+        text.num_hidden_layers = min(layers, depth)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        # Or it warns of every weight of the layers above.
+        transformers_logging.set_verbosity_error()
+        model = AutoModel.from_pretrained(name, config=config, dtype=dtype, revision=revision)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    return to_device(model, device).eval().requires_grad_(False), depth
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

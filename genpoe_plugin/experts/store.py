@@ -36,6 +36,7 @@ class ExpertStore:
         batch_size: int = 64,
     ) -> None:
         config = hypernetwork.config
+        self.config = config
         self.layer = config.layer
         self.dtype = model.dtype
         self.batch_size = batch_size
@@ -53,6 +54,12 @@ class ExpertStore:
         with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
             for begin in range(0, len(missing), self.batch_size):
                 bar.update(len(self._fetch(missing[begin : begin + self.batch_size])))
+
+    def experts(self, passages: Sequence[Sequence[str]]) -> list[Experts]:
+        """The experts of each of several groups of passages, with one leading dimension: that of the group."""
+        unique = list(dict.fromkeys(passage for group in passages for passage in group))
+        found = dict(zip(unique, self._fetch(unique), strict=True))
+        return [Experts.stack([found[passage] for passage in group]) for group in passages]
 
     def rows(
         self, passages: Sequence[Sequence[str]], gates: Sequence[Sequence[float]], start: Sequence[int]

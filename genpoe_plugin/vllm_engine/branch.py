@@ -1,0 +1,118 @@
+"""The branch beside the MLP of one layer: every token hears the experts of its request, which LoRA adapters bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase, ReplicatedLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.expert import Factors
+from genpoe_plugin.vllm_engine.expert_sets import BASE, DIGITS, PREFIX, Carrier, carriers, is_factored
+
+
+class _Nothing(LinearMethodBase):
+    """A linear layer without weights, whose output is zero until an adapter adds to it."""
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+        # vLLM puts the slots of adapters where it finds a weight.
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0), requires_grad=False))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return x.new_zeros(x.shape[0], layer.output_size)
+
+
+class _WithoutWeights(QuantizationConfig):
+    """Has vLLM use `_Nothing`: how a layer keeps its weights is what a quantisation decides."""
+
+    def get_name(self) -> Any:
+        return "none"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> _WithoutWeights:
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase:
+        return _Nothing()
+
+
+class Branch(nn.Module):
+    """``mask ⊙ Σ_k g_k · E_k(x)`` of every token, `x` being what enters the MLP.
+
+    Args:
+        config: of the hypernetwork.
+        num_passages: at most how many experts a request has.
+        max_tokens: of one forward pass.
+        prefix: the name of this module in the model.
+    """
+
+    def __init__(self, config: HypernetworkConfig, num_passages: int, max_tokens: int, prefix: str) -> None:
+        super().__init__()
+        self.num_passages = num_passages
+        self.factored = is_factored(config)
+        for name, carrier in carriers(config, num_passages).items():
+            self.add_module(name, _layer(carrier, f"{prefix}.{name}"))
+        if self.factored:
+            d, h, p = config.hidden_size, config.expert_width, config.core_size
+            for name, shape in zip(Factors._fields, ((p, d), (h, p), (p, h), (d, p)), strict=True):
+                self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
+        self.register_buffer("ones", torch.ones(max_tokens, 1), persistent=False)
+        places = torch.tensor([float(BASE**place) for place in range(DIGITS)], dtype=torch.float32)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("active", torch.zeros(max_tokens, 1), persistent=False)
+
+    def load(self, factors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the shared matrices of a factored hypernetwork."""
+        for name, value in factors:
+            self.get_parameter(name).data.copy_(value)
+
+    def note_positions(self, positions: Tensor) -> None:
+        """Find which tokens of the coming pass hear their experts: those at or after their request's start."""
+        tokens = len(positions)
+        digits = self.get_submodule(f"{PREFIX}start")(self.ones[:tokens])
+        start = digits.float() @ self.places
+        self.active[:tokens, 0] = (positions >= start).to(self.active.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self._factored(x) if self.factored else self._dense(x)
+        return mixed * self.active[: len(x)]
+
+    def _factored(self, x: Tensor) -> Tensor:
+        up, down = self.get_submodule(f"{PREFIX}up"), self.get_submodule(f"{PREFIX}down")
+        inner = up(x @ self.read_up.mT).unflatten(-1, (self.num_passages, -1))
+        inner = torch.relu(inner @ self.write_up.mT) @ self.read_down.mT
+        return down(inner.flatten(1)) @ self.write_down.mT
+
+    def _dense(self, x: Tensor) -> Tensor:
+        mixed = torch.zeros_like(x)
+        for number in range(self.num_passages):
+            inner = torch.relu(self.get_submodule(f"{PREFIX}up{number}")(x))
+            mixed = mixed + self.get_submodule(f"{PREFIX}down{number}")(inner)
+        return mixed
+
+
+def _layer(carrier: Carrier, prefix: str) -> ReplicatedLinear:
+    return ReplicatedLinear(
+        carrier.inputs,
+        carrier.outputs,
+        bias=False,
+        quant_config=_WithoutWeights(),
+        prefix=prefix,
+        return_bias=False,
+        disable_tp=True,
+    )

@@ -1,0 +1,209 @@
+"""An LLM on vLLM whose every request has its own experts, each set loaded from memory when its turn comes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+from genpoe_plugin.checkpoint import load_hypernetwork, read_record, resolve_checkpoint
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.language_model import load_lower_layers, load_tokenizer
+from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments
+from genpoe_plugin.vllm_engine.expert_sets import expert_set
+
+Key = tuple[tuple[str, ...], tuple[float, ...], int]
+
+
+@dataclass(frozen=True)
+class ExpertRequest:
+    """One prompt with its experts.
+
+    Attributes:
+        prompt: token ids.
+        sampling: vLLM's parameters of this request.
+        passages: strings of the passages that become its experts, at most as many as the engine was made for.
+        gates: one for each passage.
+        start: the first position of the prompt that the experts act on.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    passages: tuple[str, ...] = ()
+    gates: tuple[float, ...] = ()
+    start: int = 0
+
+    @property
+    def key(self) -> Key:
+        """Equal for requests that can share an expert set."""
+        return self.passages, self.gates, self.start
+
+
+def load_store(
+    pretrained: str,
+    hypernetwork: str,
+    *,
+    tokenizer: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> ExpertStore:
+    """What makes experts ahead of vLLM: a hypernetwork, and as much of the LLM as it reads passages with.
+
+    Raises:
+        InputError: either cannot be loaded, or they do not belong together.
+    """
+    config = HypernetworkConfig.from_dict(read_record(resolve_checkpoint(hypernetwork))["hypernetwork"])
+    layers = config.layer + 1 if config.states == "contextual" else 1
+    model, depth = load_lower_layers(pretrained, layers, device=device, dtype=dtype, revision=revision)
+    words = load_tokenizer(tokenizer or pretrained)
+    return ExpertStore(load_hypernetwork(hypernetwork, model, words, depth=depth), model, words)
+
+
+@dataclass
+class _Loaded:
+    """An expert set that the workers have: vLLM's name for it, and how many requests under way need it."""
+
+    lora: LoRARequest
+    users: int = 0
+
+
+class ExpertEngine:
+    """Brings expert sets to a vLLM engine as requests need them.
+
+    Args:
+        llm: started with `engine_arguments`.
+        store: makes the experts.
+    """
+
+    def __init__(self, llm: LLM, store: ExpertStore) -> None:
+        self.llm = llm
+        self.store = store
+        config = llm.llm_engine.vllm_config
+        assert config.lora_config is not None and config.lora_config.max_cpu_loras is not None
+        self.capacity: int = config.lora_config.max_cpu_loras
+        self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
+        self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._requests = itertools.count()
+
+    @classmethod
+    def load(
+        cls, pretrained: str, hypernetwork: str, *, num_passages: int = 4, device: str = "cpu", **engine: Any
+    ) -> ExpertEngine:
+        """Start vLLM with an LLM and a hypernetwork.
+
+        Args:
+            pretrained, hypernetwork: directories or hub ids.
+            num_passages: at most how many experts a request has.
+            device: where experts are made.
+            **engine: engine arguments of ``vllm.LLM``.
+
+        Raises:
+            InputError: vLLM is missing or of another version, or the parts or arguments do not fit each other.
+        """
+        check_vllm()
+        options = {name: engine[name] for name in ("tokenizer", "dtype", "revision") if engine.get(name)}
+        store = load_store(pretrained, hypernetwork, device=device, **options)
+        arguments = engine_arguments(pretrained, hypernetwork, store.config, num_passages, engine)
+        return cls(LLM(pretrained, **{**engine, **arguments}), store)
+
+    def generate(self, requests: Sequence[ExpertRequest], *, progress: bool = True) -> list[RequestOutput]:
+        """vLLM's outputs of all requests, in their order. Every expert set is loaded when its turn comes, and once.
+
+        Raises:
+            InputError: a request has more passages than the engine was made for, or not a gate for each.
+        """
+        for number, request in enumerate(requests):
+            if len(request.passages) > self.num_passages:
+                raise InputError(
+                    f"request {number} has {len(request.passages)} passages; the engine was made for {self.num_passages}"
+                )
+            if len(request.gates) != len(request.passages):
+                raise InputError(f"request {number}: {len(request.gates)} gates for {len(request.passages)} passages")
+        waiting = deque(enumerate(requests))
+        running: dict[str, int] = {}
+        outputs: dict[int, RequestOutput] = {}
+        engine = self.llm.llm_engine
+        bar = tqdm(total=len(requests), desc="Generating", disable=not progress)
+        try:
+            while waiting or running:
+                self._admit(waiting, running)
+                for output in engine.step():
+                    if output.finished:
+                        number = running.pop(output.request_id)
+                        outputs[number] = output
+                        if requests[number].passages:
+                            self._loaded[requests[number].key].users -= 1
+                        bar.update()
+        finally:
+            bar.close()
+            if running:
+                engine.abort_request(list(running))
+                for loaded in self._loaded.values():
+                    loaded.users = 0
+        return [outputs[number] for number in range(len(requests))]
+
+    def _admit(self, waiting: deque[tuple[int, ExpertRequest]], running: dict[str, int]) -> None:
+        """Hand requests over to vLLM, as many as there is room for expert sets."""
+        room = self.capacity - sum(loaded.users > 0 for loaded in self._loaded.values())
+        # Loading stops the engine for a moment, so it is done for many at a time.
+        if running and room < max(1, self.capacity // 4):
+            return
+        admitted, needed = [], {}
+        while waiting:
+            number, request = waiting[0]
+            if request.passages and request.key not in needed:
+                loaded = self._loaded.get(request.key)
+                if loaded is None or loaded.users == 0:
+                    if room == 0:
+                        break
+                    room -= 1
+                needed[request.key] = request
+            waiting.popleft()
+            admitted.append((number, request))
+        self._exchange(needed)
+        for number, request in admitted:
+            lora = None
+            if request.passages:
+                loaded = self._loaded[request.key]
+                loaded.users += 1
+                lora = loaded.lora
+            request.sampling.output_kind = RequestOutputKind.FINAL_ONLY
+            name = f"genpoe-{next(self._requests)}"
+            running[name] = number
+            self.llm.llm_engine.add_request(
+                name, TokensPrompt(prompt_token_ids=list(request.prompt)), request.sampling, lora_request=lora
+            )
+
+    def _exchange(self, needed: dict[Key, ExpertRequest]) -> None:
+        """Have the workers load the sets that they lack, in place of those that were not used for longest."""
+        for key in needed:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+        missing = {key: request for key, request in needed.items() if key not in self._loaded}
+        if not missing:
+            return
+        idle = [key for key, loaded in self._loaded.items() if loaded.users == 0 and key not in needed]
+        removed = idle[: max(0, len(self._loaded) + len(missing) - self.capacity)]
+        numbers = [self._loaded.pop(key).lora.lora_int_id for key in removed]
+        tensors: dict[str, torch.Tensor] = {}
+        experts = self.store.experts([request.passages for request in missing.values()])
+        for (key, request), group in zip(missing.items(), experts, strict=True):
+            number = next(self._numbers)
+            # A name for every content: the prefix cache knows an adapter by its name.
+            self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, f"genpoe-{number}"))
+            tensors |= {f"{number}/{name}": part for name, part in expert_set(group, request.gates, request.start).items()}
+        self.llm.collective_rpc("genpoe_exchange", args=(numbers, save(tensors)))

@@ -1,0 +1,99 @@
+"""An expert set: the experts, gates and start of one request, as the tensors that vLLM's LoRA machinery carries.
+
+A LoRA adapter is a pair of matrices A, B for a layer, which adds ``B · A · x``. Our layers add nothing of their own, so
+what an adapter brings is all that they compute:
+
+    factored     up    A = I, B = the cores M_u of all experts, one below the other
+                 down  A = the cores g · M_d, side by side, B = I
+    dense        up0, up1, ...      A = W1, B = W2          one of each an expert
+                 down0, down1, ...  A = W3, B = g · W4
+    both         start A = 1, B = the digits of the first position that the experts act on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts
+
+# Whole numbers up to the base are exact in bfloat16, and three digits are more than any context has tokens.
+BASE, DIGITS = 256, 3
+# Not "up_proj" or "experts": vLLM takes such names for layers of the LLM itself.
+PREFIX = "genpoe_"
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """The sizes of a layer that carries a part of an expert set: of what goes in, in between, and out."""
+
+    inputs: int
+    rank: int
+    outputs: int
+
+
+def is_factored(config: HypernetworkConfig) -> bool:
+    """Whether experts are two cores between matrices that all share."""
+    return config.head != "dense"
+
+
+def carriers(config: HypernetworkConfig, num_passages: int) -> dict[str, Carrier]:
+    """The layers that carry sets of up to ``num_passages`` experts, by name."""
+    start = {f"{PREFIX}start": Carrier(1, 1, DIGITS)}
+    if is_factored(config):
+        size = config.core_size
+        all_of_them = num_passages * size
+        return start | {
+            f"{PREFIX}up": Carrier(size, size, all_of_them),
+            f"{PREFIX}down": Carrier(all_of_them, size, size),
+        }
+    width, inner, rank = config.hidden_size, config.expert_width, config.rank
+    return start | {
+        f"{PREFIX}{name}{number}": carrier
+        for number in range(num_passages)
+        for name, carrier in (("up", Carrier(width, rank, inner)), ("down", Carrier(inner, rank, width)))
+    }
+
+
+def expert_set(experts: Experts, gates: Sequence[float], start: int) -> dict[str, Tensor]:
+    """The tensors of a set, without the identities, which need not travel (`adapters` puts them in).
+
+    Args:
+        experts: with one leading dimension ``[K]``.
+        gates: K of them.
+        start: the first position that the experts act on.
+
+    Returns:
+        By name of the carrier, with ``.A`` or ``.B`` after it; in the experts' dtype, contiguous.
+    """
+    gate = torch.tensor(gates, dtype=torch.float32)[:, None, None].to(experts.weights[0].device)
+    parts: dict[str, Tensor] = {}
+    if isinstance(experts, FactoredExperts):
+        parts["up.B"] = experts.core_up.flatten(0, 1)
+        parts["down.A"] = (gate * experts.core_down).transpose(0, 1).flatten(1)
+    else:
+        assert isinstance(experts, DenseExperts)
+        for number, (w1, w2, w3, w4) in enumerate(zip(*experts.weights[:3], gate * experts.w4, strict=True)):
+            parts |= {f"up{number}.A": w1, f"up{number}.B": w2, f"down{number}.A": w3, f"down{number}.B": w4}
+    digits = [start // BASE**place % BASE for place in range(DIGITS)]
+    parts["start.B"] = torch.tensor(digits)[:, None]
+    dtype = experts.weights[0].dtype
+    return {PREFIX + name: part.to(dtype).cpu().contiguous() for name, part in parts.items()}
+
+
+def adapters(parts: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every carrier that a set speaks to, from what `expert_set` made."""
+    pairs = {}
+    for name in dict.fromkeys(name[:-2] for name in parts):
+        a, b = parts.get(f"{name}.A"), parts.get(f"{name}.B")
+        if a is None:
+            assert b is not None
+            a = torch.eye(b.shape[1], dtype=b.dtype)
+        elif b is None:
+            b = torch.eye(a.shape[0], dtype=a.dtype)
+        pairs[name] = (a, b)
+    return pairs
