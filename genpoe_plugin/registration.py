@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-MODELS = {"genpoe": "genpoe_plugin.lm:GenPoELM"}
+MODELS = {"genpoe": "genpoe_plugin.lm:GenPoELM", "genpoe-vllm": "genpoe_plugin.vllm_lm:GenPoEVLLM"}
 
 
 def install() -> None:

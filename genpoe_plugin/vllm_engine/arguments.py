@@ -1,4 +1,4 @@
-"""vLLM's engine arguments for an LLM with experts, and all that can be wrong with them, told before an engine starts."""
+"""vLLM's engine arguments for an LLM with experts; what can be wrong with them is told before an engine starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genpoe_plugin.vllm_engine.registration import FAMILIES, architecture
 
 OLDEST, TOO_NEW = "0.32", "0.34"
 EXTENSION = "genpoe_plugin.vllm_engine.worker.ExpertWorker"
-MAX_NUM_SEQS = 256
+MAX_NUM_SEQS, UTILISATION = 256, 0.9  # vLLM's defaults
 # Shares of the device's and of the host's memory that expert sets may take, unless the user counts them out.
 SLOT_MEMORY, HOST_MEMORY = 0.1, 0.25
 
@@ -102,6 +102,31 @@ def engine_arguments(
     }
 
 
+def share_device(device: str, share: float, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments that leave ``share`` of a GPU's memory to this process, which is held to it.
+
+    Args:
+        device: of what runs ahead of vLLM; on a CPU there is nothing to share.
+        share: of the GPU's memory.
+        given: the user's engine arguments.
+
+    Raises:
+        InputError: there is no such GPU, or both together want more than there is.
+    """
+    if torch.device(device).type != "cuda":
+        return {}
+    utilisation = float(given.get("gpu_memory_utilization") or UTILISATION - share)
+    if not (0 < share < 1 and 0 < utilisation <= 1 - share):
+        raise InputError(
+            f"device_memory={share} of a GPU for what runs ahead of vLLM, and gpu_memory_utilization={utilisation} "
+            "for vLLM: each must be above 0, and both together at most 1; or use device=cpu"
+        )
+    if not torch.cuda.is_available():
+        raise InputError(f"device={device}: no GPU within reach; use device=cpu")
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    return {"gpu_memory_utilization": utilisation}
+
+
 def _family(pretrained: str, given: Mapping[str, Any]) -> str:
     try:
         config = AutoConfig.from_pretrained(pretrained, revision=given.get("revision"))
@@ -138,7 +163,9 @@ def _numbers_of_sets(layers: Mapping[str, Carrier], rank: int, given: Mapping[st
             "use fewer num_passages, or give max_loras=1 to take it all the same"
         )
     # Beyond those that run there are as many that wait, so that the engine never does.
-    max_cpu_loras = int(given.get("max_cpu_loras") or max(max_loras, min(2 * max_loras, int(HOST_MEMORY * host) // size)))
+    max_cpu_loras = int(
+        given.get("max_cpu_loras") or max(max_loras, min(2 * max_loras, int(HOST_MEMORY * host) // size))
+    )
     if max_cpu_loras < max_loras:
         raise InputError(f"max_cpu_loras={max_cpu_loras} is less than max_loras={max_loras}; raise it, or leave it out")
     return max_loras, max_cpu_loras

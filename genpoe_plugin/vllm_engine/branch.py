@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class _Nothing(LinearMethodBase):
         layer.register_parameter("weight", nn.Parameter(torch.empty(0), requires_grad=False))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return x.new_zeros(x.shape[0], layer.output_size)
+        return x.new_zeros(x.shape[0], cast(int, layer.output_size))
 
 
 class _WithoutWeights(QuantizationConfig):
@@ -60,6 +60,14 @@ class Branch(nn.Module):
         max_tokens: of one forward pass.
         prefix: the name of this module in the model.
     """
+
+    ones: Tensor
+    places: Tensor
+    active: Tensor
+    read_up: Tensor
+    write_up: Tensor
+    read_down: Tensor
+    write_down: Tensor
 
     def __init__(self, config: HypernetworkConfig, num_passages: int, max_tokens: int, prefix: str) -> None:
         super().__init__()

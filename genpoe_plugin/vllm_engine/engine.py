@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,6 +92,8 @@ class ExpertEngine:
         self.llm = llm
         self.store = store
         config = llm.llm_engine.vllm_config
+        # What "auto" comes to is vLLM's to say.
+        store.dtype = config.model_config.dtype
         assert config.lora_config is not None and config.lora_config.max_cpu_loras is not None
         self.capacity: int = config.lora_config.max_cpu_loras
         self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
@@ -129,7 +131,7 @@ class ExpertEngine:
         for number, request in enumerate(requests):
             if len(request.passages) > self.num_passages:
                 raise InputError(
-                    f"request {number} has {len(request.passages)} passages; the engine was made for {self.num_passages}"
+                    f"request {number} has {len(request.passages)} passages, more than num_passages={self.num_passages}"
                 )
             if len(request.gates) != len(request.passages):
                 raise InputError(f"request {number}: {len(request.gates)} gates for {len(request.passages)} passages")
@@ -205,5 +207,7 @@ class ExpertEngine:
             number = next(self._numbers)
             # A name for every content: the prefix cache knows an adapter by its name.
             self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, f"genpoe-{number}"))
-            tensors |= {f"{number}/{name}": part for name, part in expert_set(group, request.gates, request.start).items()}
+            tensors |= {
+                f"{number}/{name}": part for name, part in expert_set(group, request.gates, request.start).items()
+            }
         self.llm.collective_rpc("genpoe_exchange", args=(numbers, save(tensors)))

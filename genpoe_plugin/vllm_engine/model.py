@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -24,15 +23,13 @@ from genpoe_plugin.vllm_engine.branch import Branch
 from genpoe_plugin.vllm_engine.cpu_lora import mend
 
 
-@cache
-def _with_branch(mlp: type[nn.Module]) -> type[nn.Module]:
+def _with_branch(mlp: Any) -> Any:
     """An MLP class whose output has that of a module ``genpoe`` added."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return super(with_branch, self).forward(x) + self.genpoe(x)
+        return mlp.forward(self, x) + self.genpoe(x)
 
-    with_branch = type(f"{mlp.__name__}WithBranch", (mlp,), {"forward": forward})
-    return with_branch
+    return type(f"{mlp.__name__}WithBranch", (mlp,), {"forward": forward})
 
 
 class WithExperts:

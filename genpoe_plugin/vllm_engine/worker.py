@@ -31,8 +31,8 @@ class ExpertWorker:
             manager.remove_adapter(number)
         sets: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, part in load(added).items():
-            number, _, part_name = name.partition("/")
-            sets[int(number)][part_name] = part
+            owner, _, part_name = name.partition("/")
+            sets[int(owner)][part_name] = part
         for number, parts in sets.items():
             layers = {}
             for name, (a, b) in adapters(parts).items():

@@ -1,0 +1,86 @@
+"""What an evaluation is asked for: mode, parts, and passages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from genpoe_plugin.controls import CONTROLS
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.pipeline import GATES
+from genpoe_plugin.prompts import EXPERT_MODES, MODES
+
+
+@dataclass(frozen=True)
+class GenPoEArguments:
+    """What ``--model_args`` may say besides the arguments of lm-eval's own class; checked when made.
+
+    Attributes:
+        mode: ``closed_book``, ``rag``, ``genpoe`` or ``genpoe_rag``.
+        hypernetwork: checkpoint directory or hub id; the genpoe modes need one.
+        index: index directory, for docs that bring no ``ctxs``.
+        reranker: directory or hub id; without one, passages keep their order and gates are uniform.
+        num_retrieved, num_passages: at most how many passages before and after reranking.
+        gates: ``softmax`` of the rerank scores, or ``uniform``.
+        passages: ``retrieved``, or one of the controls (`genpoe_plugin.controls`).
+        question_field: where a doc holds its question; the prompt's last question where a doc does not.
+        trace: JSON Lines file to write, one line a sample.
+        seed: of the controls.
+
+    Raises:
+        InputError: a value that cannot be, or a combination that cannot run.
+    """
+
+    mode: str = "genpoe"
+    hypernetwork: str | None = None
+    index: str | None = None
+    reranker: str | None = None
+    num_retrieved: int = 20
+    num_passages: int = 4
+    gates: str = "softmax"
+    passages: str = "retrieved"
+    question_field: str = "question"
+    trace: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("mode", MODES), ("gates", GATES), ("passages", CONTROLS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={getattr(self, name)}: not one of {', '.join(allowed)}")
+        for name, least in (("num_retrieved", 1), ("num_passages", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name}={value}: give a whole number of at least {least}")
+        if self.num_passages > self.num_retrieved:
+            raise InputError(
+                f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"
+            )
+        if self.uses_experts and not self.hypernetwork:
+            raise InputError(
+                f"mode={self.mode} needs hypernetwork=DIRECTORY; `genpoe train hypernetwork` makes one "
+                "(or choose mode=rag or mode=closed_book)"
+            )
+        if self.needs_index and not Path(str(self.index)).is_dir():
+            raise InputError(f"index={self.index}: no such directory; `genpoe index build` makes one")
+
+    @property
+    def uses_experts(self) -> bool:
+        return self.mode in EXPERT_MODES
+
+    @property
+    def control(self) -> str:
+        """The passage control as the mode leaves it: closed-book has no passages whatever is asked for."""
+        return "none" if self.mode == "closed_book" else self.passages
+
+    @property
+    def needs_index(self) -> bool:
+        return self.control != "none" and self.index is not None
+
+    @property
+    def needs_reranker(self) -> bool:
+        return self.control not in ("none", "random", "constant") and self.reranker is not None
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a question's passages depend on which other questions are in the run."""
+        return self.control == "shuffled" or (self.control in ("random", "constant") and self.index is None)

