@@ -102,12 +102,11 @@ class GenPoEVLLM(PassageRequests, VLLM):
             trace=trace,
             seed=seed,
         )
-        device = device or "cpu"
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
         if arguments.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))
         self.store = None
-        engine = share_device(device, device_memory, vllm_arguments) if mode != "closed_book" else {}
+        device, engine = share_device(None if mode == "closed_book" else device, device_memory, vllm_arguments)
         if arguments.uses_experts:
             assert hypernetwork is not None
             dtype = vllm_arguments.get("dtype", "auto")

@@ -102,29 +102,29 @@ def engine_arguments(
     }
 
 
-def share_device(device: str, share: float, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Engine arguments that leave ``share`` of a GPU's memory to this process, which is held to it.
+def share_device(device: str | None, share: float, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The device of what runs ahead of vLLM, and engine arguments that leave it ``share`` of a GPU's memory.
+
+    This process is held to its share.
 
     Args:
-        device: of what runs ahead of vLLM; on a CPU there is nothing to share.
+        device: as asked for; without a GPU it is the CPU whatever is asked for, since lm_eval asks for one unasked.
         share: of the GPU's memory.
         given: the user's engine arguments.
 
     Raises:
-        InputError: there is no such GPU, or both together want more than there is.
+        InputError: both together want more than there is.
     """
-    if torch.device(device).type != "cuda":
-        return {}
+    if device is None or torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return "cpu", {}
     utilisation = float(given.get("gpu_memory_utilization") or UTILISATION - share)
     if not (0 < share < 1 and 0 < utilisation <= 1 - share):
         raise InputError(
-            f"device_memory={share} of a GPU for what runs ahead of vLLM, and gpu_memory_utilization={utilisation} "
+            f"device_memory={share} of a GPU for what runs ahead of vLLM, and gpu_memory_utilization={utilisation:g} "
             "for vLLM: each must be above 0, and both together at most 1; or use device=cpu"
         )
-    if not torch.cuda.is_available():
-        raise InputError(f"device={device}: no GPU within reach; use device=cpu")
     torch.cuda.set_per_process_memory_fraction(share, device)
-    return {"gpu_memory_utilization": utilisation}
+    return device, {"gpu_memory_utilization": utilisation}
 
 
 def _family(pretrained: str, given: Mapping[str, Any]) -> str:

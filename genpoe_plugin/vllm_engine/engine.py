@@ -135,6 +135,10 @@ class ExpertEngine:
                 )
             if len(request.gates) != len(request.passages):
                 raise InputError(f"request {number}: {len(request.gates)} gates for {len(request.passages)} passages")
+        present = self.llm.llm_engine.list_loras()
+        for key in [key for key, loaded in self._loaded.items() if loaded.lora.lora_int_id not in present]:
+            # Somebody removed it. Asked for it all the same, the engine would look for a file, and die.
+            del self._loaded[key]
         waiting = deque(enumerate(requests))
         running: dict[str, int] = {}
         outputs: dict[int, RequestOutput] = {}
@@ -206,7 +210,7 @@ class ExpertEngine:
         for (key, request), group in zip(missing.items(), experts, strict=True):
             number = next(self._numbers)
             # A name for every content: the prefix cache knows an adapter by its name.
-            self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, f"genpoe-{number}"))
+            self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, "/in/memory"))
             tensors |= {
                 f"{number}/{name}": part for name, part in expert_set(group, request.gates, request.start).items()
             }
