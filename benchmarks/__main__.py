@@ -12,8 +12,8 @@ from benchmarks.row import Row, table, write
 from genpoe_plugin.errors import InputError
 
 ALL = ("training", "retrieval")
-ON_REQUEST = ("forms", "real-retrieval")
-"""Not among `all`: trainings that take a night, and data that the user has to name."""
+ON_REQUEST = ("forms", "real-retrieval", "vllm")
+"""Not among `all`: trainings that take a night, data that the user has to name, an environment with vLLM."""
 
 
 @click.command()

