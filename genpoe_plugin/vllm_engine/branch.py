@@ -92,7 +92,7 @@ class Branch(nn.Module):
     def note_positions(self, positions: Tensor) -> None:
         """Find which tokens of the coming pass hear their experts: those at or after their request's start."""
         tokens = len(positions)
-        digits = self.get_submodule(f"{PREFIX}start")(self.ones[:tokens])
+        digits = getattr(self, f"{PREFIX}start")(self.ones[:tokens])
         start = digits.float() @ self.places
         self.active[:tokens, 0] = (positions >= start).to(self.active.dtype)
 
@@ -101,7 +101,7 @@ class Branch(nn.Module):
         return mixed * self.active[: len(x)]
 
     def _factored(self, x: Tensor) -> Tensor:
-        up, down = self.get_submodule(f"{PREFIX}up"), self.get_submodule(f"{PREFIX}down")
+        up, down = getattr(self, f"{PREFIX}up"), getattr(self, f"{PREFIX}down")
         inner = up(x @ self.read_up.mT).unflatten(-1, (self.num_passages, -1))
         inner = torch.relu(inner @ self.write_up.mT) @ self.read_down.mT
         return down(inner.flatten(1)) @ self.write_down.mT
@@ -109,8 +109,8 @@ class Branch(nn.Module):
     def _dense(self, x: Tensor) -> Tensor:
         mixed = torch.zeros_like(x)
         for number in range(self.num_passages):
-            inner = torch.relu(self.get_submodule(f"{PREFIX}up{number}")(x))
-            mixed = mixed + self.get_submodule(f"{PREFIX}down{number}")(inner)
+            inner = torch.relu(getattr(self, f"{PREFIX}up{number}")(x))
+            mixed = mixed + getattr(self, f"{PREFIX}down{number}")(inner)
         return mixed
 
 
