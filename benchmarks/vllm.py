@@ -3,7 +3,8 @@
 256 requests of one question each, with four passages of a hundred words of its own. Answers end where they end, after
 eight tokens on average and 32 at most; once more all have 16 tokens, the same work for every LLM, and what suits
 batches of transformers best. Timed is the whole of an lm-eval call but for the making of experts, which is the same
-for both libraries and told alone. Between repeats vLLM forgets prompts and expert sets; the experts are kept, as they are for a second task.
+for both libraries and told alone. Between repeats vLLM forgets prompts and expert sets; the experts are kept, as they
+are for a second task.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class ExpertStore:
     ) -> None:
         config = hypernetwork.config
         self.config = config
+        self.tokenizer = tokenizer
         self.layer = config.layer
         self.dtype = model.dtype
         self.batch_size = batch_size

@@ -21,6 +21,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.language_model import load_lower_layers, load_tokenizer
+from genpoe_plugin.prompts import cut_passages, tokens_from
 from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments
 from genpoe_plugin.vllm_engine.expert_sets import expert_set
 
@@ -121,6 +122,32 @@ class ExpertEngine:
         store = load_store(pretrained, hypernetwork, device=device, **options)
         arguments = engine_arguments(pretrained, hypernetwork, store.config, num_passages, engine)
         return cls(LLM(pretrained, **{**engine, **arguments}), store)
+
+    def request(
+        self,
+        prompt: str,
+        passages: Sequence[str],
+        sampling: SamplingParams,
+        *,
+        gates: Sequence[float] | None = None,
+        start: int = 0,
+    ) -> ExpertRequest:
+        """A request from texts.
+
+        Args:
+            prompt: begins as the tokenizer begins any text.
+            passages: as ``title: text``; those that are longer than 256 tokens are cut.
+            sampling: vLLM's parameters.
+            gates: one for each passage; all alike by default.
+            start: the character of the prompt from which on the experts act: that of the question, where passages
+                stand before it.
+        """
+        tokenizer = self.store.tokenizer
+        ids = tokenizer(prompt)["input_ids"]
+        strings = tuple(cut_passages(passages, tokenizer))
+        weights = tuple(gates) if gates is not None else (1 / len(strings),) * len(strings) if strings else ()
+        begin = len(ids) - tokens_from(prompt, start, tokenizer) if start else 0
+        return ExpertRequest(ids, sampling, strings, weights, begin)
 
     def generate(self, requests: Sequence[ExpertRequest], *, progress: bool = True) -> list[RequestOutput]:
         """vLLM's outputs of all requests, in their order. Every expert set is loaded when its turn comes, and once.
