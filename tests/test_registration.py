@@ -25,6 +25,7 @@ class TaskIndex:
     def build(paths, *, resolve_includes=True):
         return [str(path) for path in paths]
 """
+OURS = {"genpoe": "genpoe_plugin.lm:GenPoELM", "genpoe-vllm": "genpoe_plugin.vllm_lm:GenPoEVLLM"}
 MODELS = "from lm_eval.api.registry import model_registry\nmodel_registry.register('hf', target='a:B')\n"
 
 
@@ -82,7 +83,7 @@ print(json.dumps([index.TaskIndex.build([built_in, mine]), index.TaskIndex().bui
 
 def test_model_and_tasks_are_added_to_what_lm_eval_has(tmp_path: Path) -> None:
     built_in = write_lm_eval(tmp_path)
-    assert output(LIST_MODELS, tmp_path) == {"hf": "a:B", "genpoe": "genpoe_plugin.lm:GenPoELM"}
+    assert output(LIST_MODELS, tmp_path) == {"hf": "a:B", **OURS}
     # Right after the built-in folder, so that --include_path wins; nowhere if the built-in tasks are not wanted.
     assert output(LIST_FOLDERS, tmp_path) == [[str(built_in), str(REPOSITORY / "tasks"), "/mine"], ["/mine"]]
 
@@ -97,7 +98,7 @@ import genpoe_plugin.registration as registration
 registration.install()
 registration.install()
 """
-    assert output(code + LIST_MODELS, tmp_path) == {"hf": "a:B", "genpoe": "genpoe_plugin.lm:GenPoELM"}
+    assert output(code + LIST_MODELS, tmp_path) == {"hf": "a:B", **OURS}
 
 
 def test_an_lm_eval_that_discovers_entry_points_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""README's section on vLLM: its example runs, its arguments exist, and its sizes are right."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from dataclasses import fields
+
+import torch
+from vllm.engine.arg_utils import EngineArgs
+
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.vllm_engine.arguments import set_bytes
+from genpoe_plugin.vllm_engine.expert_sets import carriers
+from genpoe_plugin.vllm_lm import VLLM, GenPoEVLLM
+from tests.lm.vllm.conftest import SMALL
+from tests.test_readme import README, commands
+
+
+def test_the_example_runs(llm, llm_dir, hypernetwork_dir, by_hand, tokenizer, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 11
+    options = {**SMALL, "max_model_len": 256}
+    here = example.replace("meta-llama/Llama-3.1-8B", str(llm_dir)).replace("my-hypernetwork", str(hypernetwork_dir))
+    here = here.replace("max_model_len=2048", "**options")
+    assert here.count(str(llm_dir)) == here.count("**options") == 1
+    exec(compile(here, "README.md", "exec"), {"__name__": "__main__", "options": options})
+    printed = capsys.readouterr().out
+    prompt, passages, gates = (eval(re.search(pattern, example)[1]) for pattern in (
+        r'request\((".*?"), passages', r"passages = (\[.*\])", r"gates=(\[.*?\])",
+    ))  # fmt: skip
+    rows = ExpertStore(by_hand.network, llm, tokenizer).rows([passages], [gates], [0])
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with inject(llm, 1, rows), torch.no_grad():
+        new = llm.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    expected = tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0]
+    assert printed.strip("\ufffd\n ") == expected.strip("\ufffd\n ") != ""
+
+
+def test_model_arguments_exist():
+    found = [
+        command for command in commands(README, "lm_eval") if "genpoe-vllm" in command and "--model_args" in command
+    ]
+    assert len(found) == 3
+    known = {field.name for field in fields(EngineArgs)}
+    known |= {name for cls in (GenPoEVLLM, VLLM) for name in inspect.signature(cls.__init__).parameters}
+    for command in found:
+        words = shlex.split(command)
+        given = words[words.index("--model_args") + 1]
+        assert {pair.partition("=")[0] for pair in given.split(",")} <= known
+    section = README.partition("\n## On vLLM\n")[2].partition("\n## ")[0]
+    assert {*re.findall(r"`([a-z_]+)(?:=[^`]*)?`", section)} <= known | {"lm_eval", "rank", "core_size"}
+
+
+def test_sizes_of_expert_sets():
+    for preset, width, rank, told in (("recommended", 4096, 64, "80 KiB"), ("paper", 4096, 512, "64 MiB")):
+        config = HypernetworkConfig.preset(preset, hidden_size=width, layer=1)
+        number, unit = told.split()
+        size = set_bytes(carriers(config, 4), rank, itemsize=2) / {"KiB": 2**10, "MiB": 2**20}[unit]
+        assert abs(size - float(number)) < 1 and told in README
