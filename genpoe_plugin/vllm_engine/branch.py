@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Factors
-from genpoe_plugin.vllm_engine.expert_sets import BASE, DIGITS, PREFIX, Carrier, carriers, is_factored
+from genpoe_plugin.vllm_engine.expert_sets import BASE, DIGITS, PREFIX, START, Carrier, carriers, is_factored
 
 
 class _Nothing(LinearMethodBase):
@@ -51,6 +51,29 @@ class _WithoutWeights(QuantizationConfig):
         return _Nothing()
 
 
+class Start(nn.Module):
+    """Where in each token's request the experts begin, for which every request's adapter brings the digits.
+
+    Args:
+        max_tokens: of one forward pass.
+    """
+
+    ones: Tensor
+    places: Tensor
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__()
+        self.add_module(START, carrier_layer(Carrier(1, 1, DIGITS), START))
+        self.register_buffer("ones", torch.ones(max_tokens, 1), persistent=False)
+        places = torch.tensor([float(BASE**place) for place in range(DIGITS)], dtype=torch.float32)
+        self.register_buffer("places", places, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Which tokens are at or after the start of their request, ``[tokens]``."""
+        digits = getattr(self, START)(self.ones[: len(positions)])
+        return positions >= digits.float() @ self.places
+
+
 class Branch(nn.Module):
     """``mask ⊙ Σ_k g_k · E_k(x)`` of every token, `x` being what enters the MLP.
 
@@ -61,8 +84,6 @@ class Branch(nn.Module):
         prefix: the name of this module in the model.
     """
 
-    ones: Tensor
-    places: Tensor
     active: Tensor
     read_up: Tensor
     write_up: Tensor
@@ -74,14 +95,12 @@ class Branch(nn.Module):
         self.num_passages = num_passages
         self.factored = is_factored(config)
         for name, carrier in carriers(config, num_passages).items():
-            self.add_module(name, _layer(carrier, f"{prefix}.{name}"))
+            if name != START:
+                self.add_module(name, carrier_layer(carrier, f"{prefix}.{name}"))
         if self.factored:
             d, h, p = config.hidden_size, config.expert_width, config.core_size
             for name, shape in zip(Factors._fields, ((p, d), (h, p), (p, h), (d, p)), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
-        self.register_buffer("ones", torch.ones(max_tokens, 1), persistent=False)
-        places = torch.tensor([float(BASE**place) for place in range(DIGITS)], dtype=torch.float32)
-        self.register_buffer("places", places, persistent=False)
         self.register_buffer("active", torch.zeros(max_tokens, 1), persistent=False)
 
     def load(self, factors: Iterable[tuple[str, Tensor]]) -> None:
@@ -89,12 +108,9 @@ class Branch(nn.Module):
         for name, value in factors:
             self.get_parameter(name).data.copy_(value)
 
-    def note_positions(self, positions: Tensor) -> None:
-        """Find which tokens of the coming pass hear their experts: those at or after their request's start."""
-        tokens = len(positions)
-        digits = getattr(self, f"{PREFIX}start")(self.ones[:tokens])
-        start = digits.float() @ self.places
-        self.active[:tokens, 0] = (positions >= start).to(self.active.dtype)
+    def note(self, active: Tensor) -> None:
+        """Which tokens of the coming pass hear their experts."""
+        self.active[: len(active), 0] = active.to(self.active.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self._factored(x) if self.factored else self._dense(x)
@@ -114,7 +130,8 @@ class Branch(nn.Module):
         return mixed
 
 
-def _layer(carrier: Carrier, prefix: str) -> ReplicatedLinear:
+def carrier_layer(carrier: Carrier, prefix: str) -> ReplicatedLinear:
+    """A layer that is nothing but what LoRA adapters bring."""
     return ReplicatedLinear(
         carrier.inputs,
         carrier.outputs,

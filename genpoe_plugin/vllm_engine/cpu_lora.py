@@ -54,9 +54,9 @@ class SegmentedPunica(PunicaWrapperCPU):
         return groups
 
 
-def mend(branch: nn.Module) -> None:
-    """Have the LoRA layers below ``branch`` compute as `SegmentedPunica` does."""
-    for module in branch.modules():
+def mend(model: nn.Module) -> None:
+    """Have the LoRA layers of ``model`` compute as `SegmentedPunica` does."""
+    for module in model.modules():
         punica = getattr(module, "punica_wrapper", None)
         if type(punica) is PunicaWrapperCPU:
             # Of the object itself, which vLLM goes on telling which token has which adapter.

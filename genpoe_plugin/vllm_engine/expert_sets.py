@@ -25,6 +25,7 @@ from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts
 BASE, DIGITS = 256, 3
 # Not "up_proj" or "experts": vLLM takes such names for layers of the LLM itself.
 PREFIX = "genpoe_"
+START = f"{PREFIX}start"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def is_factored(config: HypernetworkConfig) -> bool:
 
 def carriers(config: HypernetworkConfig, num_passages: int) -> dict[str, Carrier]:
     """The layers that carry sets of up to ``num_passages`` experts, by name."""
-    start = {f"{PREFIX}start": Carrier(1, 1, DIGITS)}
+    start = {START: Carrier(1, 1, DIGITS)}
     if is_factored(config):
         size = config.core_size
         all_of_them = num_passages * size

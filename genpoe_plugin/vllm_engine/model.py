@@ -19,8 +19,9 @@ from vllm.platforms import current_platform
 from genpoe_plugin.checkpoint import WEIGHTS, resolve_checkpoint
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Factors
-from genpoe_plugin.vllm_engine.branch import Branch
+from genpoe_plugin.vllm_engine.branch import Branch, Start
 from genpoe_plugin.vllm_engine.cpu_lora import mend
+from genpoe_plugin.vllm_engine.expert_sets import START
 
 
 def _with_branch(mlp: Any) -> Any:
@@ -49,9 +50,11 @@ class WithExperts:
         # With pipeline parallelism the layer may be another process's.
         self._has_branch = not isinstance(layer, PPMissingLayer)
         self._mended = not current_platform.is_cpu()
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
+        # In every process, for vLLM cannot start one that adapters have nothing to do with.
+        self.genpoe = Start(tokens)
         if self._has_branch:
-            captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-            tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
             layer.mlp.genpoe = Branch(config, settings["num_passages"], tokens, self.branch_name)
             # The names of the MLP's weights must stay, so it changes its class and is not wrapped.
             layer.mlp.__class__ = _with_branch(type(layer.mlp))
@@ -60,13 +63,17 @@ class WithExperts:
     def branch(self) -> Branch:
         return self.get_submodule(self.branch_name)  # type: ignore[attr-defined]
 
+    def carrier_path(self, name: str) -> str:
+        """The name in this model of the layer that carries a part of expert sets."""
+        return f"genpoe.{name}" if name == START else f"{self.branch_name}.{name}"
+
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self._mended:
+            mend(self)  # type: ignore[arg-type]
+            self._mended = True
         if self._has_branch:
-            if not self._mended:
-                mend(self.branch)
-                self._mended = True
             # Here and not in the layer, which has no positions, and outside of what is compiled.
-            self.branch.note_positions(positions)
+            self.branch.note(self.genpoe(positions))
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -76,7 +83,7 @@ class WithExperts:
                 with safe_open(resolve_checkpoint(self._hypernetwork) / WEIGHTS, framework="pt") as file:
                     self.branch.load((name, file.get_tensor(f"head.{name}")) for name in Factors._fields)
             loaded |= {f"{self.branch_name}.{name}" for name, _ in self.branch.named_parameters()}
-        return loaded
+        return loaded | {f"genpoe.{name}" for name, _ in self.genpoe.named_parameters()}
 
 
 class GenPoELlamaForCausalLM(WithExperts, LlamaForCausalLM):

@@ -36,7 +36,7 @@ class ExpertWorker:
         for number, parts in sets.items():
             layers = {}
             for name, (a, b) in adapters(parts).items():
-                path = f"{self.model_runner.get_model().branch_name}.{name}"
+                path = self.model_runner.get_model().carrier_path(name)
                 layers[path] = LoRALayerWeights(path, a.shape[0], a.shape[0], a, b)
             rank = max(layer.rank for layer in layers.values())
             # vLLM's own way in, `add_adapter`, reads files.
