@@ -97,6 +97,10 @@ class ExpertEngine:
         store.dtype = config.model_config.dtype
         assert config.lora_config is not None and config.lora_config.max_cpu_loras is not None
         self.capacity: int = config.lora_config.max_cpu_loras
+        # vLLM's scheduler forgets the adapters of requests that are in another stage of a pipeline, and dies when it
+        # meets more than max_loras of them again. So no more are under way than that.
+        several_stages = config.parallel_config.pipeline_parallel_size > 1
+        self.at_once = config.lora_config.max_loras if several_stages else self.capacity
         self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
         self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
         self._numbers = itertools.count(1)
@@ -191,9 +195,9 @@ class ExpertEngine:
 
     def _admit(self, waiting: deque[tuple[int, ExpertRequest]], running: dict[str, int]) -> None:
         """Hand requests over to vLLM, as many as there is room for expert sets."""
-        room = self.capacity - sum(loaded.users > 0 for loaded in self._loaded.values())
+        room = self.at_once - sum(loaded.users > 0 for loaded in self._loaded.values())
         # Loading stops the engine for a moment, so it is done for many at a time.
-        if running and room < max(1, self.capacity // 4):
+        if running and room < max(1, self.at_once // 4):
             return
         admitted, needed = [], {}
         while waiting:

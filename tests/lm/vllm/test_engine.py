@@ -139,6 +139,37 @@ def test_equal_sets_are_loaded_once_and_the_least_used_leave(start, tokenizer, m
     assert listed == tuple(sorted(there))
 
 
+@pytest.mark.parametrize(("stages", "most"), [(1, 8), (2, 4)])
+def test_sets_under_way(start, tokenizer, monkeypatch, stages, most):
+    """Between the stages of a pipeline vLLM counts only the adapters of one, and dies of more than max_loras."""
+    from genpoe_plugin.vllm_engine.engine import ExpertEngine
+
+    started, *_ = start()
+    vllm = started.llm.llm_engine
+    monkeypatch.setattr(vllm.vllm_config.parallel_config, "pipeline_parallel_size", stages)
+    engine = ExpertEngine(started.llm, started.store)
+    under_way, counts = {}, []
+    add, step = vllm.add_request, vllm.step
+
+    def noted_add(name, prompt, sampling, *, lora_request):
+        if lora_request is not None:
+            under_way[name] = lora_request.lora_int_id
+        counts.append(len({*under_way.values()}))
+        return add(name, prompt, sampling, lora_request=lora_request)
+
+    def noted_step():
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                under_way.pop(output.request_id, None)
+        return outputs
+
+    monkeypatch.setattr(vllm, "add_request", noted_add)
+    monkeypatch.setattr(vllm, "step", noted_step)
+    engine.generate(make_requests(tokenizer, 40), progress=False)
+    assert max(counts) == most
+
+
 def test_sets_that_somebody_removed_are_loaded_again(start, tokenizer):
     """An engine that is asked for an adapter that it lacks looks for a file, and dies."""
     engine, *_ = start()
