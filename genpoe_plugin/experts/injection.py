@@ -15,11 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.expert import Experts, Mixture
+
+# Else a model that was compiled (which transformers does by itself with a static cache) runs on without a look at the
+# hooks: of the batch that it was compiled with, or none.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 _off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
 
