@@ -191,7 +191,7 @@ class _Branch:
         if rows.served is None:
             return output + self.mixture(x).to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
         mixed = self.mixture(x[rows.served]).to(x.dtype) * active[rows.served].unsqueeze(-1).to(x.dtype)
-        return output.index_add(0, rows.served, mixed)
+        return output.index_add(0, rows.served, mixed.to(output.dtype))  # which autocast may have made another
 
     def _lay_out(self, x: Tensor) -> None:
         """Once a generation, and again where the batch changes its size: this copies the experts' weights."""
