@@ -46,8 +46,9 @@ def read_hub_questions(name: str, split: str) -> Iterator[Question]:
     files = {"data_files": {split: source.files.format(split=split)}} if source.files else {}
     try:
         rows = datasets.load_dataset(name, source.config, split=split, **files)
-    except (OSError, ValueError) as error:  # not reachable, not there, or offline and not in the cache
-        reason = str(error).split("\n", 1)[0]
+    # Not reachable, not there, offline and not in the cache, or damaged on the way.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).split("\n", 1)[0]
         raise InputError(f"cannot load {name} from the hub ({reason})") from error
     for number, row in enumerate(rows, 1):
         for question in questions_from_record(row, f"{name}, {split}, row {number}"):
