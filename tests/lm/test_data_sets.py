@@ -60,7 +60,7 @@ def test_passages_of_the_data_answer(command, hub, hypernetwork_dir, by_hand, to
             if mode == "rag":
                 expected, gap = by_hand.generate(rag_prompt(question, strings), [], [], 0, tokens=6)
             else:
-                gates = [1 / len(strings)] * len(strings)
+                gates = [1 / len(strings) for _ in strings]
                 expected, gap = by_hand.generate(closed_book_prompt(question), strings, gates, 0, tokens=6)
             assert gap > 1e-4, f"{name}: a near tie; choose another question"
             assert sample["resps"] == [[expected]], name
