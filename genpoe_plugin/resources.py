@@ -65,8 +65,8 @@ class Resource:
 
 
 def _suffixes(url: str) -> str:
-    """``.tsv.gz`` and the like, without what else DPR's file names have dots for, such as ``nq-dev.qa.csv``."""
-    return "".join(suffix for suffix in Path(url).suffixes if suffix != ".qa")
+    """``.tsv.gz`` and the like, without what else file names have dots for: ``nq-dev.qa.csv``, ``dev-v1.1.json``."""
+    return "".join(suffix for suffix in Path(url).suffixes if suffix in (".tsv", ".csv", ".json", ".gz"))
 
 
 # Kind, what all of a group are; name after "data.", address after _DPR, data set and part.
@@ -231,8 +231,8 @@ UNAVAILABLE: dict[str, str] = {
     "questions and passages",
     "indexes": _BUILD,
     "checkpoint": _MODELS,
-    "original.narrativeqa": "its authors publish a repository, not a file: `git clone` deepmind/narrativeqa, and name the "
-    "folder where questions are asked for",
+    "original.narrativeqa": "its authors publish a repository, not a file: `git clone` deepmind/narrativeqa, and name "
+    "the folder where questions are asked for",
     "original.2wiki": "its authors publish an archive; hub.2wiki has the questions, or unpack it and name its dev.json",
     "pretrained": "pretrained models are on the hub, and any command here takes its names",
 }
