@@ -86,12 +86,13 @@ class DenseHead(nn.Module):
             self.register_buffer(f"base{number}", base)
 
     def forward(self, code: Tensor) -> DenseExperts:
-        # Gain, bias and base go into the one product, since its result is too large to be gone through again.
-        base = torch.cat([self.get_buffer(f"base{number}").flatten() for number in range(1, 5)])
-        generate = self.generate
-        entries = functional.linear(self.gain * code, generate.weight, self.gain * generate.bias + base)
-        parts = entries.split([rows * columns for rows, columns in self.shapes], dim=-1)
-        return DenseExperts(*(part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)))
+        parts = (self.gain * self.generate(code)).split([rows * columns for rows, columns in self.shapes], dim=-1)
+        return DenseExperts(
+            *(
+                part.unflatten(-1, shape) + self.get_buffer(f"base{number}")
+                for number, (part, shape) in enumerate(zip(parts, self.shapes, strict=True), start=1)
+            )
+        )
 
 
 class FactoredHead(nn.Module):
