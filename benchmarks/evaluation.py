@@ -37,7 +37,6 @@ from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.lm import GenPoELM
 from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
 
-WIDTH, LAYERS, LAYER, RANK = 768, 12, 4, 128
 BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
 FORMS = ("paper", "recommended")
 PICTURE = "cost_per_question.png"
@@ -48,6 +47,9 @@ Rounds = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Sizes:
+    width: int  # of the LLM
+    layers: int
+    rank: int
     questions: int  # in batches of `BATCH`
     single: int  # of them, one at a time
     rounds: int
@@ -57,8 +59,8 @@ class Sizes:
     cost_rounds: int
 
 
-FULL = Sizes(32, 6, 9, (1, 4, 16, 64), (1, 4, 16), (25, 100, 250), 3)
-QUICK = Sizes(16, 2, 2, (1, 16), (1, 4), (25, 100), 1)
+FULL = Sizes(768, 12, 128, 32, 6, 9, (1, 4, 16, 64), (1, 4, 16), (25, 100, 250), 3)
+QUICK = Sizes(384, 6, 64, 16, 2, 2, (1, 16), (1, 4), (25, 100), 1)
 
 
 def questions(count: int, passages: int = PASSAGES, words: int = WORDS, seed: int = 0) -> list[dict[str, Any]]:
@@ -103,11 +105,12 @@ class Models:
 
     Args:
         folder: where LLM and hypernetworks are written to.
+        sizes: theirs.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: Sizes) -> None:
         llm = folder / "llm"
-        model, tokenizer = random_llm(WIDTH, LAYERS)
+        model, tokenizer = random_llm(sizes.width, sizes.layers)
         model.save_pretrained(llm)
         tokenizer.save_pretrained(llm)
         first = HFLM(str(llm), device="cpu", dtype="float32", batch_size=1)
@@ -115,8 +118,10 @@ class Models:
         self.configs: dict[str, HypernetworkConfig] = {}
         self.checkpoints: dict[str, Path] = {}
         for form in FORMS:
-            changes = {"rank": RANK} if form == "paper" else {"base": "random"}
-            self.configs[form] = HypernetworkConfig.preset(form, hidden_size=WIDTH, layer=LAYER, **changes)
+            changes: dict[str, Any] = {"rank": sizes.rank} if form == "paper" else {"base": "random"}
+            self.configs[form] = HypernetworkConfig.preset(
+                form, hidden_size=sizes.width, layer=sizes.layers // 3, **changes
+            )
             self.checkpoints[form] = folder / form
             self._write(form)
 
@@ -147,7 +152,8 @@ class Models:
         )
 
     def naive(self) -> NaiveFlow:
-        return NaiveFlow(self.model, self.tokenizer, self.checkpoints["paper"], LAYER, PASSAGES, NEW_TOKENS)
+        checkpoint, layer = self.checkpoints["paper"], self.configs["paper"].layer
+        return NaiveFlow(self.model, self.tokenizer, checkpoint, layer, PASSAGES, NEW_TOKENS)
 
 
 def answers(lm: HFLM, asked: Sequence[Instance]) -> list[str]:
@@ -323,7 +329,7 @@ def measure(options: Options) -> list[Row]:
     sizes = QUICK if options.quick else FULL
     docs = questions(sizes.questions)
     with folder_of(options) as folder:
-        models = Models(folder)
+        models = Models(folder, sizes)
         check_answers(models, docs)
         floors = Floors.measured(models)
         times = time_works(models, docs, sizes.single, sizes.rounds)

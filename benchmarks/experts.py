@@ -2,8 +2,8 @@
 
 d 4096, r 512, h as wide as d (the paper's form on Llama-2-7B): 1.08 billion parameters, 8.4 million numbers an expert;
 64 passages at a time in bfloat16, on a GPU if there is one. About 5 GB. A process of its own does it (this module is
-that as well), so that nothing else is in the peak: on a CPU its resident memory, of which what it had before the weights
-is not counted; on a GPU what torch says.
+that as well), so that nothing else is in the peak: on a CPU its resident memory, without what it had before the
+weights; on a GPU what torch says.
 """
 
 from __future__ import annotations
