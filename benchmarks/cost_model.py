@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from scipy.optimize import nnls
 
 from benchmarks.row import Row
@@ -111,9 +112,12 @@ def draw(points: Sequence[Point], model: CostModel, path: Path) -> None:
     for axes, label in zip(panels, ("questions in a batch", "K, experts a question", "words a passage"), strict=True):
         axes.set(xlabel=label, ylabel="ms a question", yscale="log")
         axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.legend(frameon=False, fontsize="small")
-    panels[0].set_xscale("log", base=2)
-    panels[1].set_xscale("log", base=2)
+    for axes in panels[:2]:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     figure.suptitle(
         "marks: measured (filled: experts in the store; hollow: generated first); lines: the model (solid, dashed)"
     )

@@ -12,6 +12,7 @@ bytes that it has to read, would take at the rates of a square product and of a 
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from benchmarks.cost_model import CostModel, Point, draw
 from benchmarks.naive_flow import NaiveFlow
 from benchmarks.options import Options, folder_of
 from benchmarks.random_llm import random_llm, random_text
-from benchmarks.rates import product_rate, read_rate, seconds
+from benchmarks.rates import product, product_flops, reading, seconds
 from benchmarks.row import Row
 from genpoe_plugin.checkpoint import write_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
@@ -38,6 +39,8 @@ from genpoe_plugin.lm import GenPoELM
 from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
 
 BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
+PRODUCT = 2048  # side of the square product
+RATES = ("product", "read")  # works that are no answering
 FORMS = ("paper", "recommended")
 PICTURE = "cost_per_question.png"
 
@@ -183,9 +186,14 @@ def check_answers(models: Models, docs: Sequence[dict[str, Any]]) -> None:
 
 
 def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, rounds: int) -> Rounds:
-    """Seconds a question of all works, which take turns; the first round is warm-up."""
+    """Seconds a question of all works, which take turns; the first round is warm-up.
+
+    ``product`` and ``read`` among them are seconds a FLOP of a square product, and a byte that is read.
+    """
     naive = models.naive()
     plain = {batch: models.plain(batch) for batch in (1, BATCH)}
+    read, read_bytes = reading()
+    rates = {"product": (product(PRODUCT, torch.float32), product_flops(PRODUCT)), "read": (read, read_bytes)}
     times: Rounds = {}
 
     def note(name: str, asked: Sequence[Any], work: Callable[[], object], number: int) -> None:
@@ -204,6 +212,8 @@ def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, roun
                 # Beside each, for these are the times that are compared most closely.
                 note(f"closed_book_{batch}_by_{form}", asked, lambda b=batch, a=asked: answers(plain[b], a), number)
         asked = requests(docs, passages=PASSAGES)
+        for name, (work, amount) in rates.items():
+            note(name, range(amount), work, number)
         note(f"rag_{BATCH}", asked, lambda asked=asked: answers(plain[BATCH], asked), number)
     return times
 
@@ -241,7 +251,7 @@ def ratio_rows(times: Rounds) -> list[Row]:
 
 def time_rows(times: Rounds) -> list[Row]:
     """Milliseconds a question of every work."""
-    medians = {name: 1000 * statistics.median(taken) for name, taken in times.items()}
+    medians = {name: 1000 * statistics.median(taken) for name, taken in times.items() if name not in RATES}
     return [Row(f"evaluation.{name}", value, "ms/question") for name, value in sorted(medians.items())]
 
 
@@ -250,7 +260,8 @@ class Floors:
     """The least that works can take at measured rates: in every pass the greater of arithmetic and of reading.
 
     Attributes:
-        flops_rate, bytes_rate: a second, of a square product, and read by a matrix times a vector.
+        flops_rate, bytes_rate: a second, of a square product, and read by a matrix times a vector: the best round's,
+            for nothing can be faster than that.
         body, head: numbers in the decoder layers, and in the output layer, which speaks for one position of each row.
         expert: numbers in an expert.
         generator: numbers in the hypernetwork.
@@ -264,13 +275,13 @@ class Floors:
     generator: int
 
     @classmethod
-    def measured(cls, models: Models) -> Floors:
+    def at_rates_of(cls, times: Rounds, models: Models) -> Floors:
         config = models.configs["paper"]
         size = footprint(config)
         head = models.model.get_output_embeddings().weight.numel()
         return cls(
-            flops_rate=product_rate(2048, torch.float32),
-            bytes_rate=read_rate(),
+            flops_rate=1 / min(times["product"]),
+            bytes_rate=1 / min(times["read"]),
             body=sum(weight.numel() for weight in models.model.parameters()) - head,
             head=head,
             expert=size.expert_bytes // 4,
@@ -328,14 +339,14 @@ def measure(options: Options) -> list[Row]:
     """The rows; with ``--out`` also a picture of what a question costs."""
     sizes = QUICK if options.quick else FULL
     docs = questions(sizes.questions)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object says that it was given a model
     with folder_of(options) as folder:
         models = Models(folder, sizes)
         check_answers(models, docs)
-        floors = Floors.measured(models)
         times = time_works(models, docs, sizes.single, sizes.rounds)
         points = measure_cost(models, sizes)
         model = CostModel.fitted(points)
         draw(points, model, folder / PICTURE)
         if options.out is not None:
             print(f"cost of a question: {folder / PICTURE}")
-    return [*ratio_rows(times), *time_rows(times), *floors.rows(), *model.rows(points)]
+    return [*ratio_rows(times), *time_rows(times), *Floors.at_rates_of(times, models).rows(), *model.rows(points)]

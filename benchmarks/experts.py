@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.child import run_child
 from benchmarks.options import Options
-from benchmarks.rates import product, product_flops, read_rate, seconds
+from benchmarks.rates import product, product_flops, reading, seconds
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Experts
@@ -94,10 +94,12 @@ def measure_here(sizes: Sizes) -> dict[str, float]:
             torch.cuda.reset_peak_memory_stats()
         results = generate().nbytes
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM") - before
+        read, read_bytes = reading(device)
         works = {
             "generation": generate,
             "single": lambda: generate(1),
             "product": product(sizes.product, DTYPE, device),
+            "read": read,
         }
         times: dict[str, list[float]] = {name: [] for name in works}
         for number in tqdm(range(1 + sizes.rounds), desc="Timing generation"):
@@ -105,7 +107,6 @@ def measure_here(sizes: Sizes) -> dict[str, float]:
                 taken = seconds(work)
                 if number:
                     times[name].append(taken)
-        rate = read_rate(device)
     flops = generation_flops(network, sizes.passages)
     fractions = [
         (flops / taken) / (product_flops(sizes.product) / other)
@@ -115,7 +116,7 @@ def measure_here(sizes: Sizes) -> dict[str, float]:
         **{name: statistics.median(taken) for name, taken in times.items()},
         "fraction": statistics.median(fractions),
         "flops": flops,
-        "read_rate": rate,
+        "read_rate": read_bytes / min(times["read"]),
         "weights": numbers_of(network) * DTYPE.itemsize,
         "results": results,
         "peak": peak,
