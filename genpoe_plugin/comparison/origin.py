@@ -18,8 +18,8 @@ class Origin:
     """Where a run comes from.
 
     Attributes:
-        command: that made it. ``recorded``: it is word for word the one that did, which the genpoe model notes; of other
-            runs it is put together from lm_eval's own record.
+        command: that made it. ``recorded``: it is word for word the one that did, which the genpoe model notes; of
+            other runs it is put together from lm_eval's own record.
         directory: where it ran; None where that is not known.
         fingerprints: of what was loaded and asked, by what it is of.
         versions: of the libraries.
@@ -41,7 +41,10 @@ def origin_of(run: Run) -> Origin:
     noted = genpoe.get("provenance", {})
     fingerprint = genpoe.get("fingerprint", {})
     fingerprints = {name: fingerprint.get(name) for name in ("hypernetwork", "index", "reranker")}
-    fingerprints |= {"data": genpoe.get("documents", {}).get(run.task) or run.documents[:16], "prompts": run.prompts[:16]}
+    fingerprints |= {
+        "data": genpoe.get("documents", {}).get(run.task) or run.documents[:16],
+        "prompts": run.prompts[:16],
+    }
     versions = noted.get("versions") or {
         "lm-eval": run.report.get("lm_eval_version"),
         "transformers": run.report.get("transformers_version"),

@@ -103,9 +103,10 @@ class Run:
     def arguments(self) -> dict[str, Any]:
         """The model's arguments, whichever way they were given."""
         given = self.config.get("model_args") or {}
-        if isinstance(given, str):
-            given = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in given.split(",") if pair)
-        return given
+        if not isinstance(given, str):
+            return given
+        pairs = (pair.partition("=") for pair in given.split(",") if pair)
+        return {name: value for name, _, value in pairs}
 
     @cached_property
     def date(self) -> str:
@@ -241,9 +242,9 @@ class _Samples:
             except (KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{file}: not lm_eval's samples (no {error})") from error
             # Tasks call their text by many names; where it is not "question", the same doc is the same question.
-            identity = (text, target) if isinstance(text, str) and text else (hashes[0], target)
-            asked[name][identity] += 1
-            self.questions[name].append(book.number(*identity, asked[name][identity]))
+            text = text if isinstance(text, str) and text else hashes[0]
+            asked[name][text, target] += 1
+            self.questions[name].append(book.number(text, target, asked[name][text, target]))
             self.hashes += hashes
             for metric in metrics:
                 value = record.get(metric)

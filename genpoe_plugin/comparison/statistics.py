@@ -55,7 +55,7 @@ def mean_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]
     variance = scores.var(0, ddof=1) if n > 1 else np.zeros_like(share)
     certain = ((scores == 0) | (scores == 1)).all(0) | (variance == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        trials = np.where(certain, n, share * (1 - share) / variance)
+        trials = np.where(certain, n, n * share * (1 - share) / variance)
     wilson_low, wilson_high = wilson_interval(share[bounded], trials[bounded], level)
     low[bounded], high[bounded] = wilson_low, wilson_high
     return low, high
@@ -88,7 +88,9 @@ class PairedBootstrap:
     p: Floats
 
 
-def paired_bootstrap(means: Floats, resampled: Floats, pairs: NDArray[np.intp], level: float = LEVEL) -> PairedBootstrap:
+def paired_bootstrap(
+    means: Floats, resampled: Floats, pairs: NDArray[np.intp], level: float = LEVEL
+) -> PairedBootstrap:
     """Compare pairs of runs on questions drawn again.
 
     The p-value is the share of draws whose difference is as far from the one seen as that is from none.
@@ -101,11 +103,15 @@ def paired_bootstrap(means: Floats, resampled: Floats, pairs: NDArray[np.intp], 
     difference = means[pairs[:, 0]] - means[pairs[:, 1]]
     low, high, p = (np.empty_like(difference) for _ in range(3))
     tails = [(1 - level) / 2, (1 + level) / 2]
-    for at, (first, second) in enumerate(pairs):
-        drawn = resampled[:, first] - resampled[:, second]
-        low[at], high[at] = np.quantile(drawn, tails)
-        extreme = np.abs(drawn - difference[at]) >= abs(difference[at]) - _TIE
-        p[at] = (1 + np.count_nonzero(extreme)) / (1 + len(drawn))
+    columns = np.ascontiguousarray(resampled.T)
+    draws = len(resampled)
+    block = max(1, _BLOCK // draws)
+    for start in range(0, len(pairs), block):
+        part = slice(start, start + block)
+        drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
+        seen = difference[part, None]
+        p[part] = (1 + np.count_nonzero(np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)) / (1 + draws)
+        low[part], high[part] = np.quantile(drawn, tails, axis=1, overwrite_input=True)
     return PairedBootstrap(difference, low, high, p)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from genpoe_plugin.comparison import cells
-from genpoe_plugin.comparison.leaderboard import Comparison
+from genpoe_plugin.comparison.leaderboard import Comparison, System
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -28,18 +30,16 @@ def show(comparison: Comparison, console: Console) -> None:
             console.print("Not ranked together with the first board of this task, since these differ:", style="yellow")
         for line in cells.differences(board):
             console.print(escape(f"  {line}"), highlight=False)
-        for entry in board.group.allowed:
-            line = f"  ranked together all the same: {entry.aspect}: {entry.here}; others: {entry.there}"
+        for line in cells.allowed(board):
             console.print(escape(line), style="yellow", highlight=False)
         for line in cells.method(comparison, board):
             console.print(escape(line), style="dim", highlight=False)
         console.print()
-    for entry in comparison.left_out:
-        console.print(escape(f"left out: {entry.path}: {entry.reason}"), style="yellow", highlight=False)
+    for left_out in comparison.left_out:
+        console.print(escape(f"left out: {left_out.path}: {left_out.reason}"), style="yellow", highlight=False)
     for note in comparison.notes:
         console.print(escape(f"passages unknown: {note}"), style="yellow", highlight=False)
 
 
-def _last_ranked(systems, system) -> bool:
-    place = systems.index(system)
-    return system.control is None and place + 1 < len(systems) and systems[place + 1].control is not None
+def _last_ranked(systems: Sequence[System], system: System) -> bool:
+    return system.number < len(systems) and system.control is None and systems[system.number].control is not None
