@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +57,20 @@ def known(ranks: NDArray[np.int64] | None) -> bool:
     return ranks is not None and bool((ranks != UNKNOWN).any())
 
 
-def most_telling(scores: Sequence[Floats], most: int) -> list[int]:
-    """The questions on which runs differ most, at most so many, in order of how much they do."""
-    spread = np.stack(list(scores)).var(0)
-    order = np.argsort(-spread, kind="stable")[:most]
-    return [int(place) for place in order if spread[place] > 0]
+def telling(scores: Sequence[Floats], pairs: Iterable[tuple[int, int]], most: int) -> list[int]:
+    """Questions that one of two systems does better: of every pair the first, then the second, and so on.
+
+    Args:
+        scores: of every system.
+        pairs: of systems, by place in ``scores``.
+        most: how many in all.
+    """
+    won = [np.flatnonzero(sign * (scores[a] - scores[b]) > 0) for a, b in pairs for sign in (1, -1)]
+    found: dict[int, None] = {}
+    for turn in range(max(map(len, won), default=0)):
+        for questions in won:
+            if turn < len(questions) and len(found) < most:
+                found[int(questions[turn])] = None
+        if len(found) >= most:
+            break
+    return sorted(found)
