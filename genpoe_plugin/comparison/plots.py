@@ -131,12 +131,12 @@ def _rows(axes: Axes, systems: Sequence[System], size: _Size) -> None:
     names = [f"{system.number}  {system.label}" for system in systems]
     axes.set_ylim(len(systems) - 0.4, -0.8 if size.narrow else -0.6)
     if size.narrow:
+        axes.spines["left"].set_visible(False)
         axes.set_yticks([])
         for place, name in enumerate(names):
             axes.text(0.012, place - 0.22, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
     else:
         axes.set_yticks(range(len(systems)), names)
-        axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     ranked = sum(system.control is None for system in systems)
@@ -161,7 +161,7 @@ def _estimates(board: Board, metric: str, prefix: str) -> Plot:
         ends = scale * min(v.low for v in values), scale * max(v.high for v in values)
         axes.set_xlim(*_pad(*ends, board, metric))
         _rows(axes, board.systems, size)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(f"{unit}, n = {board.n:,} questions")
         return figure
 
@@ -197,7 +197,7 @@ def _given(board: Board, prefix: str) -> Plot | None:
             else:
                 where = {"y": place, "ha": "left", "va": "center", "x": 1.01}
             axes.text(s=f"n = {text}", transform=axes.get_yaxis_transform(), fontsize=8, color="#444444", **where)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(f"{unit}; n: answer given / not given")
         return figure
 
