@@ -51,7 +51,9 @@ def settings_of(run: Run) -> Settings:
             settings[name] = fingerprint[name]
     if run.brings_passages:
         settings.pop("index", None)
-    return {"kind": run.config.get("model"), **settings, "dtype": fingerprint.get("dtype", settings.get("dtype"))}
+    if dtype := fingerprint.get("dtype"):
+        settings["dtype"] = dtype.removeprefix("torch.")  # as lm_eval's users write it
+    return {"kind": run.config.get("model"), **settings}
 
 
 def without_seed(settings: Settings) -> Settings:
