@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from genpoe_plugin import __version__
-from genpoe_plugin.checkpoint import checkpoint_fingerprint, load_hypernetwork
+from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity, load_hypernetwork
 from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.pipeline import GATES, Pipeline, Selection
 from genpoe_plugin.prompts import EXPERT_MODES, MODES, PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
 from genpoe_plugin.provenance import DocumentDigests, digest, peak_memory, provenance
@@ -65,6 +67,8 @@ class GenPoEArguments:
         gates: ``softmax`` of the rerank scores, or ``uniform``.
         passages: ``retrieved``, or one of the controls (`genpoe_plugin.controls`).
         question_field: where a doc holds its question; the prompt's last question where a doc does not.
+        expert_store: folder that keeps experts for later runs.
+        expert_gb: budget for the experts kept beside the LLM.
         trace: JSON Lines file to write, one line a sample.
         seed: of the controls.
 
@@ -81,6 +85,8 @@ class GenPoEArguments:
     gates: str = "softmax"
     passages: str = "retrieved"
     question_field: str = "question"
+    expert_store: str | None = None
+    expert_gb: float = ON_DEVICE / 10**9
     trace: str | None = None
     seed: int = 0
 
@@ -92,6 +98,8 @@ class GenPoEArguments:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}={value}: give a whole number of at least {least}")
+        if not isinstance(self.expert_gb, int | float) or not 0 < self.expert_gb < math.inf:
+            raise InputError(f"expert_gb={self.expert_gb}: give a number of gigabytes above 0")
         if self.num_passages > self.num_retrieved:
             raise InputError(
                 f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"
@@ -175,6 +183,8 @@ class GenPoELM(HFLM):
         gates: str = "softmax",
         passages: str = "retrieved",
         question_field: str = "question",
+        expert_store: str | None = None,
+        expert_gb: float = ON_DEVICE / 10**9,
         trace: str | None = None,
         seed: int = 0,
         **hf_arguments: Any,
@@ -189,6 +199,8 @@ class GenPoELM(HFLM):
             gates=gates,
             passages=passages,
             question_field=question_field,
+            expert_store=expert_store,
+            expert_gb=expert_gb,
             trace=trace,
             seed=seed,
         )
@@ -207,11 +219,18 @@ class GenPoELM(HFLM):
         if arguments.uses_experts:
             assert hypernetwork is not None
             network = load_hypernetwork(hypernetwork, self.model, self.tokenizer)
-            self.store = ExpertStore(network, self.model, self.tokenizer)
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
         self.pipeline = self._load_pipeline()
         self.fingerprint = self._fingerprint(hf_arguments)
+        if arguments.uses_experts:
+            self.store = ExpertStore(
+                network,
+                self.model,
+                self.tokenizer,
+                device_bytes=int(arguments.expert_gb * 10**9),
+                files=self._expert_files(),
+            )
         self.seconds = {"experts": 0.0, "generate": 0.0}
         self._questions: set[tuple[Any, ...]] = set()
         self._documents = DocumentDigests()
@@ -221,6 +240,14 @@ class GenPoELM(HFLM):
         self._widest: Selection | None = None
         self._probing = False
         self._windows: deque[Selection] = deque()
+
+    def _expert_files(self) -> ExpertFiles | None:
+        """The files of experts that this checkpoint made of this LLM's states, in this precision."""
+        if self.arguments.expert_store is None:
+            return None
+        names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
+        content = json.dumps([llm_identity(self.model), {name: self.fingerprint[name] for name in names}])
+        return ExpertFiles(self.arguments.expert_store, hashlib.sha256(content.encode()).hexdigest()[:16])
 
     def _load_pipeline(self) -> Pipeline:
         arguments, device = self.arguments, str(self.device)

@@ -4,10 +4,10 @@ import string
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpoe_plugin.answers import exact_match, f1, has_answer, normalize_answer
+from genpoe_plugin.answers import contains_answer, exact_match, f1, has_answer, normalize_answer, rouge_l
 
 # Words that the normalisation touches, so that random texts overlap and hit its rules often.
 WORDS = st.sampled_from(
@@ -86,6 +86,53 @@ def test_what_squad_tells_apart() -> None:
 def test_f1_counts_words_of_a_bag() -> None:
     # "new york york" and "york new": 2 shared of 3 and of 2.
     assert f1("New York York", ["York, the New", "Boston"]) == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "right"),
+    [
+        ("He was a politician.", ["politician"], True),
+        ("politicians", ["politician"], True),  # any substring
+        ("He was a Politician.", ["politician"], True),  # with a capital
+        ("a politician", ["Politician"], True),  # in lower case
+        ("A POLITICIAN", ["politician"], False),  # but in no other letters
+        ("in new york", ["New York"], True),
+        ("in New york", ["new York"], True),
+        ("in nEW york", ["New York"], False),
+        ("pol", ["polit.", "pol"], True),
+        ("an actor", ["politician", "pol"], False),
+        ("an actor", [""], False),
+        ("an actor", [], False),
+        ("", ["actor"], False),
+    ],
+)
+def test_contains_answer_is_popqas_accuracy(prediction: str, answers: list[str], right: bool) -> None:
+    assert contains_answer(prediction, answers) == right
+
+
+SHORT = st.lists(st.sampled_from(["a", "bb", "ccc", "d4"]), max_size=8)  # words that stemming leaves alone
+
+
+@settings(deadline=None)  # the first call loads the package
+@given(SHORT, st.lists(SHORT, max_size=3))
+def test_rouge_l_is_the_longest_common_subsequence(words: list[str], references: list[list[str]]) -> None:
+    def common(left: list[str], right: list[str]) -> int:
+        if not left or not right:
+            return 0
+        if left[0] == right[0]:
+            return 1 + common(left[1:], right[1:])
+        return max(common(left[1:], right), common(left, right[1:]))
+
+    def score(reference: list[str]) -> float:
+        shared = common(words, reference)
+        return 2 * shared / (len(words) + len(reference)) if shared else 0.0
+
+    expected = max((score(reference) for reference in references), default=0.0)
+    assert rouge_l(" ".join(words), [" ".join(reference) for reference in references]) == pytest.approx(expected)
+
+
+def test_rouge_l_stems_and_ignores_case_and_punctuation() -> None:
+    assert rouge_l("He walked, happily!", ["no", "he WALKS happily"]) == 1.0
 
 
 @pytest.mark.parametrize(

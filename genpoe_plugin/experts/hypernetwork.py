@@ -185,4 +185,13 @@ class Hypernetwork(nn.Module):
         Returns:
             ``n`` experts.
         """
-        return self.head(self.encoder(states, mask))
+        return self.head(self.encoder(states, mask).to(self.head_dtype))
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        return next(self.head.parameters()).dtype
+
+    def lower_head(self, dtype: torch.dtype) -> None:
+        """Have a dense head, whose product is bound by reading its weights, compute in the dtype of its experts."""
+        if self.config.head == "dense":
+            self.head.to(dtype)

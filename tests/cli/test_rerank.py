@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from transformers import PreTrainedTokenizerFast
 
 from genpoe_plugin.files import file_digest
 from genpoe_plugin.passages import Passage
@@ -131,3 +132,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, reranker: ByLe
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert f"{name}" in result.stderr and message in result.stderr
         assert not list(tmp_path.glob("out*"))
+
+
+def test_an_llm_cuts_the_passages(
+    results: Path, tmp_path: Path, reranker: ByLength, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long = RetrievedPassage(Passage("0", "", "word " * 900), 1.0, 1)
+    write_questions(tmp_path / "long.jsonl", [Question("q", ("a",), (long,))])
+    tokenizer.save_pretrained(tmp_path / "llm")
+    scores = {}
+    for name, options in {"whole": (), "cut": ("--llm", tmp_path / "llm")}.items():
+        result = run(tmp_path / "long.jsonl", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        (scores[name],) = (p.rerank_score for item in read_questions(tmp_path / name) for p in item.passages)
+    assert 0 < scores["cut"] < 256 < scores["whole"] == 900
+    assert read_header(tmp_path / "cut")["llm"] == str(tmp_path / "llm") and "llm" not in read_header(
+        tmp_path / "whole"
+    )
+    result = run(tmp_path / "long.jsonl", tmp_path / "out", "--llm", tmp_path / "nothing")
+    assert result.exit_code == 2 and "cannot be loaded" in result.stderr and result.stderr.count("\n") == 1
