@@ -175,7 +175,12 @@ def compare(
             used[id(run)] = passages_used(run)
         except InputError as error:
             used[id(run)] = None
-            notes.append(str(error))
+            notes.append(f"passages unknown: {error}")
+    notes += dict.fromkeys(
+        f"task {run.task}: {metric} is not a mean over questions, so there is no test of it; lm_eval's results have it"
+        for run in runs
+        for metric in run.without_mean
+    )
     boards = tuple(_board(group, metric, used, draws) for group in comparable(runs, allow))
     return Comparison(boards, (*left_out, *again), tuple(notes), book, draws)
 
@@ -269,7 +274,7 @@ def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> lis
     for family, places in families.items():
         for number, metric in enumerate(metrics):
             columns = places + number * len(systems)
-            boot = paired_bootstrap(scores.mean(0), resampled, columns)
+            boot = paired_bootstrap(scores.mean(0), resampled, columns, len(scores))
             wins, losses = wins_and_losses(scores, columns)
             exact, mid = mcnemar(wins, losses)
             right_or_wrong = np.all(((scores == 0) | (scores == 1))[:, columns], axis=(0, 2))

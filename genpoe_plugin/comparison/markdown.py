@@ -34,7 +34,7 @@ def markdown(comparison: Comparison) -> str:
                     f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n"
                 )
     if comparison.left_out or comparison.notes:
-        parts.append("## Left out\n")
+        parts.append("## Left out, and not known\n")
         parts.append("".join(f"- `{entry.path}`: {_text(entry.reason)}\n" for entry in comparison.left_out))
         parts.append("".join(f"- {_text(note)}\n" for note in comparison.notes))
     return "\n".join(parts)

@@ -42,6 +42,7 @@ def origin_of(run: Run) -> Origin:
     fingerprint = genpoe.get("fingerprint", {})
     fingerprints = {name: fingerprint.get(name) for name in ("hypernetwork", "index", "reranker")}
     fingerprints |= {
+        "model": run.config.get("model_sha"),
         "data": genpoe.get("documents", {}).get(run.task) or run.documents[:16],
         "prompts": run.prompts[:16],
     }

@@ -68,6 +68,7 @@ class Run:
         scores: metric (``metric@filter`` for a filter other than ``none``) to one value a question.
         ranks: the best rank of a passage with an answer among those that the doc brings along; 0 where there is none,
             -1 where that is not known.
+        without_mean: metrics that are not a mean over questions, such as corpus BLEU, and so are not compared.
         offsets: where each question's line begins in the samples.
         prompts, documents: digests of all prompts, and of all docs.
         brings_passages: whether docs have passages (``ctxs``).
@@ -79,6 +80,7 @@ class Run:
     report: dict[str, Any]
     questions: NDArray[np.int64]
     scores: dict[str, Floats]
+    without_mean: tuple[str, ...]
     ranks: NDArray[np.int64]
     offsets: NDArray[np.int64]
     doc_ids: NDArray[np.int64]
@@ -147,6 +149,9 @@ def read_runs(paths: Sequence[Path], book: QuestionBook) -> tuple[list[Run], lis
                 runs.append(_read_run(file, report, task, book))
             except InputError as error:
                 left_out.append(LeftOut(file, f"task {task}: {_reason(error, file)}"))
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                told = f"{type(error).__name__}: {error}"
+                left_out.append(LeftOut(file, f"task {task}: not as lm_eval writes it ({told}); run it again"))
     if not runs:
         first = f"; {left_out[0].path}: {left_out[0].reason}" if left_out else ""
         raise InputError(f"{', '.join(map(str, paths))}: nothing to compare{first}")
@@ -181,6 +186,8 @@ def read_report(file: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or (missing := [name for name in wanted if name not in report]):
         names = ", ".join(missing) if isinstance(report, dict) else "an object"
         raise InputError(f"{file}: not the results of lm_eval 0.4 ({names} missing)")
+    if wrong := [name for name in wanted if not isinstance(report[name], dict)]:
+        raise InputError(f"{file}: not the results of lm_eval 0.4 ({wrong[0]} is not an object)")
     report.pop("pretty_env_info", None)
     return report
 
@@ -201,16 +208,20 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
     """The objects of a JSON Lines file, each with the byte that it begins at.
 
     Raises:
-        InputError: a line is not JSON.
+        InputError: a line is not JSON, or the file cannot be read.
     """
     offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield offset, parse_json(line)
-            except ValueError as error:
-                raise InputError(f"{file}:{number}: not whole JSON ({error}); was the run killed?") from error
-            offset += len(line)
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = parse_json(line)
+                except ValueError as error:
+                    raise InputError(f"{file}:{number}: not whole JSON ({error}); was the run killed?") from error
+                yield offset, record
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _line_at(file: Path, offset: int) -> dict[str, Any]:
@@ -305,11 +316,13 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
         if isinstance(entry, dict) and isinstance(entry.get("metric"), str)
     }
     scores: dict[str, Floats] = {}
+    without_mean: list[str] = []
     for key, mean in stated.items():
         metric, _, name = key.partition(",")
         label = metric if name == "none" else f"{metric}@{name}"
         values = read.values.get(label, [])
         if label in read.skipped or name not in places or aggregations.get(metric, "mean") != "mean":
+            without_mean.append(label)
             continue
         if len(values) != len(first):
             raise InputError(f"{samples.name}: {len(first) - len(values):,} samples have no {metric}; run it again")
@@ -334,6 +347,7 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
         report=report,
         questions=arranged(first),
         scores=scores,
+        without_mean=tuple(without_mean),
         ranks=arranged(read.ranks),
         offsets=arranged(read.offsets),
         doc_ids=arranged(read.doc_ids),

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr, ndtri, stdtrit
+from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 DRAWS = 10_000
+FEWEST = 10
 _BLOCK = 1 << 19  # resampled questions that are drawn at a time: few enough for a processor's cache
 _TIE = 1e-12  # differences that are equal but for rounding
 
@@ -89,16 +90,19 @@ class PairedBootstrap:
 
 
 def paired_bootstrap(
-    means: Floats, resampled: Floats, pairs: NDArray[np.intp], level: float = LEVEL
+    means: Floats, resampled: Floats, pairs: NDArray[np.intp], n: int, level: float = LEVEL
 ) -> PairedBootstrap:
     """Compare pairs of runs on questions drawn again.
 
-    The p-value is the share of draws whose difference is as far from the one seen as that is from none.
+    The p-value is the share of draws whose difference is as far from the one seen as that is from none. Where those are
+    fewer than `FEWEST`, too few to count, it is Student's, with the draws' standard error: counts alone could never be
+    small enough to be significant among a thousand comparisons.
 
     Args:
         means: [runs].
         resampled: [draws, runs], of `bootstrap_means`.
         pairs: [pairs, 2], columns of ``means``.
+        n: number of questions.
     """
     difference = means[pairs[:, 0]] - means[pairs[:, 1]]
     low, high, p = (np.empty_like(difference) for _ in range(3))
@@ -110,7 +114,11 @@ def paired_bootstrap(
         part = slice(start, start + block)
         drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
         seen = difference[part, None]
-        p[part] = (1 + np.count_nonzero(np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)) / (1 + draws)
+        further = np.count_nonzero(np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)
+        counted = (1 + further) / (1 + draws)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / drawn.std(1))
+        p[part] = np.where(further < FEWEST, np.fmin(counted, beyond), counted)
         low[part], high[part] = np.quantile(drawn, tails, axis=1, overwrite_input=True)
     return PairedBootstrap(difference, low, high, p)
 

@@ -38,7 +38,7 @@ def show(comparison: Comparison, console: Console) -> None:
     for left_out in comparison.left_out:
         console.print(escape(f"left out: {left_out.path}: {left_out.reason}"), style="yellow", highlight=False)
     for note in comparison.notes:
-        console.print(escape(f"passages unknown: {note}"), style="yellow", highlight=False)
+        console.print(escape(f"note: {note}"), style="yellow", highlight=False)
 
 
 def _last_ranked(systems: Sequence[System], system: System) -> bool:

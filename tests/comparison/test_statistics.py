@@ -106,7 +106,7 @@ def test_the_paired_bootstrap_is_scipys(numbers):
     scores = numbers.beta(0.6, 0.4, size=(300, 3))
     scores[:, 1] = np.clip(scores[:, 0] + numbers.normal(0.03, 0.2, 300), 0, 1)
     pairs = np.array([[0, 1], [1, 2], [0, 0]])
-    found = paired_bootstrap(scores.mean(0), bootstrap_means(scores), pairs)
+    found = paired_bootstrap(scores.mean(0), bootstrap_means(scores), pairs, 300)
     for at, (first, second) in enumerate(pairs[:2]):
         difference = scores[:, first] - scores[:, second]
         theirs = stats.bootstrap((difference,), np.mean, method="percentile", n_resamples=10_000, rng=5)
@@ -116,6 +116,18 @@ def test_the_paired_bootstrap_is_scipys(numbers):
         centred = np.abs(theirs.bootstrap_distribution - difference.mean())
         assert found.p[at] == pytest.approx((centred >= abs(difference.mean())).mean(), abs=0.02)
     assert (found.difference[2], found.low[2], found.high[2], found.p[2]) == (0, 0, 0, 1)
+
+
+def test_p_values_beyond_what_draws_can_count_are_students(numbers):
+    """Ten thousand draws count no further than 1e-4, which is nothing among a thousand comparisons."""
+    scores = np.stack([numbers.beta(0.6, 0.4, 300), numbers.beta(0.4, 0.6, 300)], 1)
+    (p,) = paired_bootstrap(scores.mean(0), bootstrap_means(scores), np.array([[0, 1]]), 300).p
+    theirs = stats.ttest_rel(*scores.T).pvalue
+    assert theirs < 1e-5
+    assert np.log10(p) == pytest.approx(np.log10(theirs), abs=0.3)
+    certain = np.stack([np.ones(300), np.zeros(300)], 1)
+    (p,) = paired_bootstrap(certain.mean(0), bootstrap_means(certain, draws=100), np.array([[0, 1]]), 300).p
+    assert 0 <= p < 1e-6
 
 
 def test_wins_and_losses_are_counted(numbers):
@@ -181,7 +193,7 @@ def test_the_paired_bootstrap_raises_no_false_alarms_and_covers_the_truth(number
     difference = scores - swapped
     both = np.concatenate([difference, np.zeros((100, 1))], 1)
     pairs = np.stack([np.arange(SIMULATED), np.full(SIMULATED, SIMULATED)], 1)
-    found = paired_bootstrap(both.mean(0), bootstrap_means(both, draws=500), pairs)
+    found = paired_bootstrap(both.mean(0), bootstrap_means(both, draws=500), pairs, 100)
     assert 0.03 <= (found.p < 0.05).mean() <= FALSE_ALARMS
     assert ((found.low <= 0) & (found.high >= 0)).mean() >= COVERAGE
 
