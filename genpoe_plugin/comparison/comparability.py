@@ -22,6 +22,7 @@ ASPECTS = ("version", "metrics", "questions", "prompts", "shots", "decoding", "p
 ALLOWABLE = tuple(aspect for aspect in ASPECTS if aspect != "questions")
 """What a user may rank together all the same; without the same questions there is nothing to pair."""
 
+_COMPLETIONS, _OF_DOCS = "as completions", "those of the docs"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _METRICS = ("metric_list", "process_results", "filter_list", "output_type", "doc_to_target", "doc_to_choice", "repeats")
 _PROMPTS = ("doc_to_text", "description", "target_delimiter", "fewshot_delimiter", "fewshot_config", "gen_prefix")
@@ -67,7 +68,7 @@ def protocol_of(run: Run) -> Protocol:
 def _prompts(run: Run) -> str:
     """The texts themselves; of chats, whose templates are the models' own, what the task and the user say of them."""
     if not run.report.get("chat_template"):
-        return f"as completions ({run.prompts[:8]})"
+        return f"{_COMPLETIONS} ({run.prompts[:8]})"
     facts = [run.report.get("system_instruction"), run.report.get("fewshot_as_multiturn")]
     return f"as chats ({_digest([run.task_config.get(name) for name in _PROMPTS] + facts)})"
 
@@ -78,7 +79,7 @@ def _passages(run: Run) -> tuple[str | None, str | None, str | None]:
     settings = settings_of(run)
     if settings["passages"] == "none":
         return None, None, None
-    source = f"those of the docs ({run.documents[:8]})" if run.brings_passages else f"index {settings.get('index')}"
+    source = f"{_OF_DOCS} ({run.documents[:8]})" if run.brings_passages else f"index {settings.get('index')}"
     if settings["passages"] in ("random", "constant"):
         return source, None, None
     return source, str(settings.get("reranker")), str(settings.get("num_retrieved"))
@@ -186,9 +187,11 @@ def _told(protocol: Protocol, aspect: str) -> str:
 
 
 def _differences(run: Run, protocol: Protocol, first: Comparable) -> tuple[Difference, ...]:
-    found = []
+    found: list[Difference] = []
     for aspect in ASPECTS:
         if _agree(protocol, first.protocol, aspect):
+            continue
+        if any(entry.aspect == "questions" for entry in found) and _is_of_questions(protocol, first.protocol, aspect):
             continue
         here, there = _told(protocol, aspect), _told(first.protocol, aspect)
         if aspect == "questions":
@@ -196,6 +199,15 @@ def _differences(run: Run, protocol: Protocol, first: Comparable) -> tuple[Diffe
             here += f", {shared:,} of them in both"
         found.append(Difference(aspect, here, there))
     return tuple(found)
+
+
+def _is_of_questions(protocol: Protocol, other: Protocol, aspect: str) -> bool:
+    """Whether other questions alone explain that these differ, which are digests of all prompts, or of all docs."""
+    if aspect == "passages":
+        return protocol.passages[1:] == other.passages[1:] and all(
+            str(each.passages[0]).startswith(_OF_DOCS) for each in (protocol, other)
+        )
+    return aspect == "prompts" and all(each.prompts.startswith(_COMPLETIONS) for each in (protocol, other))
 
 
 def without_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:

@@ -117,7 +117,7 @@ def read_matrix(path: Path) -> Matrix:
         for cell in _cells(str(name), kind, shared | model, axes, f"{path}: models: {name}"):
             cells.setdefault((cell.kind, key(cell.arguments)), cell)
     out = Path(declared.get("out") or f"{path.stem}-runs")
-    return Matrix(out, tuple(tasks), options, _named_apart(list(cells.values())))
+    return Matrix(out, tuple(tasks), options, _named_apart(list(cells.values()), path))
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -167,10 +167,10 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", name)
 
 
-def _named_apart(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+def _named_apart(cells: Sequence[Cell], path: Path) -> tuple[Cell, ...]:
     names = [cell.name for cell in cells]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"models: two of them would write to the folder {twice[0]}; give them other names")
+        raise InputError(f"{path}: models: two of them would write to the folder {twice[0]}; give them other names")
     return tuple(cells)
 
 
