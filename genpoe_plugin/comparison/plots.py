@@ -1,7 +1,7 @@
 """The plots of a leaderboard as SVG, each for wide and for narrow screens.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart, and no plot needs them: systems have
-numbers, modes have markers, and controls are hollow.
+Colours are nearly Okabe and Ito's, told apart with any colour vision and seen on white. No plot needs them: systems
+have numbers, modes have markers, and controls are hollow.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from genpoe_plugin.comparison.leaderboard import Board, System
 COLOURS = {
     "closed_book": "#4d4d4d",
     "rag": "#d55e00",
-    "genpoe": "#0072b2",
-    "genpoe_rag": "#009e73",
-    "other": "#a3447e",
+    "genpoe": "#005a9c",
+    "genpoe_rag": "#00a06a",
+    "other": "#cc79a7",
 }
 MARKERS = {"closed_book": "v", "rag": "o", "genpoe": "s", "genpoe_rag": "D", "other": "P"}
 _SIDES = (
@@ -126,9 +126,19 @@ def _pad(low: float, high: float, board: Board, metric: str) -> tuple[float, flo
     return low - margin, high + margin
 
 
-def _rows(axes: Axes, systems: Sequence[System], size: _Size) -> None:
-    """One line of the plot for each system, named; on a narrow screen above the line, since beside it is no room."""
-    names = [f"{system.number}  {system.label}" for system in systems]
+def _name(system: System, most: int) -> str:
+    """Number and label, cut to so many characters; the table has all of it."""
+    name = f"{system.number}  {system.label}"
+    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+
+
+def _rows(axes: Axes, systems: Sequence[System], size: _Size, beside: bool = False) -> None:
+    """One line of the plot for each system, named; on a narrow screen above the line, since beside it is no room.
+
+    Args:
+        beside: there is something else in the line of the name.
+    """
+    names = [_name(system, (26 if beside else 40) if size.narrow else 60) for system in systems]
     axes.set_ylim(len(systems) - 0.4, -0.8 if size.narrow else -0.6)
     if size.narrow:
         axes.spines["left"].set_visible(False)
@@ -186,7 +196,7 @@ def _given(board: Board, prefix: str) -> Plot | None:
                 look = _look(system) | {"markerfacecolor": COLOURS[_mode(system)] if filled else "white"}
                 axes.errorbar(scale * value.mean, at, xerr=_bar(value, scale), capsize=2, linewidth=1.2, **look)
         axes.set_xlim(*_pad(0, 100 if scale == 100 else 1, board, board.metric))
-        _rows(axes, systems, size)
+        _rows(axes, systems, size, beside=True)
         counts = [
             " / ".join(f"{s.by_given[name].n:,}" if name in s.by_given else "0" for name in ("present", "absent"))
             for s in systems
@@ -226,7 +236,7 @@ def _ranks(board: Board, prefix: str) -> Plot | None:
             places = [place + shift for place in range(len(groups))]
             means = [scale * value.mean for value in values]
             style = _LINES[sum(_mode(other) == _mode(system) for other in systems[:number]) % len(_LINES)]
-            name = f"{system.number}  {system.label}"
+            name = _name(system, 36)
             look = _look(system) | {"markersize": 5}
             axes.errorbar(
                 places, means, yerr=bars, capsize=2, linewidth=1.2, elinewidth=1, linestyle=style, label=name, **look
@@ -262,10 +272,13 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
             return cost.peak_bytes and cost.peak_bytes / 2**30
         return cost.seconds and 1000 * cost.seconds
 
-    systems = [system for system in board.systems if value(system)]
+    systems = [system for system in board.systems if system.control is None and value(system)]
     if len(systems) < 2:
         return None
     scale, unit = _scale(board, board.metric)
+    values = [value(system) or 0 for system in systems]
+    wide = max(values) > 4 * min(values)  # a logarithmic axis of less has hardly a tick
+    logarithm = ", log scale" if wide else ""
 
     def draw(size: _Size) -> Figure:
         figure, axes = _figure(size, 3.4)
@@ -273,24 +286,26 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
             estimate = system.estimates[board.metric]
             x, y = value(system), scale * estimate.mean
             assert x is not None
-            alpha = 0.5 if system.control else 1.0
-            axes.errorbar(x, y, yerr=_bar(estimate, scale), capsize=2, linewidth=1, alpha=alpha, **_look(system))
+            axes.errorbar(x, y, yerr=_bar(estimate, scale), capsize=2, linewidth=1, **_look(system))
             star = "*" if system.cost.whole_command and not memory else ""
             # Neighbours have their numbers on different sides.
             side: Any = dict(zip(("xytext", "ha", "va"), _SIDES[number % len(_SIDES)], strict=True))
             axes.annotate(f"{system.number}{star}", (x, y), textcoords="offset points", fontsize=8, **side)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        if wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(x=0.12)
         axes.set_ylabel(unit)
         of = ", ".join(sorted({system.cost.memory_of for system in systems if system.cost.memory_of}))
-        what = f"peak memory of the {of} (GiB, log scale)" if memory else "time a question (ms, log scale)"
+        what = f"peak memory of the {of} (GiB{logarithm})" if memory else f"time a question (ms{logarithm})"
         axes.set_xlabel(f"{what}\nn = {board.n:,} questions")
         return figure
 
-    note = "Numbers are those of the table; bars are 95 % intervals; hollow: controls."
+    note = "Ranked systems by their numbers in the table; bars are 95 % intervals."
     if not memory and any(system.cost.whole_command for system in systems):
         note += " * of the whole command, loading included."
     return _both(f"{cells.unit(board.metric, False)} against {'memory' if memory else 'latency'}", note, draw, prefix)
