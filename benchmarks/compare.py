@@ -1,4 +1,4 @@
-"""``genpoe compare`` of many runs over many questions: its time and its memory, with all its files written.
+"""``genpoe compare``: how often its intervals and tests are right, and its time and memory with all files written.
 
 The runs are synthetic: answers drawn at random, docs with four passages each, a trace beside every run of the genpoe
 model. Every mode and number of passages has its shuffled and random control in three seeds; one run is a plain ``hf``.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import coverage
 from benchmarks.child import run_child
 from benchmarks.options import Options, folder_of
 from benchmarks.row import Row
@@ -46,6 +47,7 @@ def measure(options: Options) -> list[Row]:
         Row(f"compare, {of}: read", size / 1e6, "MB"),
         Row(f"compare, {of}: page", written[0], "MB"),
         Row(f"compare, {of}: JSON", written[1], "MB"),
+        *coverage.rows(2_000 if options.quick else coverage.DRAWS),
     ]
 
 

@@ -117,7 +117,8 @@ def method(comparison: Comparison, board: Board) -> list[str]:
     lines = [
         "Intervals: 95 %; Wilson's for right-or-wrong scores, Wilson's with Kish's effective sample size for others"
         " between 0 and 1.",
-        f"Differences (\u0394): paired bootstrap over questions, {comparison.draws:,} draws, percentile interval.",
+        f"Differences (\u0394): paired bootstrap over questions, {comparison.draws:,} draws, expanded percentile"
+        " interval.",
         "p-values: McNemar's mid-p test where scores are right or wrong, else the paired bootstrap; after Holm's"
         f" correction ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
         "Rank: the places that a system may have, given which differences are significant (adjusted p < 0.05).",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr, ndtri, stdtr, stdtrit
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -79,9 +79,18 @@ def bootstrap_means(scores: Floats, draws: int = DRAWS, seed: int = 0) -> Floats
     return np.concatenate([counts @ scores for counts in blocks]) / len(scores)
 
 
+def expanded_tail(n: int, level: float = LEVEL) -> float:
+    """The share of draws beyond either end of a percentile interval of the mean of ``n`` questions.
+
+    Draws of few questions are too close together: by Hesterberg (2015) the interval is as wide as Student's.
+    """
+    degrees = max(1, n - 1)
+    return float(ndtr(np.sqrt(n / degrees) * stdtrit(degrees, (1 - level) / 2)))
+
+
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """For each pair: the mean difference, its percentile interval, and the p-value of there being none."""
+    """For each pair: the mean difference, its (expanded) percentile interval, and the p-value of there being none."""
 
     difference: Floats
     low: Floats
@@ -106,7 +115,8 @@ def paired_bootstrap(
     """
     difference = means[pairs[:, 0]] - means[pairs[:, 1]]
     low, high, p = (np.empty_like(difference) for _ in range(3))
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tail = expanded_tail(n, level)
+    wider = np.sqrt(n / max(1, n - 1))  # draws vary too little by this
     columns = np.ascontiguousarray(resampled.T)
     draws = len(resampled)
     block = max(1, _BLOCK // draws)
@@ -114,12 +124,12 @@ def paired_bootstrap(
         part = slice(start, start + block)
         drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
         seen = difference[part, None]
-        further = np.count_nonzero(np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)
+        further = np.count_nonzero(wider * np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)
         counted = (1 + further) / (1 + draws)
         with np.errstate(divide="ignore", invalid="ignore"):
-            beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / drawn.std(1))
+            beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / (wider * drawn.std(1)))
         p[part] = np.where(further < FEWEST, np.fmin(counted, beyond), counted)
-        low[part], high[part] = np.quantile(drawn, tails, axis=1, overwrite_input=True)
+        low[part], high[part] = np.quantile(drawn, [tail, 1 - tail], axis=1, overwrite_input=True)
     return PairedBootstrap(difference, low, high, p)
 
 

@@ -9,8 +9,10 @@ from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmode
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from benchmarks import coverage
 from genpoe_plugin.comparison.statistics import (
     bootstrap_means,
+    expanded_tail,
     holm,
     mcnemar,
     mean_interval,
@@ -20,7 +22,6 @@ from genpoe_plugin.comparison.statistics import (
     wins_and_losses,
 )
 
-SIMULATED = 20_000
 COVERAGE, FALSE_ALARMS = 0.94, 0.06
 
 
@@ -109,7 +110,10 @@ def test_the_paired_bootstrap_is_scipys(numbers):
     found = paired_bootstrap(scores.mean(0), bootstrap_means(scores), pairs, 300)
     for at, (first, second) in enumerate(pairs[:2]):
         difference = scores[:, first] - scores[:, second]
-        theirs = stats.bootstrap((difference,), np.mean, method="percentile", n_resamples=10_000, rng=5)
+        level = 1 - 2 * expanded_tail(300)
+        theirs = stats.bootstrap(
+            (difference,), np.mean, method="percentile", n_resamples=10_000, rng=5, confidence_level=level
+        )
         assert found.difference[at] == pytest.approx(difference.mean(), abs=1e-12)
         assert found.low[at] == pytest.approx(theirs.confidence_interval.low, abs=2e-3)
         assert found.high[at] == pytest.approx(theirs.confidence_interval.high, abs=2e-3)
@@ -130,6 +134,13 @@ def test_p_values_beyond_what_draws_can_count_are_students(numbers):
     assert 0 <= p < 1e-6
 
 
+@pytest.mark.parametrize("n", [5, 30, 1000])
+def test_expanded_tails_are_as_far_out_as_students(n):
+    """A normal distribution of draws, whose variance is too small by (n - 1) / n, then gives Student's interval."""
+    z = -stats.norm.ppf(expanded_tail(n)) * np.sqrt((n - 1) / n)
+    assert z == pytest.approx(stats.t.ppf(0.975, n - 1))
+
+
 def test_wins_and_losses_are_counted(numbers):
     scores = numbers.integers(0, 3, size=(50, 3)) / 2
     wins, losses = wins_and_losses(scores, np.array([[0, 1], [2, 0]]))
@@ -137,74 +148,40 @@ def test_wins_and_losses_are_counted(numbers):
     assert losses.tolist() == [sum(a < b for a, b, _ in scores), sum(c < a for a, _, c in scores)]
 
 
-# The truth, many times over. Every draw is a run with its own answers to n questions.
+# The truth, many times over. `python -m benchmarks compare` prints the same for all kinds.
 
 
-def f1_like(numbers, n: int, kind: str) -> tuple[np.ndarray, float]:
-    """Scores of many runs, [n, SIMULATED], and the true mean: whole answers, none, and partial ones between."""
-    whole, partial, mean = {
-        "good": (0.8, 0.15, 0.5),
-        "bad": (0.06, 0.06, 0.5),
-        "even": (0.4, 0.3, 0.6),
-        "smooth": (0.0, 1.0, 0.3),
-    }[kind]
-    kinds = numbers.random((n, SIMULATED))
-    between = numbers.beta(4 * mean, 4 * (1 - mean), size=(n, SIMULATED))
-    scores = np.where(kinds < whole, 1.0, np.where(kinds < whole + partial, between, 0.0))
-    return scores, whole + partial * mean
-
-
-@pytest.mark.parametrize(("n", "share"), [(480, 0.0375), (480, 0.5), (100, 0.927), (60, 0.2)])
+@pytest.mark.parametrize(("n", "share"), coverage.EM)
 def test_intervals_of_em_cover_the_truth(numbers, n, share):
-    successes = numbers.binomial(n, share, SIMULATED)
-    low, high = wilson_interval(successes / n, n)
-    assert ((low <= share) & (share <= high)).mean() >= COVERAGE
+    assert coverage.em_coverage(numbers, n, share, coverage.DRAWS) >= COVERAGE
 
 
-@pytest.mark.parametrize("kind", ["good", "bad", "even", "smooth"])
+@pytest.mark.parametrize("kind", coverage.F1)
 def test_intervals_of_f1_cover_the_truth(numbers, kind):
-    scores, mean = f1_like(numbers, 100, kind)
-    low, high = mean_interval(scores)
-    assert ((low <= mean) & (mean <= high)).mean() >= COVERAGE
+    assert coverage.f1_coverage(numbers, kind, 5_000) >= COVERAGE
 
 
 def test_intervals_of_means_over_seeds_cover_the_truth(numbers):
-    """EM of three seeds, alike on a question more often than chance would have it."""
-    n, seeds, share = 120, 3, 0.1
-    easy = numbers.beta(share * 2, (1 - share) * 2, size=(n, SIMULATED))
-    low, high = mean_interval(numbers.binomial(seeds, easy) / seeds)
-    assert ((low <= share) & (share <= high)).mean() >= COVERAGE
+    assert coverage.seeds_coverage(numbers, 5_000) >= COVERAGE
 
 
 def test_mcnemar_raises_no_false_alarms(numbers):
-    """Two runs that are equally good, and answer differently on one question in five."""
-    discordant = numbers.binomial(400, 0.2, SIMULATED)
-    wins = numbers.binomial(discordant, 0.5)
-    exact, mid = mcnemar(wins, discordant - wins)
-    assert (exact < 0.05).mean() <= 0.05
-    assert 0.03 <= (mid < 0.05).mean() <= FALSE_ALARMS
+    assert 0.03 <= coverage.mcnemar_alarms(numbers, coverage.DRAWS) <= FALSE_ALARMS
 
 
 @pytest.mark.parametrize("kind", ["good", "even"])
 def test_the_paired_bootstrap_raises_no_false_alarms_and_covers_the_truth(numbers, kind):
-    """Pairs of runs that are equally good: differences have a mean of 0. One bootstrap serves all, as in a board."""
-    scores, _ = f1_like(numbers, 100, kind)
-    swapped = numbers.permuted(scores, axis=1)
-    difference = scores - swapped
-    both = np.concatenate([difference, np.zeros((100, 1))], 1)
-    pairs = np.stack([np.arange(SIMULATED), np.full(SIMULATED, SIMULATED)], 1)
-    found = paired_bootstrap(both.mean(0), bootstrap_means(both, draws=500), pairs, 100)
-    assert 0.03 <= (found.p < 0.05).mean() <= FALSE_ALARMS
-    assert ((found.low <= 0) & (found.high >= 0)).mean() >= COVERAGE
+    covering, alarms = coverage.paired_coverage(numbers, kind, 5_000)
+    assert covering >= COVERAGE
+    assert 0.03 <= alarms <= FALSE_ALARMS
 
 
 def test_many_comparisons_raise_no_more_false_alarms(numbers):
-    """Five equally good runs: any of the ten pairs significant, after Holm, is a false alarm of the whole table."""
-    tables, n = 2_000, 300
-    right = numbers.random((tables, n, 5)) < numbers.beta(2, 2, size=(tables, n, 1))
-    first, second = np.triu_indices(5, 1)
-    a, b = right[:, :, first], right[:, :, second]
-    _, mid = mcnemar((a & ~b).sum(1), (b & ~a).sum(1))
-    alarms = [(holm(p) < 0.05).any() for p in mid]
-    assert (mid < 0.05).any(1).mean() > 0.15, "without correction"
-    assert np.mean(alarms) <= FALSE_ALARMS
+    assert coverage.family_alarms(numbers, 1_000, corrected=False) > 0.15
+    assert coverage.family_alarms(numbers, 1_000) <= FALSE_ALARMS
+
+
+def test_the_benchmark_has_a_row_for_every_kind():
+    rows = coverage.rows(draws=400)
+    assert [row.target for row in rows] == [">= 0.94"] * 4 + ["<= 0.06"] * 3
+    assert all(0.85 <= row.value <= 1 for row in rows[:4]) and all(0 <= row.value <= 0.12 for row in rows[4:])
