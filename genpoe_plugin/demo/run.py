@@ -221,6 +221,8 @@ def matrix_file(out: Path) -> Path:
 
 
 def _write_matrix(out: Path) -> None:
+    if matrix_file(out).is_file():
+        return
     declared = {
         "out": str(out / "leaderboard"),
         "tasks": TASK,
