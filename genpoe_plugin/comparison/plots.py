@@ -254,7 +254,7 @@ def _ranks(board: Board, prefix: str) -> Plot | None:
         f"The same questions for all systems, by where retrieval had the answer; intervals are 95 %; n = {board.n:,}."
     )
     if len(ranked) > len(systems):
-        note += f" {len(systems)} of {len(ranked)} ranked systems: the best of each mode and number of passages."
+        note += f" {len(systems)} of {len(ranked)} ranked systems: the best of every mode, then the next best."
     return _both("By the rank of the passage with the answer", note, draw, prefix)
 
 
