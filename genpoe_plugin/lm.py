@@ -37,6 +37,7 @@ from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.pipeline import GATES, Pipeline, Selection
 from genpoe_plugin.prompts import EXPERT_MODES, MODES, PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
+from genpoe_plugin.provenance import DocumentDigests, digest, peak_memory, provenance
 from genpoe_plugin.questions import Question, passages_from_ctxs
 from genpoe_plugin.timing import timed
 from genpoe_plugin.trace import Trace
@@ -232,6 +233,7 @@ class GenPoELM(HFLM):
             )
         self.seconds = {"experts": 0.0, "generate": 0.0}
         self._questions: set[tuple[Any, ...]] = set()
+        self._documents = DocumentDigests()
         self._trace = Trace(trace, self.rank) if trace else None
         self._rows: RowExperts | None = None
         self._inputs: list[list[int]] | None = None
@@ -283,8 +285,10 @@ class GenPoELM(HFLM):
     def barrier(self) -> None:
         """As HFLM. lm-eval has all processes come here after every type of request: their traces become one file."""
         super().barrier()
-        if self._trace is not None and self.world_size > 1:
-            self._trace.join(self.gather_object(self._trace.lines))
+        if self.world_size > 1:
+            self._documents.join(self.gather_object(self._documents.seen))
+            if self._trace is not None:
+                self._trace.join(self.gather_object(self._trace.lines))
 
     @property
     def _llm_name(self) -> str:
@@ -323,7 +327,7 @@ class GenPoELM(HFLM):
         return facts
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's facts, and under ``genpoe`` the arguments, the fingerprint, seconds a stage and questions a second.
+        """HFLM's facts, and under ``genpoe`` the arguments, the fingerprint, where the run comes from, and its costs.
 
         Under data parallelism, questions and seconds are those of this process.
         """
@@ -333,6 +337,10 @@ class GenPoELM(HFLM):
             "genpoe": {
                 "arguments": asdict(self.arguments),
                 "fingerprint": self.fingerprint,
+                "settings": digest(self.fingerprint),
+                "documents": self._documents.by_task(),
+                "provenance": provenance(),
+                "peak_memory": peak_memory(self.device),
                 "questions": len(self._questions),
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
                 "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
@@ -383,6 +391,7 @@ class GenPoELM(HFLM):
         self._guard_passages(method, requests, questions)
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
         self._questions.update(self._sample(request)[:2] for request in requests)
+        self._documents.add(requests)
         self._widest = max(selections, key=lambda selection: len(selection.strings), default=None)
         if self.store is not None:
             with timed(self.seconds, "experts"):
@@ -397,6 +406,7 @@ class GenPoELM(HFLM):
                     mode=self.arguments.mode,
                     control=self.arguments.control,
                     hypernetwork=self.fingerprint.get("hypernetwork"),
+                    settings=digest(self.fingerprint),
                 )
             self._trace.write()
         with timed(self.seconds, "generate"):

@@ -198,9 +198,12 @@ def _tallied(questions: Iterable[Question], quality: Quality) -> Iterator[Questi
 
 
 def _labelled(question: Question) -> Question:
-    """Say of each passage whether it has an answer, by DPR's rule."""
+    """Say of each passage whether it has an answer, by DPR's rule, where nobody has said so: gold marks stay."""
     passages = (
-        replace(passage, has_answer=has_answer(passage.passage.text, question.answers)) for passage in question.passages
+        replace(passage, has_answer=has_answer(passage.passage.text, question.answers))
+        if passage.has_answer is None
+        else passage
+        for passage in question.passages
     )
     return replace(question, passages=tuple(passages))
 

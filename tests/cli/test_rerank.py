@@ -44,7 +44,7 @@ def reranker(monkeypatch: pytest.MonkeyPatch) -> ByLength:
 
 @pytest.fixture(params=["ours", "dpr"])
 def results(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Three questions; has_answer is not said in our file, and wrong in DPR's."""
+    """Three questions; has_answer is not said in our file, and said in DPR's."""
     passages = tuple(RetrievedPassage(Passage(str(i), "", text), 9.0 - i, i + 1) for i, text in enumerate(TEXTS))
     asked = [
         Question("q1", ("fox",), passages),
@@ -54,11 +54,18 @@ def results(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "ours":
         write_questions(tmp_path / "results.jsonl.gz", asked, index="abc", num_retrieved=4)
         return tmp_path / "results.jsonl.gz"
-    ctxs = [
-        {"id": str(i), "title": "", "text": text, "score": str(9.0 - i), "has_answer": False}
-        for i, text in enumerate(TEXTS)
+
+    def ctx(i: int, text: str, answer: str) -> dict[str, object]:
+        return {"id": str(i), "title": "", "text": text, "score": str(9.0 - i), "has_answer": answer in text}
+
+    rows = [
+        {
+            "question": item.question,
+            "answers": list(item.answers),
+            "ctxs": [ctx(i, text, item.answers[0]) for i, text in enumerate(TEXTS)],
+        }
+        for item in asked
     ]
-    rows = [{"question": item.question, "answers": list(item.answers), "ctxs": ctxs} for item in asked]
     (tmp_path / "results.json").write_text(json.dumps(rows, indent=4))
     return tmp_path / "results.json"
 
@@ -91,6 +98,19 @@ def test_any_results_are_reranked_and_told_before_and_after(results: Path, tmp_p
     table = [line.split() for line in result.stdout.splitlines()]
     assert table[0] == ["3", "questions", "recall@1", "MRR"]
     assert table[1] == ["retrieved", "0.3333", "0.5000"] and table[2] == ["reranked", "0.3333", "0.5000"]
+
+
+def test_gold_marks_of_the_file_are_kept(tmp_path: Path, reranker: ByLength) -> None:
+    """As in HotpotQA, whose gold paragraphs need not have the answer's words, nor others lack them."""
+    marks = (True, False, None, None)
+    passages = tuple(
+        RetrievedPassage(Passage(str(i), "", text), 9.0 - i, i + 1, has_answer=mark)
+        for i, (text, mark) in enumerate(zip(TEXTS, marks, strict=True))
+    )
+    write_questions(tmp_path / "gold.jsonl", [Question("q1", ("lazy",), passages), Question("q2", ("fox",), passages)])
+    assert run(tmp_path / "gold.jsonl", tmp_path / "out.jsonl").exit_code == 0
+    for item, said in zip(read_questions(tmp_path / "out.jsonl"), [False, True], strict=True):
+        assert {p.passage.id: p.has_answer for p in item.passages} == {"0": True, "1": False, "2": said, "3": False}
 
 
 def test_dprs_format(results: Path, tmp_path: Path, reranker: ByLength) -> None:
