@@ -1,10 +1,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm lint wheel-test clean
+.PHONY: demo leaderboard test test-vllm lint wheel-test clean
 
 demo: .venv/installed  ## the whole story, in a few minutes on two cores
 	$(BIN)/genpoe demo
+
+leaderboard: demo  ## its full matrix of modes, controls and seeds, one page
+	$(BIN)/genpoe compare --run demo-out/matrix.yaml --jobs 2
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -11,7 +11,7 @@ from benchmarks.options import Options
 from benchmarks.row import Row, table, write
 from genpoe_plugin.errors import InputError
 
-ALL = ("training", "retrieval")
+ALL = ("training", "retrieval", "experts", "evaluation", "compare")
 ON_REQUEST = ("forms", "real-retrieval", "vllm")
 """Not among `all`: trainings that take a night, data that the user has to name, an environment with vLLM."""
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -45,6 +46,7 @@ RECALL = 0.95
 TUNED_RECALL = 0.96  # asked of the build, since what is measured after it is the recall of other questions
 K, BATCH = 20, 64
 ROUNDS = 21  # of batches, where times are compared
+PROCESSES = 3  # of each kind, where settings that are made at load time are compared, in turns
 OTHERS = ("IVF4096,SQfp16", "IVF4096,RaBitQfs4")
 
 
@@ -203,7 +205,7 @@ def project(wikipedia: str, recommended: str, count: int, folder: Path) -> list[
 
 
 def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
-    """Our retriever, texts and all, over FAISS itself with the same file and settings; and our search without texts."""
+    """Our search over that of FAISS itself, with the same file and settings; and with the passages' texts."""
     index = PassageIndex.load(directory)
     encoder = NumberedQuestions(index.encoder_name, queries)
     retriever = Retriever(index, encoder)
@@ -224,8 +226,8 @@ def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
     )
     return [
         Row("retrieval.faiss_search", 1000 * times["faiss"] / BATCH, "ms/question"),
-        Row("retrieval.time_ratio_to_faiss_without_texts", times["index"] / times["faiss"], "x"),
-        Row("retrieval.time_ratio_to_faiss", times["retriever"] / times["faiss"], "x", "<= 1.1"),
+        Row("retrieval.time_ratio_to_faiss", times["index"] / times["faiss"], "x", "<= 1.1"),
+        Row("retrieval.time_ratio_to_faiss_with_texts", times["retriever"] / times["faiss"], "x", "<= 1.1"),
     ]
 
 
@@ -249,16 +251,20 @@ def compare_with_default(count: int, folder: Path) -> list[Row]:
     build_index(shards, folder / "index", factory="Flat")
     environment = os.environ | {"OMP_NUM_THREADS": str(_threads())}
     environment.pop("OPENBLAS_CORETYPE", None)
-    found = {
-        name: run_child(["-m", "benchmarks.flat_search", name, folder], environment)[0] for name in ("default", "ours")
-    }
+    found: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {"default": [], "ours": []}
+    for _ in range(PROCESSES):
+        for name in times:
+            found[name], _ = run_child(["-m", "benchmarks.flat_search", name, folder], environment)
+            times[name].append(found[name]["ms"])
+    default, ours = (statistics.median(taken) for taken in times.values())
     same = np.mean([set(a) == set(b) for a, b in zip(found["default"]["rows"], found["ours"]["rows"], strict=True)])
     if same < 0.99:  # but for ties, or sums that round otherwise
         raise RuntimeError(f"exact search and exact search agree on {same:.1%} of the questions only")
     return [
-        Row("retrieval.default_flat_search", found["default"]["ms"], "ms/question"),
-        Row("retrieval.our_flat_search", found["ours"]["ms"], "ms/question"),
-        Row("retrieval.speedup_over_default_flat", found["default"]["ms"] / found["ours"]["ms"], "x", ">= 5"),
+        Row("retrieval.default_flat_search", default, "ms/question"),
+        Row("retrieval.our_flat_search", ours, "ms/question"),
+        Row("retrieval.speedup_over_default_flat", default / ours, "x", ">= 5"),
     ]
 
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.memory import peak_bytes, tensors_of
 from benchmarks.options import Options
+from benchmarks.random_llm import random_llm, random_text
+from benchmarks.rates import seconds
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
@@ -38,32 +38,13 @@ REPEATS = 3
 
 def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A random Llama of about 100 million parameters and a tokenizer with a token a word."""
-    torch.manual_seed(0)
-    vocabulary = {"<unk>": 0, "\n": 1} | {f"w{number}": number + 2 for number in range(16_000)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=WIDTH,
-        intermediate_size=2048,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=WIDTH // 64,
-        num_key_value_heads=WIDTH // 64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words)
+    return random_llm(WIDTH, LAYERS)
 
 
 def training_set(count: int) -> list[TrainingExample]:
     """Questions of ten words, answers of three, passages of a hundred."""
     rng = random.Random(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{rng.randrange(16_000)}" for _ in range(length))
-
-    return [TrainingExample(text(10), text(3), text(WORDS)) for _ in range(count)]
+    return [TrainingExample(random_text(rng, 10), random_text(rng, 3), random_text(rng, WORDS)) for _ in range(count)]
 
 
 def paper_loop(
@@ -102,12 +83,6 @@ def our_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-
-
-def seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def measure(options: Options) -> list[Row]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.options import Options, folder_of
+from benchmarks.random_llm import END, MARKS
 from benchmarks.row import Row
 from benchmarks.training import LAYER, WIDTH, language_model, training_set
 from genpoe_plugin.checkpoint import save_hypernetwork
@@ -55,10 +56,12 @@ def requests(count: int, options: dict[str, Any]) -> list[Instance]:
 
 def ending_words(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The tokenizer with a line break at the end of every eighth word, so that a random LLM ends its answers."""
-    vocabulary = {f"{word}\n" if n % 8 == 0 and n > 1 else word: n for word, n in tokenizer.get_vocab().items()}
+    vocabulary = {
+        f"{word}\n" if n % 8 == 0 and n >= len(MARKS) else word: n for word, n in tokenizer.get_vocab().items()
+    }
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<unk>", pad_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=END, pad_token=END)
 
 
 def write_parts(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Comparing an answer with the accepted ones (SQuAD v1.1), and finding an answer in a passage (DPR)."""
+"""Comparing an answer with the accepted ones (SQuAD v1.1, PopQA, ROUGE-L), and finding an answer in a passage (DPR)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import regex
 
@@ -38,6 +39,27 @@ def f1(prediction: str, answers: Iterable[str]) -> float:
 def _bag_f1(predicted: list[str], gold: list[str]) -> float:
     shared = (Counter(predicted) & Counter(gold)).total()
     return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
+
+
+def contains_answer(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 if ``prediction`` has any of ``answers`` in it, as a substring, else 0.0: PopQA's accuracy.
+
+    An answer is looked for as it is, in lower case, and with the first letter alone in upper case. An empty one is not
+    looked for.
+    """
+    return float(any(form in prediction for a in answers if a for form in (a, a.lower(), a.capitalize())))
+
+
+def rouge_l(prediction: str, answers: Iterable[str]) -> float:
+    """The best ROUGE-L F-measure, over ``answers``, of stemmed words, as the rouge-score package has it; in [0, 1]."""
+    return max((_rouge().score(answer, prediction)["rougeL"].fmeasure for answer in answers), default=0.0)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # a second
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def has_answer(text: str, answers: Iterable[str]) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.store import ON_DEVICE
 from genpoe_plugin.pipeline import GATES
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
 
@@ -24,6 +26,8 @@ class GenPoEArguments:
         gates: ``softmax`` of the rerank scores, or ``uniform``.
         passages: ``retrieved``, or one of the controls (`genpoe_plugin.controls`).
         question_field: where a doc holds its question; the prompt's last question where a doc does not.
+        expert_store: folder that keeps experts for later runs.
+        expert_gb: budget for the experts kept beside what makes them.
         trace: JSON Lines file to write, one line a sample.
         seed: of the controls.
 
@@ -40,6 +44,8 @@ class GenPoEArguments:
     gates: str = "softmax"
     passages: str = "retrieved"
     question_field: str = "question"
+    expert_store: str | None = None
+    expert_gb: float = ON_DEVICE / 10**9
     trace: str | None = None
     seed: int = 0
 
@@ -51,6 +57,8 @@ class GenPoEArguments:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}={value}: give a whole number of at least {least}")
+        if not isinstance(self.expert_gb, int | float) or not 0 < self.expert_gb < math.inf:
+            raise InputError(f"expert_gb={self.expert_gb}: give a number of gigabytes above 0")
         if self.num_passages > self.num_retrieved:
             raise InputError(
                 f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"

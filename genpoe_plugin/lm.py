@@ -20,9 +20,10 @@ from genpoe_plugin.arguments import GenPoEArguments
 from genpoe_plugin.checkpoint import load_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.lm_requests import PassageRequests, options
 from genpoe_plugin.pipeline import Selection
+from genpoe_plugin.provenance import peak_memory
 
 # HFLM's arguments that say where and how fast and not what, and those that the fingerprint has in another form.
 _NO_OPTIONS = (
@@ -55,6 +56,8 @@ class GenPoELM(PassageRequests, HFLM):
         gates: str = "softmax",
         passages: str = "retrieved",
         question_field: str = "question",
+        expert_store: str | None = None,
+        expert_gb: float = ON_DEVICE / 10**9,
         trace: str | None = None,
         seed: int = 0,
         **hf_arguments: Any,
@@ -69,6 +72,8 @@ class GenPoELM(PassageRequests, HFLM):
             gates=gates,
             passages=passages,
             question_field=question_field,
+            expert_store=expert_store,
+            expert_gb=expert_gb,
             trace=trace,
             seed=seed,
         )
@@ -85,10 +90,11 @@ class GenPoELM(PassageRequests, HFLM):
         if arguments.uses_experts:
             assert hypernetwork is not None
             network = load_hypernetwork(hypernetwork, self.model, self.tokenizer)
-            self.store = ExpertStore(network, self.model, self.tokenizer)
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
         self._start_requests(self._llm_facts(hf_arguments), str(self.device))
+        if arguments.uses_experts:
+            self.store = self._expert_store(network, self.model, self.tokenizer)
         self._rows: RowExperts | None = None
         self._inputs: list[list[int]] | None = None
         self._probing = False
@@ -104,8 +110,10 @@ class GenPoELM(PassageRequests, HFLM):
     def barrier(self) -> None:
         """As HFLM. lm-eval has all processes come here after every type of request: their traces become one file."""
         super().barrier()
-        if self._trace is not None and self.world_size > 1:
-            self._trace.join(self.gather_object(self._trace.lines))
+        if self.world_size > 1:
+            self._documents.join(self.gather_object(self._documents.seen))
+            if self._trace is not None:
+                self._trace.join(self.gather_object(self._trace.lines))
 
     @property
     def _llm_name(self) -> str:
@@ -118,6 +126,9 @@ class GenPoELM(PassageRequests, HFLM):
     @property
     def _window_length(self) -> int:
         return self.max_length
+
+    def _peak_memory(self) -> dict[str, Any]:
+        return peak_memory(self.device)
 
     def _llm_facts(self, hf_arguments: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -16,18 +16,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM, hash_args
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
 from genpoe_plugin.arguments import GenPoEArguments
-from genpoe_plugin.checkpoint import checkpoint_fingerprint
+from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.pipeline import Pipeline, Selection
 from genpoe_plugin.prompts import PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
+from genpoe_plugin.provenance import DocumentDigests, digest, provenance
 from genpoe_plugin.questions import Question, passages_from_ctxs
 from genpoe_plugin.timing import timed
 from genpoe_plugin.trace import Trace
@@ -73,8 +78,9 @@ def options(arguments: Mapping[str, Any], without: Collection[str]) -> dict[str,
 class PassageRequests(TemplateLM):
     """A part of an lm-eval model class: what happens to requests before and after the LLM.
 
-    The class that it is mixed into loads the LLM, then calls `_start_requests`. It says with `_llm_name`,
-    `_scored_length` and `_window_length` what it loaded, and brings experts to the rows.
+    The class that it is mixed into loads the LLM, then calls `_start_requests`, and where there are to be experts
+    `_expert_store`. It says with `_llm_name`, `_scored_length`, `_window_length` and `_peak_memory` what it loaded, and
+    brings experts to the rows.
     """
 
     arguments: GenPoEArguments
@@ -89,6 +95,7 @@ class PassageRequests(TemplateLM):
         self.fingerprint = self._fingerprint(llm)
         self.seconds = {"experts": 0.0, "generate": 0.0}
         self._questions: set[tuple[Any, ...]] = set()
+        self._documents = DocumentDigests()
         self._trace = Trace(self.arguments.trace, self.rank) if self.arguments.trace else None
         self._widest: Selection | None = None
         self._windows: deque[Selection] = deque()
@@ -107,9 +114,31 @@ class PassageRequests(TemplateLM):
         """Tokens of a window of a rolling text."""
         raise NotImplementedError
 
+    def _peak_memory(self) -> dict[str, Any] | None:
+        """The most memory that the run took, as `genpoe_plugin.provenance` says it, where that is known."""
+        raise NotImplementedError
+
     def _from_others(self, own: list[Any]) -> list[Any]:
         """What the other processes of a data-parallel run say to this one."""
         return []
+
+    def _expert_store(
+        self,
+        network: Hypernetwork,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype | None = None,
+    ) -> ExpertStore:
+        """What keeps the experts of ``network``, in ``dtype`` or that of ``model``, whose states it reads."""
+        arguments, files = self.arguments, None
+        if arguments.expert_store is not None:
+            # Those that this checkpoint made of this LLM's states, in this precision.
+            names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
+            content = json.dumps([llm_identity(model), {name: self.fingerprint.get(name) for name in names}])
+            files = ExpertFiles(arguments.expert_store, hashlib.sha256(content.encode()).hexdigest()[:16])
+        return ExpertStore(
+            network, model, tokenizer, dtype=dtype, device_bytes=int(arguments.expert_gb * 10**9), files=files
+        )
 
     def _load_pipeline(self, device: str) -> Pipeline:
         arguments = self.arguments
@@ -158,7 +187,7 @@ class PassageRequests(TemplateLM):
         return facts
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's facts, and under ``genpoe`` the arguments, the fingerprint, seconds a stage and questions a second.
+        """lm-eval's facts, and under ``genpoe`` arguments, fingerprint, where the run comes from, and its costs.
 
         Under data parallelism, questions and seconds are those of this process.
         """
@@ -170,6 +199,10 @@ class PassageRequests(TemplateLM):
             "genpoe": {
                 "arguments": asdict(self.arguments),
                 "fingerprint": self.fingerprint,
+                "settings": digest(self.fingerprint),
+                "documents": self._documents.by_task(),
+                "provenance": provenance(),
+                "peak_memory": self._peak_memory(),
                 "questions": len(self._questions),
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
                 "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
@@ -222,6 +255,7 @@ class PassageRequests(TemplateLM):
         self._guard_passages(method, requests, questions)
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
         self._questions.update(self._sample(request)[:2] for request in requests)
+        self._documents.add(requests)
         self._widest = max(selections, key=lambda selection: len(selection.strings), default=None)
         if self.store is not None:
             with timed(self.seconds, "experts"):
@@ -236,6 +270,7 @@ class PassageRequests(TemplateLM):
                     mode=self.arguments.mode,
                     control=self.arguments.control,
                     hypernetwork=self.fingerprint.get("hypernetwork"),
+                    settings=digest(self.fingerprint),
                 )
             self._trace.write()
         with timed(self.seconds, "generate"):

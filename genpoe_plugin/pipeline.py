@@ -154,19 +154,14 @@ class Pipeline:
         self, questions: Sequence[Question], retrieved: list[tuple[RetrievedPassage, ...]]
     ) -> list[tuple[RetrievedPassage, ...]]:
         self._cut(retrieved)
-        if self.reranker is not None:
-            pairs = [
-                [(question.question, self._strings[passage.passage.string]) for passage in passages]
-                for question, passages in zip(questions, retrieved, strict=True)
-            ]
-            unique = list(dict.fromkeys(pair for row in pairs for pair in row))
-            with timed(self.seconds, "rerank"):
-                scores = dict(zip(unique, self.reranker.score(unique, progress=self.progress).tolist(), strict=True))
-            retrieved = [
-                tuple(replace(passage, rerank_score=scores[pair]) for passage, pair in zip(passages, row, strict=True))
-                for passages, row in zip(retrieved, pairs, strict=True)
-            ]
-        return [by_rerank_score(passages) for passages in retrieved]
+        if self.reranker is None:
+            return [by_rerank_score(passages) for passages in retrieved]
+        from genpoe_plugin.reranking import rerank  # here, for the other runs do without
+
+        asked = [replace(question, passages=found) for question, found in zip(questions, retrieved, strict=True)]
+        with timed(self.seconds, "rerank"):
+            ranked = rerank(asked, self.reranker, strings=self._strings, progress=self.progress)
+        return [question.passages for question in ranked]
 
     def _chosen(
         self, tasks: Sequence[str], questions: Sequence[Question], retrieved: Sequence[tuple[RetrievedPassage, ...]]

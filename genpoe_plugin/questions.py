@@ -14,6 +14,8 @@ from typing import Any, TextIO, cast
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, open_text
+from genpoe_plugin.narrativeqa import read_narrativeqa
+from genpoe_plugin.parquet import is_parquet, read_parquet_rows
 from genpoe_plugin.passages import (
     RESULTS_FORMAT,
     RESULTS_VERSION,
@@ -25,6 +27,7 @@ from genpoe_plugin.passages import (
     read_json_objects,
     read_tsv_rows,
 )
+from genpoe_plugin.question_forms import to_dpr
 
 FORMATS = ("genpoe", "dpr")  # that retrieval results are written in
 HEADER_LIMIT = 1 << 16  # characters; a longer first line is a question's, or a whole JSON list
@@ -44,11 +47,15 @@ class RetrievedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, all accepted answers, and its passages, best first."""
+    """A question, all accepted answers, and its passages, best first.
+
+    ``case`` is empty, or names what several questions are wordings of: the case counts as answered if one of them is.
+    """
 
     question: str
     answers: tuple[str, ...]
     passages: tuple[RetrievedPassage, ...] = ()
+    case: str = ""
 
 
 def read_questions(path: str | Path) -> Iterator[Question]:
@@ -61,34 +68,64 @@ def read_questions(path: str | Path) -> Iterator[Question]:
     - DPR's training data of retrievers, a JSON list of ``{"question", "answers", "positive_ctxs": [...],
       "negative_ctxs": [...], "hard_negative_ctxs": [...]}``: positives first, then the hard negatives;
     - DPR's gold passages, ``{"data": [{"question", "short_answers", "example_id", "title", "context"}]}``, where a
-      question may have no passage (an empty ``context``); those without a short answer are passed over.
+      question may have no passage (an empty ``context``); those without a short answer are passed over;
+    - SQuAD v1.1, HotpotQA, 2WikiMultihopQA, MQuAKE and PopQA as their authors have them (JSON, PopQA a TSV), each with
+      the passages that it brings along (`genpoe_plugin.question_forms`);
+    - rows of the hub's data sets (`genpoe_plugin.hub_questions`), as JSON Lines or as a Parquet file;
+    - the folder of NarrativeQA's authors (a clone of deepmind/narrativeqa): the test questions, with the summaries.
 
     The kind of file is seen from its content. One question at a time is in memory.
 
     Raises:
         InputError: a line is malformed, a question has no text or no answers, or the file is of a newer version.
     """
+    for record, where in _records(path):
+        yield from questions_from_record(record, where)
+
+
+def questions_from_record(record: Mapping[str, Any], where: str) -> Iterator[Question]:
+    """The questions of one JSON object of any of the forms of `read_questions`; ``where`` begins error messages."""
+    for asked in to_dpr(record, where):
+        answers = next((asked[field] for field in ("answers", "answer", "short_answers") if field in asked), None)
+        if answers == [] and "short_answers" in asked:
+            continue  # not every question of NQ has a short answer
+        case = asked.get("case")
+        yield Question(
+            _question(asked.get("question"), where),
+            _answers(answers, where),
+            passages_from_ctxs(_ctxs(asked, where), where),
+            case if isinstance(case, str) else "",
+        )
+
+
+def _records(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    if Path(path).is_dir():
+        return read_narrativeqa(path)
+    if is_parquet(path):
+        return read_parquet_rows(path)
     if not (start := beginning(path)):
         raise InputError(f"{path}: the file is empty; give a file of questions")
-    if start[0] not in "{[":
-        for row, where in read_tsv_rows(path):
-            if len(row) != 2:
-                raise InputError(f"{where}: {len(row)} fields; a line is question<TAB>['answer', ...]")
+    return read_json_objects(path) if start[0] in "{[" else _tsv_records(path)
+
+
+def _tsv_records(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Rows of DPR's questions, or of PopQA, whose first line names its columns."""
+    columns: list[str] | None = None
+    for number, (row, where) in enumerate(read_tsv_rows(path)):
+        if number == 0 and {"question", "possible_answers"} <= {*row}:
+            columns = row
+        elif columns is not None:
+            if len(row) != len(columns):
+                raise InputError(f"{where}: {len(row)} fields, where the first line names {len(columns)} columns")
+            yield dict(zip(columns, row, strict=True)), where
+        elif len(row) != 2:
+            raise InputError(f"{where}: {len(row)} fields; a line is question<TAB>['answer', ...]")
+        else:
             try:
                 answers = ast.literal_eval(row[1])
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise InputError(f"{where}: answers have to be a list of strings, as in ['answer', ...]") from error
-            yield Question(_question(row[0], where), _answers(answers, where))
-        return
-    for record, where in read_json_objects(path):
-        answers = next((record[field] for field in ("answers", "answer", "short_answers") if field in record), None)
-        if answers == [] and "short_answers" in record:
-            continue  # not every question of NQ has a short answer
-        yield Question(
-            _question(record.get("question"), where),
-            _answers(answers, where),
-            passages_from_ctxs(_ctxs(record, where), where),
-        )
+            yield {"question": row[0], "answers": answers}, where
 
 
 def write_questions(path: str | Path, questions: Iterable[Question], /, **header: Any) -> None:
@@ -246,4 +283,5 @@ def _record(question: Question) -> dict[str, Any]:
             "has_answer": retrieved.has_answer,
         }
         ctxs.append({key: value for key, value in ctx.items() if value is not None})
-    return {"question": question.question, "answers": list(question.answers), "ctxs": ctxs}
+    case = {"case": question.case} if question.case else {}
+    return {"question": question.question, "answers": list(question.answers), **case, "ctxs": ctxs}

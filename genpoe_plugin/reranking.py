@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -189,9 +189,23 @@ class Reranker:
         return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self._yes].float()
 
 
-def rerank(questions: Sequence[Question], reranker: Reranker, *, progress: bool = False) -> list[Question]:
-    """The questions with their passages scored and put in the reranker's order; each distinct pair is scored once."""
-    rows = [[(question.question, item.passage.string) for item in question.passages] for question in questions]
+def rerank(
+    questions: Sequence[Question],
+    reranker: Reranker,
+    *,
+    strings: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> list[Question]:
+    """The questions with their passages scored and put in the reranker's order; each distinct pair is scored once.
+
+    Args:
+        strings: by a passage's string, what to read instead of it; the passage whole where it is not given.
+    """
+    read = strings or {}
+    rows = [
+        [(question.question, read.get(item.passage.string, item.passage.string)) for item in question.passages]
+        for question in questions
+    ]
     unique = list(dict.fromkeys(pair for row in rows for pair in row))
     scores = dict(zip(unique, reranker.score(unique, progress=progress).tolist(), strict=True))
     return [

@@ -1,4 +1,4 @@
-"""The data that can be downloaded, under the names that DPR's own downloader gives it."""
+"""The data that can be downloaded; DPR's under the names that its own downloader gives it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from pathlib import Path
 
 from genpoe_plugin.download import download
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.hub_questions import NQ_OPEN, TRIVIA_QA, read_hub_questions
+from genpoe_plugin.hub_questions import (
+    HOTPOT_QA,
+    MQUAKE,
+    NARRATIVE_QA,
+    NQ_OPEN,
+    POP_QA,
+    SQUAD,
+    TRIVIA_QA,
+    TWO_WIKI,
+    read_hub_questions,
+)
 from genpoe_plugin.questions import write_questions
 
 _DPR = "https://dl.fbaipublicfiles.com/dpr/"
 _HUB = "hub:"
+_MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets/"
 _TRIVIA = "see nlp.cs.washington.edu/triviaqa"
 _LICENCES = {
     "Wikipedia": "CC BY-SA",
@@ -23,6 +34,12 @@ _LICENCES = {
     "SQuAD v1.1": "CC BY-SA 4.0",
     "WebQuestions": "see nlp.stanford.edu/software/sempre",
     "CuratedTREC": "see trec.nist.gov/data/qa.html",
+    "PopQA": "MIT",
+    "NarrativeQA": "Apache-2.0, summaries CC BY-SA 3.0",
+    "HotpotQA": "CC BY-SA 4.0",
+    "2WikiMultihopQA": "Apache-2.0",
+    "MQuAKE": "MIT",
+    "MQuAKE-Remastered": "CC BY 4.0",
 }
 
 
@@ -48,8 +65,8 @@ class Resource:
 
 
 def _suffixes(url: str) -> str:
-    """``.tsv.gz`` and the like, without what else DPR's file names have dots for, such as ``nq-dev.qa.csv``."""
-    return "".join(suffix for suffix in Path(url).suffixes if suffix != ".qa")
+    """``.tsv.gz`` and the like, without what else file names have dots for: ``nq-dev.qa.csv``, ``dev-v1.1.json``."""
+    return "".join(suffix for suffix in Path(url).suffixes if suffix in (".tsv", ".csv", ".json", ".gz"))
 
 
 # Kind, what all of a group are; name after "data.", address after _DPR, data set and part.
@@ -125,11 +142,54 @@ _DPR_FILES = (
         (("retriever.nq-adv-hn-train", "data/retriever/biencoder-nq-adv-hn-train.json.gz", "NQ, train"),),
     ),
 )
+# What the authors of the other tasks' data publish as one plain file each.
+_ORIGINALS = (
+    (
+        "questions with passages",
+        (
+            ("squad.train", "https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json", "SQuAD v1.1, train"),
+            ("squad.dev", "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json", "SQuAD v1.1, dev"),
+            (
+                "hotpotqa.train",
+                "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_train_v1.1.json",
+                "HotpotQA, train; ten paragraphs",
+            ),
+            (
+                "hotpotqa.dev",
+                "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json",
+                "HotpotQA, dev; ten paragraphs",
+            ),
+            ("mquake.cf-3k", f"{_MQUAKE}MQuAKE-CF-3k-v2.json", "MQuAKE, CF-3k version 2; the edited facts"),
+            ("mquake.cf", f"{_MQUAKE}MQuAKE-CF.json", "MQuAKE, CF; the edited facts"),
+        ),
+    ),
+    (
+        "questions",
+        (
+            (
+                "popqa.test",
+                "https://raw.githubusercontent.com/AlexTMallen/adaptive-retrieval/main/data/popQA.tsv",
+                "PopQA, test",
+            ),
+        ),
+    ),
+)
 _HUB_SPLITS = (
     ("hub.nq_open.train", f"{NQ_OPEN}/train", "NQ-open, train"),
     ("hub.nq_open.validation", f"{NQ_OPEN}/validation", "NQ-open, validation; what genpoe_nq asks"),
     ("hub.trivia_qa.train", f"{TRIVIA_QA}/train", "TriviaQA unfiltered, train"),
     ("hub.trivia_qa.validation", f"{TRIVIA_QA}/validation", "TriviaQA unfiltered, validation; what genpoe_tqa asks"),
+    ("hub.popqa.test", f"{POP_QA}/test", "PopQA, test; what genpoe_popqa asks"),
+)
+_HUB_SPLITS_WITH_PASSAGES = (
+    ("hub.squad.train", f"{SQUAD}/train", "SQuAD v1.1, train"),
+    ("hub.squad.validation", f"{SQUAD}/validation", "SQuAD v1.1, validation; what genpoe_squad asks"),
+    ("hub.narrativeqa.test", f"{NARRATIVE_QA}/test", "NarrativeQA, test, gigabytes; what genpoe_narrativeqa asks"),
+    ("hub.hotpotqa.train", f"{HOTPOT_QA}/train", "HotpotQA, train"),
+    ("hub.hotpotqa.validation", f"{HOTPOT_QA}/validation", "HotpotQA, validation; what genpoe_hotpotqa asks"),
+    ("hub.2wiki.train", f"{TWO_WIKI}/train", "2WikiMultihopQA, train"),
+    ("hub.2wiki.validation", f"{TWO_WIKI}/validation", "2WikiMultihopQA, validation; what genpoe_2wiki asks"),
+    ("hub.mquake.cf3k", f"{MQUAKE}/CF3k", "MQuAKE-Remastered, CF3k; what genpoe_mquake asks"),
 )
 
 
@@ -143,7 +203,16 @@ RESOURCES = (
         for kind, note, files in _DPR_FILES
         for name, address, part in files
     ),
-    *(_resource(name, f"{_HUB}{address}", "questions", what) for name, address, what in _HUB_SPLITS),
+    *(
+        _resource(f"original.{name}", address, kind, what)
+        for kind, files in _ORIGINALS
+        for name, address, what in files
+    ),
+    *(
+        _resource(name, f"{_HUB}{address}", kind, what)
+        for kind, splits in (("questions", _HUB_SPLITS), ("questions with passages", _HUB_SPLITS_WITH_PASSAGES))
+        for name, address, what in splits
+    ),
 )
 
 _BUILD = "DPR's embeddings and indexes are pickles, which are not read here; `genpoe index build` makes an index"
@@ -152,7 +221,7 @@ _MODELS = (
     "--encoder facebook/dpr-question_encoder-single-nq-base,facebook/dpr-ctx_encoder-single-nq-base`"
 )
 
-# What DPR's downloader has under these names, or could be thought to have, and what to do instead.
+# What is, or could be thought to be, under these names elsewhere, and what to do instead.
 UNAVAILABLE: dict[str, str] = {
     "data.retriever_results.trivia": "DPR publishes no results for TriviaQA; `genpoe retrieve` makes them of the "
     "questions, data.retriever.qas.trivia-train and so on",
@@ -162,6 +231,9 @@ UNAVAILABLE: dict[str, str] = {
     "questions and passages",
     "indexes": _BUILD,
     "checkpoint": _MODELS,
+    "original.narrativeqa": "its authors publish a repository, not a file: `git clone` deepmind/narrativeqa, and name "
+    "the folder where questions are asked for",
+    "original.2wiki": "its authors publish an archive; hub.2wiki has the questions, or unpack it and name its dev.json",
     "pretrained": "pretrained models are on the hub, and any command here takes its names",
 }
 

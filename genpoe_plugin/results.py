@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.answers import has_answer
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.questions import (
     Question,
     header_line,
@@ -26,6 +27,8 @@ from genpoe_plugin.questions import (
 from genpoe_plugin.retrieval.measures import AnswerRank, answer_rank, quality_table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from genpoe_plugin.reranking import Reranker
     from genpoe_plugin.retrieval.retriever import Retriever
 
@@ -62,8 +65,14 @@ def retrieve_all(questions: Iterable[Question], retriever: Retriever, k: int) ->
             yield _labelled(replace(question, passages=passages))
 
 
-def rerank_all(questions: Iterable[Question], reranker: Reranker) -> Iterator[Question]:
-    """The questions one by one, their passages put in the reranker's order; ties go by the retriever's rank."""
+def rerank_all(
+    questions: Iterable[Question], reranker: Reranker, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Question]:
+    """The questions one by one, their passages put in the reranker's order; ties go by the retriever's rank.
+
+    Args:
+        tokenizer: of an LLM, by whose tokens passages are cut as in its evaluations; they are read whole without one.
+    """
     from genpoe_plugin.reranking import rerank  # torch
 
     for block in _blocks(questions, lambda question: len(question.passages), SCORED):
@@ -71,7 +80,11 @@ def rerank_all(questions: Iterable[Question], reranker: Reranker) -> Iterator[Qu
             replace(question, passages=tuple(sorted(question.passages, key=lambda passage: passage.rank)))
             for question in block
         ]
-        yield from map(_labelled, rerank(ranked, reranker))
+        strings = {}
+        if tokenizer is not None:
+            whole = list(dict.fromkeys(item.passage.string for question in ranked for item in question.passages))
+            strings = dict(zip(whole, cut_passages(whole, tokenizer), strict=True))
+        yield from map(_labelled, rerank(ranked, reranker, strings=strings))
 
 
 def make_results(
@@ -185,9 +198,12 @@ def _tallied(questions: Iterable[Question], quality: Quality) -> Iterator[Questi
 
 
 def _labelled(question: Question) -> Question:
-    """Say of each passage whether it has an answer, by DPR's rule."""
+    """Say of each passage whether it has an answer, by DPR's rule, where nobody has said so: gold marks stay."""
     passages = (
-        replace(passage, has_answer=has_answer(passage.passage.text, question.answers)) for passage in question.passages
+        replace(passage, has_answer=has_answer(passage.passage.text, question.answers))
+        if passage.has_answer is None
+        else passage
+        for passage in question.passages
     )
     return replace(question, passages=tuple(passages))
 

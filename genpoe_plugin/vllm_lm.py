@@ -11,10 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from genpoe_plugin.arguments import GenPoEArguments
+from genpoe_plugin.comparison.runs import HOW
+from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.language_model import load_tokenizer
 from genpoe_plugin.lm_requests import PassageRequests, PlacedContext, options
 from genpoe_plugin.pipeline import Selection
+from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments, share_device
 
 check_vllm()
@@ -45,14 +50,10 @@ with _named_vllm():
 
 from vllm import RequestOutput, SamplingParams  # noqa: E402
 
-from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_store  # noqa: E402
+from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_makers  # noqa: E402
 
-# Arguments that say where and how fast and not what, and those that the fingerprint has in another form.
-_NO_OPTIONS = (
-    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "gpu_memory_utilization"),
-    *("max_num_seqs", "max_num_batched_tokens", "max_loras", "max_cpu_loras", "max_lora_rank", "enforce_eager"),
-    *("trust_remote_code", "revision", "dtype", "max_length", "max_model_len", "max_batch_size"),
-)
+# Besides arguments that do not decide an answer, those that the fingerprint has in another form.
+_NO_OPTIONS = (*HOW, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
 
 
 class GenPoEVLLM(PassageRequests, VLLM):
@@ -82,6 +83,8 @@ class GenPoEVLLM(PassageRequests, VLLM):
         gates: str = "softmax",
         passages: str = "retrieved",
         question_field: str = "question",
+        expert_store: str | None = None,
+        expert_gb: float = ON_DEVICE / 10**9,
         trace: str | None = None,
         seed: int = 0,
         device: str | None = None,
@@ -99,37 +102,48 @@ class GenPoEVLLM(PassageRequests, VLLM):
             gates=gates,
             passages=passages,
             question_field=question_field,
+            expert_store=expert_store,
+            expert_gb=expert_gb,
             trace=trace,
             seed=seed,
         )
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
         if arguments.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))
-        self.store = None
+        self.store: ExpertStore | None = None
+        self._engine: ExpertEngine | None = None
+        makers = None
         device, engine = share_device(None if mode == "closed_book" else device, device_memory, vllm_arguments)
         if arguments.uses_experts:
             assert hypernetwork is not None
-            dtype = vllm_arguments.get("dtype", "auto")
-            self.store = load_store(pretrained, hypernetwork, device=device, dtype=dtype, **own)
-            engine |= engine_arguments(pretrained, hypernetwork, self.store.config, num_passages, vllm_arguments)
+            own["dtype"] = vllm_arguments.get("dtype") or "auto"
+            makers = load_makers(pretrained, hypernetwork, device=device, **own)
+            engine |= engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
         self._pretrained = pretrained
-        self._engine = ExpertEngine(self.model, self.store) if self.store is not None else None
         self._rows: deque[tuple[Selection, int]] = deque()
         self._encoded: deque[tuple[PlacedContext, list[int]]] = deque()
+        dtype = self.model.llm_engine.model_config.dtype
         facts = {
             "engine": "vllm",
             "pretrained": pretrained,
             "revision": vllm_arguments.get("revision"),
-            "dtype": str(self.model.llm_engine.model_config.dtype),
+            "dtype": str(dtype),
             "max_length": self.max_length,
             "options": options(vllm_arguments, _NO_OPTIONS),
         }
         self._start_requests(facts, device)
+        if makers is not None:
+            self.store = self._expert_store(*makers, dtype)
+            self._engine = ExpertEngine(self.model, self.store)
 
     @property
     def _llm_name(self) -> str:
         return self._pretrained
+
+    def _peak_memory(self) -> dict[str, Any] | None:
+        # Whatever share of a GPU vLLM is given, it fills.
+        return None if torch.cuda.is_available() else peak_memory(None)
 
     @property
     def _scored_length(self) -> int:

@@ -1,45 +1,83 @@
-"""Loading and scoring of the open-domain QA tasks.
+"""Loading and scoring of the question answering tasks.
 
 A document has ``question`` (as the data has it), ``answers`` and, where the data brings passages, ``ctxs`` in DPR's
-form. Data comes from the hub, or from local files named by one lm-eval argument::
+form; tasks/README.md says which data that is. It comes from the hub, or from local files named by one lm-eval
+argument::
 
     --metadata '{"genpoe_data": "FILE"}'                                  every genpoe task of the run
     --metadata '{"genpoe_data": {"genpoe_nq": "FILE", "genpoe_tqa": "FILE"}}'   task by task
 
-in any form that ``genpoe_plugin.questions`` reads: DPR result JSON or JSONL, qas TSV, nq_open JSONL, each also .gz.
+in any form that ``genpoe_plugin.questions`` reads: the authors' own files, the hub's Parquet files, DPR result JSON or
+JSONL, qas TSV, nq_open JSONL; text also as .gz.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
 
-from genpoe_plugin.answers import exact_match, f1
+from genpoe_plugin import hub_questions as hub
+from genpoe_plugin.answers import contains_answer, exact_match, f1, rouge_l
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.hub_questions import NQ_OPEN, TRIVIA_QA, read_hub_questions
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.questions import Question, read_questions
 
-TASKS = ("genpoe_nq", "genpoe_tqa", "genpoe_demo")
+HUB = {  # task: data set and split
+    "genpoe_nq": (hub.NQ_OPEN, "validation"),
+    "genpoe_tqa": (hub.TRIVIA_QA, "validation"),
+    "genpoe_popqa": (hub.POP_QA, "test"),
+    "genpoe_squad": (hub.SQUAD, "validation"),
+    "genpoe_narrativeqa": (hub.NARRATIVE_QA, "test"),
+    "genpoe_hotpotqa": (hub.HOTPOT_QA, "validation"),
+    "genpoe_2wiki": (hub.TWO_WIKI, "validation"),
+    "genpoe_mquake": (hub.MQUAKE, "CF3k"),
+}
+TASKS = (*HUB, "genpoe_demo")
 Splits = dict[str, datasets.Dataset]
+
+# The `custom_dataset` of each task, which lm-eval calls with all of its metadata and model arguments.
 
 
 def genpoe_nq(genpoe_data: Any = None, **_: Any) -> Splits:
-    """The ``custom_dataset`` of genpoe_nq; lm-eval passes all of its metadata and model arguments."""
-    return _local("genpoe_nq", genpoe_data) or _hub("genpoe_nq", NQ_OPEN)
+    return _local("genpoe_nq", genpoe_data) or _hub("genpoe_nq")
 
 
 def genpoe_tqa(genpoe_data: Any = None, **_: Any) -> Splits:
-    """The ``custom_dataset`` of genpoe_tqa."""
-    return _local("genpoe_tqa", genpoe_data) or _hub("genpoe_tqa", TRIVIA_QA)
+    return _local("genpoe_tqa", genpoe_data) or _hub("genpoe_tqa")
+
+
+def genpoe_popqa(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_popqa", genpoe_data) or _hub("genpoe_popqa")
+
+
+def genpoe_squad(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_squad", genpoe_data) or _hub("genpoe_squad")
+
+
+def genpoe_narrativeqa(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_narrativeqa", genpoe_data) or _hub("genpoe_narrativeqa")
+
+
+def genpoe_hotpotqa(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_hotpotqa", genpoe_data) or _hub("genpoe_hotpotqa")
+
+
+def genpoe_2wiki(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_2wiki", genpoe_data) or _hub("genpoe_2wiki")
+
+
+def genpoe_mquake(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_mquake", genpoe_data) or _hub("genpoe_mquake")
 
 
 def genpoe_demo(genpoe_data: Any = None, **_: Any) -> Splits:
-    """The ``custom_dataset`` of genpoe_demo, which has no data but a local file's."""
+    """The demo has no data but a local file's."""
     splits = _local("genpoe_demo", genpoe_data)
     if splits is None:
         raise InputError(
@@ -54,10 +92,38 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
     return closed_book_prompt(doc["question"])
 
 
-def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """EM and F1 of the first line of the generation."""
-    prediction = results[0].split("\n", 1)[0]
+    prediction = _first_line(results)
     return {"em": exact_match(prediction, doc["answers"]), "f1": f1(prediction, doc["answers"])}
+
+
+def process_popqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Beside EM and F1, PopQA's own accuracy: whether the first line contains an answer."""
+    return {**process_results(doc, results), "acc": contains_answer(_first_line(results), doc["answers"])}
+
+
+def process_narrativeqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Beside EM and F1, the ROUGE-L of the first line, since answers are free text."""
+    return {**process_results(doc, results), "rouge_l": rouge_l(_first_line(results), doc["answers"])}
+
+
+def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Beside EM and F1, which case the question is of and whether it is right, for `any_of_a_case`."""
+    scores = process_results(doc, results)
+    return {**scores, "multihop_acc": [doc.get("case") or doc["question"], scores["em"]]}
+
+
+def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
+    """MQuAKE's multi-hop accuracy: the share of cases of which a question, whatever its wording, is answered."""
+    cases: defaultdict[str, float] = defaultdict(float)
+    for case, score in items:
+        cases[case] = max(cases[case], score)
+    return fmean(cases.values())
+
+
+def _first_line(results: Sequence[str]) -> str:
+    return results[0].split("\n", 1)[0]
 
 
 def _local(task: str, data: Any) -> Splits | None:
@@ -74,10 +140,16 @@ def _local(task: str, data: Any) -> Splits | None:
     docs = [_doc(question) for question in read_questions(path)]
     if not docs:
         raise InputError(f"{path}: no questions")
-    if not any(doc["ctxs"] for doc in docs):
-        for doc in docs:
-            del doc["ctxs"]
-    return {"test": datasets.Dataset.from_list(docs)}
+    return _splits(docs)
+
+
+def _hub(task: str) -> Splits:
+    try:
+        return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task])])
+    except InputError as error:
+        raise InputError(
+            f"""{task}: {error}; a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
+        ) from error
 
 
 def _doc(question: Question) -> dict[str, Any]:
@@ -85,17 +157,13 @@ def _doc(question: Question) -> dict[str, Any]:
     for retrieved in question.passages:
         fields = asdict(retrieved)
         ctxs.append(fields.pop("passage") | fields)
-    return {"question": question.question, "answers": list(question.answers), "ctxs": ctxs}
+    return {"question": question.question, "answers": list(question.answers), "case": question.case, "ctxs": ctxs}
 
 
-def _hub(task: str, name: str) -> Splits:
-    try:
-        docs = [
-            {"question": question.question, "answers": list(question.answers)}
-            for question in read_hub_questions(name, "validation")
-        ]
-    except InputError as error:
-        raise InputError(
-            f"""{task}: {error}; a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
-        ) from error
+def _splits(docs: list[dict[str, Any]]) -> Splits:
+    """The split of ``docs``, without fields that are empty in all of them."""
+    for field in ("case", "ctxs"):
+        if not any(doc[field] for doc in docs):
+            for doc in docs:
+                del doc[field]
     return {"test": datasets.Dataset.from_list(docs)}

@@ -48,6 +48,24 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all the hub's data sets that tasks ask, one question each, which are loaded from there."""
+    import datasets
+
+    from tests.data_sets import write_hub
+
+    root = tmp_path / "hub"
+    write_hub(root)
+    load = datasets.load_dataset
+
+    def load_dataset(name: str, *arguments: Any, **options: Any) -> Any:
+        return load(str(root / name), *arguments, cache_dir=str(tmp_path / "hub-cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return root
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that begins every text with BOS and pads on the left."""

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import gzip
+import json
+import random
 import string
 import unicodedata
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
-from genpoe_plugin.answers import exact_match, f1, has_answer, normalize_answer
+from genpoe_plugin.answers import contains_answer, exact_match, f1, has_answer, normalize_answer, rouge_l
+
+SQUAD = Path(__file__).parents[2] / "shared" / "data" / "squad" / "squad-v1.1-part.json.gz"
 
 # Words that the normalisation touches, so that random texts overlap and hit its rules often.
 WORDS = st.sampled_from(
@@ -69,6 +76,64 @@ def test_scores_are_squads(prediction: str, answers: list[str]) -> None:
     assert f1(prediction, answers) == pytest.approx(max(squad_f1(prediction, answer) for answer in answers))
 
 
+def perturbed(answer: str, other: str, rng: random.Random) -> str:
+    """An answer as a model might give it: in other letters, with words more, fewer or in another order."""
+    words = answer.split() or [""]
+    for _ in range(rng.randrange(4)):
+        at = rng.randrange(len(words))
+        word = words[at]
+        words[at : at + 1] = rng.choice(
+            [
+                [word.upper()],
+                [word.capitalize()],
+                [rng.choice(["the", "A", "an", "The"]), word],
+                [f"{word}{rng.choice(string.punctuation)}"],
+                [f"{rng.choice(string.punctuation)}{word}"],
+                [word, word],
+                [word, rng.choice(other.split() or [""])],
+                [""],
+                [word.replace("-", " ").replace(",", "")],
+                [unicodedata.normalize(rng.choice(["NFD", "NFKC"]), word)],
+                [f"{word}\n\t "],
+            ]
+        )
+    if rng.random() < 0.1:
+        rng.shuffle(words)
+    return rng.choice([" ".join(words), " ".join(words), other, f"It is {' '.join(words)}."])
+
+
+def check_squads(answers: list[list[str]], turns: int) -> None:
+    """Against the functions of SQuAD's own script, as transformers has them."""
+    rng = random.Random(0)
+    scores = set()
+    for _ in range(turns):
+        for accepted in answers:
+            prediction = perturbed(rng.choice(accepted), rng.choice(rng.choice(answers)), rng)
+            exact = max(compute_exact(answer, prediction) for answer in accepted)
+            # Those are of SQuAD 2.0, where no words are an answer: in 1.1 they share none with any.
+            words = [compute_f1(answer, prediction) if normalize_answer(prediction) else 0.0 for answer in accepted]
+            assert exact_match(prediction, accepted) == exact, (prediction, accepted)
+            assert f1(prediction, accepted) == pytest.approx(max(words), abs=1e-12), (prediction, accepted)
+            scores.add((exact, round(max(words), 1)))
+    assert {(0, 0.0), (0, 0.5), (0, 0.7), (1, 1.0)} <= scores
+
+
+def test_scores_are_those_of_squads_script() -> None:
+    """On answers of many kinds."""
+    texts = ["Saint Bernadette Soubirous", "a golden statue of the Virgin Mary", "the Main Building", "1,250-1,300"]
+    texts += ["St. Louis", "J. R. R. Tolkien", "£5.6 million", "Zürich", "The Beatles", "in the 1870s", "Kraków's"]
+    check_squads([[text, *texts[at + 1 : at + 3]] for at, text in enumerate(texts)], turns=100)
+
+
+@pytest.mark.skipif(not SQUAD.exists(), reason="needs SQuAD's part in ../shared/data beside the repository")
+def test_scores_are_those_of_squads_script_on_all_its_answers() -> None:
+    with gzip.open(SQUAD) as file:
+        articles = json.load(file)["data"]
+    asked = [entry for article in articles for paragraph in article["paragraphs"] for entry in paragraph["qas"]]
+    assert len(asked) == 4_961
+    check_squads([[answer["text"] for answer in entry["answers"]] for entry in asked], turns=1)
+
+
 @pytest.mark.parametrize(
     ("prediction", "answer"),
     [("J.R.R. Tolkien", "JRR Tolkien"), ("1,000", "1000"), ("O'Brien", "OBrien"), (" The  Beatles.", "beatles")],
@@ -86,6 +151,53 @@ def test_what_squad_tells_apart() -> None:
 def test_f1_counts_words_of_a_bag() -> None:
     # "new york york" and "york new": 2 shared of 3 and of 2.
     assert f1("New York York", ["York, the New", "Boston"]) == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "right"),
+    [
+        ("He was a politician.", ["politician"], True),
+        ("politicians", ["politician"], True),  # any substring
+        ("He was a Politician.", ["politician"], True),  # with a capital
+        ("a politician", ["Politician"], True),  # in lower case
+        ("A POLITICIAN", ["politician"], False),  # but in no other letters
+        ("in new york", ["New York"], True),
+        ("in New york", ["new York"], True),
+        ("in nEW york", ["New York"], False),
+        ("pol", ["polit.", "pol"], True),
+        ("an actor", ["politician", "pol"], False),
+        ("an actor", [""], False),
+        ("an actor", [], False),
+        ("", ["actor"], False),
+    ],
+)
+def test_contains_answer_is_popqas_accuracy(prediction: str, answers: list[str], right: bool) -> None:
+    assert contains_answer(prediction, answers) == right
+
+
+SHORT = st.lists(st.sampled_from(["a", "bb", "ccc", "d4"]), max_size=8)  # words that stemming leaves alone
+
+
+@settings(deadline=None)  # the first call loads the package
+@given(SHORT, st.lists(SHORT, max_size=3))
+def test_rouge_l_is_the_longest_common_subsequence(words: list[str], references: list[list[str]]) -> None:
+    def common(left: list[str], right: list[str]) -> int:
+        if not left or not right:
+            return 0
+        if left[0] == right[0]:
+            return 1 + common(left[1:], right[1:])
+        return max(common(left[1:], right), common(left, right[1:]))
+
+    def score(reference: list[str]) -> float:
+        shared = common(words, reference)
+        return 2 * shared / (len(words) + len(reference)) if shared else 0.0
+
+    expected = max((score(reference) for reference in references), default=0.0)
+    assert rouge_l(" ".join(words), [" ".join(reference) for reference in references]) == pytest.approx(expected)
+
+
+def test_rouge_l_stems_and_ignores_case_and_punctuation() -> None:
+    assert rouge_l("He walked, happily!", ["no", "he WALKS happily"]) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,8 @@ def test_lm_eval_commands_parse_and_name_what_exists(tmp_path: Path, monkeypatch
         # Those of vLLM are looked at where there is one, in tests/lm/vllm/test_readme.py.
         assert options.model == "genpoe-vllm" or {*given} <= accepted_arguments()
         if index := given.get("index"):
-            Path(index).mkdir(
-                exist_ok=True
-            )  # the values are checked as well, and that it is there is one of the checks
+            # The values are checked as well, and that it is there is one of the checks.
+            Path(index).mkdir(exist_ok=True)
         ours = {field.name for field in fields(GenPoEArguments)}
         GenPoEArguments(**{name: value for name, value in given.items() if name in ours})
     assert complete

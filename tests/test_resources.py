@@ -12,7 +12,10 @@ import pytest
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.questions import Question, read_questions
 from genpoe_plugin.resources import RESOURCES, UNAVAILABLE, Resource, fetch, find, left_out
+from tasks.open_qa import HUB
+from tests.data_sets import EXPECTED
 from tests.http_files import serve
+from tests.test_question_forms import plain
 
 NAMES = [resource.name for resource in RESOURCES]
 
@@ -56,7 +59,7 @@ def test_names_addresses_and_places_are_those_of_dpr(name: str, file: str, path:
 
 
 def test_every_resource_is_one_file_that_is_no_pickle() -> None:
-    assert len({*NAMES}) == len(NAMES) == 32
+    assert len({*NAMES}) == len(NAMES) == 48
     assert len({resource.address for resource in RESOURCES}) == len(NAMES)
     assert len({resource.path("x") for resource in RESOURCES}) == len(NAMES)
     for resource in RESOURCES:
@@ -90,6 +93,8 @@ def test_a_prefix_stands_for_all_below(prefix: str, names: list[str]) -> None:
         ("indexes.single.nq.full.index", "`genpoe index build`"),
         ("checkpoint.retriever.single.nq.bert-base-encoder", "pickles.*facebook/dpr-ctx_encoder-single-nq-base"),
         ("pretrained", "on the hub"),
+        ("original.narrativeqa", "`git clone` deepmind/narrativeqa"),
+        ("original.2wiki.dev", r"hub\.2wiki has the questions"),
         ("data.retriever.qas.nq_train", r"did you mean data\.retriever\.qas\.nq-train\?"),
         ("", "no such resource"),
     ],
@@ -141,6 +146,36 @@ def test_a_hub_data_set_becomes_a_file_of_questions(tmp_path: Path, monkeypatch:
     assert resource.address == json.loads(path.read_text().splitlines()[0])["source"]
     assert fetch(resource, tmp_path) == (path, False)
     assert loaded == [name.rpartition(".")[2]]
+
+
+def test_passages_of_a_hub_data_set_are_in_the_file(tmp_path: Path, hub: Path) -> None:
+    """And the tasks read it as they read the hub."""
+    for name, file in (("hotpotqa", "hub.hotpotqa.validation"), ("mquake", "hub.mquake.cf3k")):
+        [resource] = find(file)
+        path, _ = fetch(resource, tmp_path)
+        assert resource.kind == "questions with passages"
+        assert plain(list(read_questions(path))) == EXPECTED[name]
+    assert [question.case for question in read_questions(path)] == ["1561", "1561"]
+
+
+def test_what_each_task_asks_can_be_downloaded() -> None:
+    asked = {f"hub:{name}/{split}": f"what {task} asks" for task, (name, split) in HUB.items()}
+    assert {resource.address for resource in RESOURCES if resource.address in asked} == {*asked}
+    for resource in RESOURCES:
+        assert resource.what.partition("; ")[2] == asked.get(resource.address, resource.what.partition("; ")[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("original.squad.dev", "original/squad/dev.json"),
+        ("original.mquake.cf-3k", "original/mquake/cf-3k.json"),
+        ("original.popqa.test", "original/popqa/test.tsv"),
+    ],
+)
+def test_places_of_the_authors_files(name: str, path: str) -> None:
+    [resource] = find(name)
+    assert resource.path("downloads") == Path("downloads") / path
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path: Path) -> None:

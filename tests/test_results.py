@@ -232,3 +232,18 @@ def test_a_real_reranker(tmp_path: Path, llm_dir: Path) -> None:
         scores = [reranker.score([(item["question"], ctx["text"])])[0] for ctx in item["ctxs"]]
         assert [ctx["rerank_score"] for ctx in item["ctxs"]] == pytest.approx(scores, abs=1e-4)
         assert scores == sorted(scores, reverse=True)
+
+
+def test_passages_cut_by_an_llm_get_the_scores_of_its_evaluations(tokenizer: PreTrainedTokenizerFast) -> None:
+    class ByLength:
+        def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> np.ndarray:
+            return np.array([len(passage) for _, passage in pairs], np.float32)
+
+    texts = ("word " * 900, "much longer words " * 300, "short")
+    passages = tuple(RetrievedPassage(Passage(str(rank), "", text), 1.0, rank) for rank, text in enumerate(texts, 1))
+    asked, reranker = [Question("q", ("short",), passages)], ByLength()
+    pipeline = Pipeline(tokenizer, reranker=reranker, progress=False)  # type: ignore[arg-type]
+    (evaluated,) = pipeline.select(["t"], asked)
+    (whole,) = rerank_all(asked, reranker)  # type: ignore[arg-type]
+    (cut,) = rerank_all(asked, reranker, tokenizer)  # type: ignore[arg-type]
+    assert cut.passages == evaluated.retrieved != whole.passages

@@ -56,7 +56,11 @@ def as_prompted(question: str) -> str:
 
 
 def evaluate(tasks: list[str], data: Any, **options: Any) -> tuple[dict[str, Any], SetAnswers]:
-    model = SetAnswers({as_prompted(question): generation for question, _, generation in QUESTIONS})
+    return run(tasks, data, {as_prompted(question): generation for question, _, generation in QUESTIONS}, **options)
+
+
+def run(tasks: list[str], data: Any, answers: Mapping[str, str], **options: Any) -> tuple[dict[str, Any], SetAnswers]:
+    model = SetAnswers(answers)
     manager = TaskManager(
         include_path=str(TASK_FOLDER), include_defaults=False, metadata={"pretrained": "LLM", "genpoe_data": data}
     )

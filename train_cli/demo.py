@@ -20,7 +20,7 @@ def demo(context: click.Context, out: Path, seed: int) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, results_directory, run_demo
+    from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
     from genpoe_plugin.demo.table import exact_matches, paired_p_value, render
 
     settings = DemoSettings(seed=seed)
@@ -35,6 +35,7 @@ def demo(context: click.Context, out: Path, seed: int) -> None:
     click.echo(
         f"\nThe genpoe row again, by hand:\n{shlex.join(lm_eval_command(out, 'genpoe', 'retrieved', settings))}\n"
     )
+    click.echo(f"All modes, controls and K, one page:\ngenpoe compare --run {matrix_file(out)} --jobs 2\n")
     click.echo(f"table: {out / 'table.json'}")
 
 

@@ -65,11 +65,12 @@ class MainGroup(LazyGroup):
         "index": LazyCommand("train_cli.index:index", "Build or describe a passage index."),
         "retrieve": LazyCommand("train_cli.retrieve:retrieve", "Retrieve passages for questions, ahead of time."),
         "rerank": LazyCommand("train_cli.rerank:rerank", "Put retrieved passages in a reranker's order."),
+        "compare": LazyCommand("train_cli.compare:compare", "A leaderboard of lm_eval results."),
     },
 )
 @click.version_option(__version__, prog_name="genpoe")
 def main() -> None:
-    """Passages as experts inside a frozen LLM: data, indexes, training, and a demo.
+    """Passages as experts inside a frozen LLM: data, indexes, training, comparisons, and a demo.
 
     Evaluation is lm_eval's own command: lm_eval --model genpoe --tasks genpoe_nq ...
     """

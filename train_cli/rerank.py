@@ -8,21 +8,20 @@ import click
 
 from genpoe_plugin.files import file_digest
 from genpoe_plugin.questions import read_header
-from train_cli.result_options import count_questions, load_reranker, make_file, result_options
+from train_cli.result_options import count_questions, load_reranker, make_file, reranking_options, result_options
 
 
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--reranker", required=True, help="Decoder LLM: directory or hub name.")
+@reranking_options
 @result_options
-def rerank(results: Path, reranker: str, out: Path, form: str, device: str) -> None:
+def rerank(results: Path, reranker: str, llm: str | None, out: Path, form: str, device: str) -> None:
     """Put the passages of RESULTS in a reranker's order, and say how many questions find an answer before and after.
 
     RESULTS are those of `genpoe retrieve` or DPR's, .gz too. What was interrupted is gone on with by the same command.
     """
-    from genpoe_plugin.results import rerank_all
-
     total = count_questions(results, with_passages=True)
-    model, named = load_reranker(reranker, device)
+    work, named = load_reranker(reranker, llm, device)
     header = read_header(results) | {"results_sha256": file_digest(results)} | named
-    make_file(results, total, out, form, lambda asked: rerank_all(asked, model), header)
+    make_file(results, total, out, form, work, header)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.questions import FORMATS, Question, read_questions
 
-if TYPE_CHECKING:
-    from genpoe_plugin.reranking import Reranker
+Rerank = Callable[[Iterator[Question]], Iterator[Question]]
 
 
 def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,12 +39,22 @@ def count_questions(path: Path, with_passages: bool) -> int:
     return questions
 
 
-def load_reranker(name: str, device: str) -> tuple[Reranker, dict[str, str]]:
-    """The reranker, and what the header of its results says of it."""
-    from genpoe_plugin.reranking import Reranker
+def reranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What else is said of a reranker."""
+    told = "Cut passages for the reranker at 256 tokens of this LLM, as its evaluations do: directory or hub name."
+    return click.option("--llm", help=told)(command)
 
+
+def load_reranker(name: str, llm: str | None, device: str) -> tuple[Rerank, dict[str, Any]]:
+    """What puts questions' passages in order, and what the header of the results says of it."""
+    from genpoe_plugin.language_model import load_tokenizer
+    from genpoe_plugin.reranking import Reranker
+    from genpoe_plugin.results import rerank_all
+
+    tokenizer = None if llm is None else load_tokenizer(llm)
     model = Reranker.load(name, device=device)
-    return model, {"reranker": name, "reranker_fingerprint": model.fingerprint}
+    said = {"reranker": name, "reranker_fingerprint": model.fingerprint} | ({} if llm is None else {"llm": llm})
+    return lambda questions: rerank_all(questions, model, tokenizer), said
 
 
 def make_file(
@@ -53,7 +62,7 @@ def make_file(
     total: int,
     out: Path,
     form: str,
-    work: Callable[[Iterator[Question]], Iterator[Question]],
+    work: Rerank,
     header: dict[str, Any],
 ) -> None:
     """Do the work on a file's questions, write what comes out, and print how good it is."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
+from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest
 from genpoe_plugin.questions import Question
-from train_cli.result_options import count_questions, load_reranker, make_file, result_options
+from train_cli.result_options import count_questions, load_reranker, make_file, reranking_options, result_options
 
 
 @click.command()
@@ -18,6 +19,7 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 @click.option("--num-retrieved", default=20, show_default=True, type=click.IntRange(1), help="Passages per question.")
 @click.option("--reranker", help="Decoder-LLM reranker that puts them in order: directory or hub name.")
 @click.option("--encoder", help="The index's encoder, where it has moved since.")
+@reranking_options
 @result_options
 def retrieve(
     index: Path,
@@ -25,6 +27,7 @@ def retrieve(
     num_retrieved: int,
     reranker: str | None,
     encoder: str | None,
+    llm: str | None,
     out: Path,
     form: str,
     device: str,
@@ -33,16 +36,18 @@ def retrieve(
 
     What was interrupted is gone on with by the same command.
     """
-    from genpoe_plugin.results import rerank_all, retrieve_all
+    from genpoe_plugin.results import retrieve_all
     from genpoe_plugin.retrieval.retriever import Retriever
 
+    if llm and not reranker:
+        raise InputError("--llm: passages are cut for a reranker; give --reranker as well")
     total = count_questions(questions, with_passages=False)
     retriever = Retriever.load(index, device=device, encoder=encoder)
-    model, named = load_reranker(reranker, device) if reranker else (None, {})
+    rerank, named = load_reranker(reranker, llm, device) if reranker else (None, {})
 
     def work(asked: Iterator[Question]) -> Iterator[Question]:
         found = retrieve_all(asked, retriever, num_retrieved)
-        return rerank_all(found, model) if model else found
+        return rerank(found) if rerank else found
 
     header = {
         "questions_sha256": file_digest(questions),

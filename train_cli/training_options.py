@@ -138,7 +138,7 @@ def show_memory(estimate: MemoryEstimate, accelerator: Accelerator, device: str 
     Raises:
         InputError: so much memory is not free on the device.
     """
-    from genpoe_plugin.training.device_memory import available_memory
+    from genpoe_plugin.device_memory import available_memory
     from genpoe_plugin.training.memory import check_fits
 
     if accelerator.is_main_process:

@@ -15,13 +15,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from genpoe_plugin import __version__
+from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.demo.table import Row, read_row
 from genpoe_plugin.demo.world import Side, World, WorldQuestion, make_world
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.prompts import MODES
 from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.reranking import Reranker, rerank
 from genpoe_plugin.retrieval.encoder import load_encoder
@@ -78,6 +81,7 @@ def run_demo(out: str | Path, settings: DemoSettings) -> list[Row]:
         for finished in as_completed(stages):
             finished.result()
     _evaluate(out, settings)
+    _write_matrix(out)
     rows = [read_row(results_directory(out, *run), *run, _test_file(out)) for run in RUNS]
     with atomic_file(out / "table.json") as temporary:
         temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
@@ -209,6 +213,32 @@ def lm_eval_command(out: Path, mode: str, passages: str, settings: DemoSettings)
         "--tasks", TASK, "--metadata", json.dumps({"genpoe_data": str(_test_file(out))}), "--batch_size", "48",
         "--device", "cpu", "--log_samples", "--output_path", str(results_directory(out, mode, passages)),
     ]  # fmt: skip
+
+
+def matrix_file(out: Path) -> Path:
+    """What `genpoe compare --run` takes: all modes, controls and numbers of passages, with three seeds."""
+    return out / "matrix.yaml"
+
+
+def _write_matrix(out: Path) -> None:
+    if matrix_file(out).is_file():
+        return
+    declared = {
+        "out": str(out / "leaderboard"),
+        "tasks": TASK,
+        "options": {"device": "cpu", "batch_size": 48, "metadata": {"genpoe_data": str(_test_file(out))}},
+        "model_args": {"dtype": "float32"},
+        "models": {
+            "demo": {"pretrained": str(LLM), "hypernetwork": str(out / "hypernetwork")},
+            "hf": {"model": "hf", "pretrained": str(LLM)},
+        },
+        "modes": list(MODES),
+        "passages": list(CONTROLS),
+        "num_passages": [1, 2, 4],
+        "seeds": [0, 1, 2],
+    }
+    with atomic_file(matrix_file(out)) as temporary:
+        temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
 
 
 def _evaluate(out: Path, settings: DemoSettings) -> None:

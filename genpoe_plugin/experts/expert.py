@@ -5,10 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Mixture(Protocol):
+    """``Σ_k g_k · E_k(x)``, for every row its own experts."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[rows, tokens, d]`` to ``[rows, tokens, d]``, in the dtype of the experts."""
 
 
 class Experts(ABC):
@@ -34,18 +41,18 @@ class Experts(ABC):
         """Experts of this form, and with what these share, whose own tensors are ``weights``."""
 
     @abstractmethod
-    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
-        """The gated sum ``Σ_k g_k · E_k(x)``, for every row its own experts.
+    def mixture(self, gates: Tensor) -> Mixture:
+        """The gated sum of each row's experts, laid out once for the many passes of a generation.
 
         The experts' leading dimensions must be ``[rows, K]``.
 
         Args:
-            x: ``[rows, tokens, d]``.
             gates: ``[rows, K]``; a gate of 0 on finite weights takes an expert out.
-
-        Returns:
-            ``[rows, tokens, d]``, in the dtype of the experts.
         """
+
+    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
+        """``Σ_k g_k · E_k(x)``, for every row its own experts: as `mixture`, called once."""
+        return self.mixture(gates)(x)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Experts:
         """Experts whose own tensors are ``change`` of these."""
@@ -105,16 +112,21 @@ class DenseExperts(Experts):
     def with_weights(self, *weights: Tensor) -> DenseExperts:
         return DenseExperts(*weights)
 
-    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
-        rows, tokens, _ = x.shape
-        count, rank, width = self.w1.shape[1:]
+    def mixture(self, gates: Tensor) -> Mixture:
+        rows, count, rank, width = self.w1.shape
         # The first and the last product have the tokens' width on one side, so all experts of a row share one product.
-        inner = x.to(self.w1.dtype) @ self.w1.reshape(rows, count * rank, width).mT
-        inner = inner.view(rows, tokens, count, rank).transpose(1, 2)
-        inner = torch.relu(inner @ self.w2.mT) @ self.w3.mT
-        inner = inner * gates.to(inner.dtype)[:, :, None, None]
-        inner = inner.transpose(1, 2).reshape(rows, tokens, count * rank)
-        return inner @ self.w4.transpose(1, 2).reshape(rows, width, count * rank).mT
+        up = self.w1.reshape(rows, count * rank, width).mT
+        down = self.w4.transpose(2, 3).reshape(rows, count * rank, width)
+        gates = gates.to(self.w1.dtype)[:, :, None, None]
+
+        def mix(x: Tensor) -> Tensor:
+            tokens = x.shape[1]
+            inner = (x.to(up.dtype) @ up).view(rows, tokens, count, rank).transpose(1, 2)
+            inner = torch.relu(inner @ self.w2.mT) @ self.w3.mT
+            inner = (inner * gates).transpose(1, 2).reshape(rows, tokens, count * rank)
+            return inner @ down
+
+        return mix
 
 
 class Factors(NamedTuple):
@@ -159,14 +171,18 @@ class FactoredExperts(Experts):
         factors = Factors(*(factor.to(target) for factor in self.factors))
         return FactoredExperts(factors, *(weight.to(target) for weight in self.weights))
 
-    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
-        rows, tokens, _ = x.shape
-        count, size, _ = self.core_up.shape[1:]
+    def mixture(self, gates: Tensor) -> Mixture:
+        rows, count, size, _ = self.core_up.shape
         # Reading before the cores and writing after them is the same for all experts, so each is done once a token.
-        inner = x.to(self.core_up.dtype) @ self.factors.read_up.mT
-        inner = inner @ self.core_up.reshape(rows, count * size, size).mT
-        inner = inner.view(rows, tokens, count, size)
-        inner = torch.relu(inner @ self.factors.write_up.mT) @ self.factors.read_down.mT
-        inner = (inner * gates.to(inner.dtype)[:, None, :, None]).flatten(2)
-        inner = inner @ self.core_down.transpose(1, 2).reshape(rows, size, count * size).mT
-        return inner @ self.factors.write_down.mT
+        up = self.core_up.reshape(rows, count * size, size).mT
+        down = self.core_down.transpose(2, 3).reshape(rows, count * size, size)
+        gates = gates.to(self.core_up.dtype)[:, None, :, None]
+        factors = self.factors
+
+        def mix(x: Tensor) -> Tensor:
+            inner = (x.to(up.dtype) @ factors.read_up.mT) @ up
+            inner = inner.view(rows, x.shape[1], count, size)
+            inner = torch.relu(inner @ factors.write_up.mT) @ factors.read_down.mT
+            return (inner * gates).flatten(2) @ down @ factors.write_down.mT
+
+        return mix

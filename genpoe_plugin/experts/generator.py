@@ -9,13 +9,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genpoe_plugin.device_memory import available_memory
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import find_layer
 from genpoe_plugin.experts.states import hidden_states
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
+
+MOST = 128  # passages at a time
 
 
 class ExpertGenerator:
@@ -74,6 +78,13 @@ class ExpertGenerator:
     def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
         tensors = [torch.tensor(row) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=value).to(self.device)
+
+    def batch_size(self) -> int:
+        """How many passages at a time a quarter of the free memory has room for; beyond `MOST` nothing is gained."""
+        one = 2 * footprint(self.hypernetwork.config).expert_bytes
+        # States as they are and normalised; a layer of the LLM, with its MLP, has about 16 times as many numbers.
+        one += MAX_PASSAGE_TOKENS * self.hypernetwork.config.hidden_size * 4 * (20 if self.contextual else 4)
+        return max(1, min(MOST, available_memory(str(self.device)) // 4 // one))
 
     def generate(self, passages: Sequence[str]) -> Experts:
         """One expert a passage, in the hypernetwork's dtype."""

@@ -11,6 +11,8 @@ from torch.nn import functional
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors
 
+PART = 32_768  # entries of a generated expert at a time
+
 
 class MeanEncoder(nn.Module):
     """The paper's encoder: the mean over a passage's tokens, then ``Linear -> ReLU``.
@@ -68,6 +70,30 @@ class AttentionEncoder(Attention):
         return torch.relu(self.project(self.values(super().forward(states, mask)).flatten(1)))
 
 
+class Generator(nn.Linear):
+    """The layer whose outputs are the entries of matrices: so large that a pass over them costs as the product does."""
+
+    def forward(self, code: Tensor, gain: float = 1.0, base: Tensor | None = None) -> Tensor:
+        """``[n, code]`` to ``[n, entries]``; with ``base`` (``[entries]``, without gradients) ``gain · layer + base``.
+
+        What the layer is asked for is done here, and not by its owner, for sharded weights are whole only meanwhile.
+        """
+        if base is None:
+            return super().forward(code)
+        weight, code = self.weight, (gain * code).to(self.weight.dtype)
+        shift = torch.add(base.to(weight.dtype), self.bias, alpha=gain)
+        if weight.device.type != "cpu":
+            return torch.addmm(shift, code, weight.mT)
+        # A CPU lays out the matrix anew for its product: by parts, which stay in its cache.
+        entries = code.new_empty(len(code), len(weight))
+        part = code.new_empty(len(code), min(PART, len(weight)))
+        for begin in range(0, len(weight), PART):
+            some = slice(begin, begin + PART)
+            result = part[:, : len(weight[some])]
+            entries[:, some] = torch.addmm(shift[some], code, weight[some].mT, out=result)
+        return entries
+
+
 class DenseHead(nn.Module):
     """The paper's generator: one linear layer whose output is every entry of the four matrices."""
 
@@ -75,7 +101,7 @@ class DenseHead(nn.Module):
         super().__init__()
         d, r, h = config.hidden_size, config.rank, config.expert_width
         self.shapes = ((r, d), (h, r), (r, h), (d, r))
-        self.generate = nn.Linear(config.code_size, 2 * r * (d + h))
+        self.generate = Generator(config.code_size, 2 * r * (d + h))
         self.gain = config.generator_gain
         for number, shape in enumerate(self.shapes, start=1):
             base = torch.empty(shape)
@@ -86,13 +112,16 @@ class DenseHead(nn.Module):
             self.register_buffer(f"base{number}", base)
 
     def forward(self, code: Tensor) -> DenseExperts:
-        parts = (self.gain * self.generate(code)).split([rows * columns for rows, columns in self.shapes], dim=-1)
-        return DenseExperts(
-            *(
-                part.unflatten(-1, shape) + self.get_buffer(f"base{number}")
-                for number, (part, shape) in enumerate(zip(parts, self.shapes, strict=True), start=1)
+        sizes = [rows * columns for rows, columns in self.shapes]
+        bases = [self.get_buffer(f"base{number}") for number in (1, 2, 3, 4)]
+        if torch.is_grad_enabled():
+            parts = (self.gain * self.generate(code)).split(sizes, dim=-1)
+            return DenseExperts(
+                *(part.unflatten(-1, base.shape) + base for part, base in zip(parts, bases, strict=True))
             )
-        )
+        entries = self.generate(code, self.gain, torch.cat([base.flatten() for base in bases]))
+        parts = entries.split(sizes, dim=-1)
+        return DenseExperts(*(part.unflatten(-1, base.shape) for part, base in zip(parts, bases, strict=True)))
 
 
 class FactoredHead(nn.Module):
@@ -185,4 +214,13 @@ class Hypernetwork(nn.Module):
         Returns:
             ``n`` experts.
         """
-        return self.head(self.encoder(states, mask))
+        return self.head(self.encoder(states, mask).to(self.head_dtype))
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        return next(self.head.parameters()).dtype
+
+    def lower_head(self, dtype: torch.dtype) -> None:
+        """Have a dense head, whose product is bound by reading its weights, compute in the dtype of its experts."""
+        if self.config.head == "dense":
+            self.head.to(dtype)

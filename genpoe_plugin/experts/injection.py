@@ -15,11 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.expert import Experts, Mixture
+
+# Else a model that was compiled (which transformers does by itself with a static cache) runs on without a look at the
+# hooks: of the batch that it was compiled with, or none.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 _off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
 
@@ -29,22 +34,32 @@ class RowExperts:
     """What a batch needs, a row for each of its prompts.
 
     Attributes:
-        experts: weights with leading dimensions ``[rows, K]``; where a row has fewer experts, zeros.
-        gates: ``[rows, K]``, 0 where there is no expert.
+        experts: weights with leading dimensions ``[served, K]``; where a row has fewer experts, zeros.
+        gates: ``[served, K]``, 0 where there is no expert.
         start: ``[rows]``, the first position (of real tokens, padding not counted) that the experts act on.
+        served: ``[served]``, the rows that have experts, in ascending order; None where all of them have.
     """
 
     experts: Experts
     gates: Tensor
     start: Tensor
+    served: Tensor | None = None
 
     def to(self, device: torch.device) -> RowExperts:
-        return RowExperts(self.experts.to(device), self.gates.to(device), self.start.to(device))
+        served = None if self.served is None else self.served.to(device)
+        return RowExperts(self.experts.to(device), self.gates.to(device), self.start.to(device), served)
 
     def repeat(self, times: int) -> RowExperts:
         """Every row ``times`` times in a row, as beam search lays out its batch."""
-        index = torch.arange(len(self.gates), device=self.gates.device).repeat_interleave(times)
-        return RowExperts(self.experts[index], self.gates[index], self.start[index])
+        if times == 1:
+            return self
+        device = self.start.device
+        every = torch.arange(len(self.start), device=device).repeat_interleave(times)
+        if self.served is None:
+            return RowExperts(self.experts[every], self.gates[every], self.start[every])
+        index = torch.arange(len(self.served), device=device).repeat_interleave(times)
+        served = (self.served.unsqueeze(1) * times + torch.arange(times, device=device)).flatten()
+        return RowExperts(self.experts[index], self.gates[index], self.start[every], served)
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -148,7 +163,7 @@ def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Itera
         branch.arguments = {**arguments, "past": 0 if cache is None else cache.get_seq_length()}
 
     def add_experts(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output if _off.get() else output + branch(args[0])
+        return output if _off.get() else branch.added(args[0], output)
 
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
@@ -157,23 +172,33 @@ def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Itera
 
 
 class _Branch:
-    """The rows of one batch on the device where they are needed, and the arguments of the pass under way."""
+    """The rows of one batch, laid out for the passes to come, and the arguments of the pass under way."""
 
     def __init__(self, rows: RowExperts) -> None:
-        self.rows = rows
+        self.given = rows
         self.arguments: dict[str, Any] = {}
+        self.rows: RowExperts | None = None
+        self.mixture: Mixture | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.rows.experts.width:
-            raise InputError(f"experts of width {self.rows.experts.width} beside an MLP of width {x.shape[-1]}")
-        if self.rows.gates.device != x.device:
-            self.rows = self.rows.to(x.device)
+    def added(self, x: Tensor, output: Tensor) -> Tensor:
+        """``output``, and what the experts make of ``x``."""
         batch, tokens = x.shape[:2]
+        if self.rows is None or len(self.rows.start) != batch or self.rows.start.device != x.device:
+            self._lay_out(x)
         rows = self.rows
-        if batch != len(rows.gates):
-            if batch % len(rows.gates):
-                raise InputError(f"a batch of {batch} cannot be shared by the experts of {len(rows.gates)} rows")
-            rows = rows.repeat(batch // len(rows.gates))
+        assert rows is not None and self.mixture is not None
         active = _active_positions(rows.start, self.arguments, batch, tokens)
-        mixed = rows.experts.mix(x, rows.gates)
-        return mixed.to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
+        if rows.served is None:
+            return output + self.mixture(x).to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
+        mixed = self.mixture(x[rows.served]).to(x.dtype) * active[rows.served].unsqueeze(-1).to(x.dtype)
+        return output.index_add(0, rows.served, mixed.to(output.dtype))  # which autocast may have made another
+
+    def _lay_out(self, x: Tensor) -> None:
+        """Once a generation, and again where the batch changes its size: this copies the experts' weights."""
+        width, count = self.given.experts.width, len(self.given.start)
+        if x.shape[-1] != width:
+            raise InputError(f"experts of width {width} beside an MLP of width {x.shape[-1]}")
+        if len(x) % count:
+            raise InputError(f"a batch of {len(x)} cannot be shared by the experts of {count} rows")
+        self.rows = self.given.to(x.device).repeat(len(x) // count)
+        self.mixture = self.rows.experts.mixture(self.rows.gates)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
+from genpoe_plugin.experts.slab import Slab, Weights
+
+ON_DEVICE, ON_HOST = 2 * 10**9, 8 * 10**9  # bytes, where nothing else is said
 
 
 class ExpertStore:
@@ -21,9 +25,12 @@ class ExpertStore:
 
     Args:
         hypernetwork: generates what the store lacks; on the device of the LLM's embeddings.
-        model, tokenizer: the LLM that the experts are for.
-        capacity_bytes: budget for the experts kept; what all of them share is there once and not counted.
-        batch_size: passages a generation step.
+        model, tokenizer: the LLM that the experts are for; of it, what the hypernetwork reads passages with is enough.
+        dtype: of the experts; without it, the LLM's.
+        device_bytes: budget for the experts kept beside the LLM; what all of them share is there once and not counted.
+        host_bytes: budget for those that are in memory beyond it, where the LLM is on an accelerator.
+        files: where experts of earlier runs are, and those of this one go.
+        batch_size: passages a generation step; as memory allows without it.
     """
 
     def __init__(
@@ -32,35 +39,58 @@ class ExpertStore:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        capacity_bytes: int = 2**31,
-        batch_size: int = 64,
+        dtype: torch.dtype | None = None,
+        device_bytes: int = ON_DEVICE,
+        host_bytes: int = ON_HOST,
+        files: ExpertFiles | None = None,
+        batch_size: int | None = None,
     ) -> None:
+        self.dtype = dtype or model.dtype
+        hypernetwork.lower_head(self.dtype)
         config = hypernetwork.config
         self.config = config
         self.tokenizer = tokenizer
         self.layer = config.layer
-        self.dtype = model.dtype
-        self.batch_size = batch_size
-        self.capacity = max(1, capacity_bytes // footprint(config, self.dtype).expert_bytes)
         self._generator = ExpertGenerator(hypernetwork, model, tokenizer)
-        self._experts: OrderedDict[str, Experts] = OrderedDict()
+        self._files = files
+        self._batch_size = batch_size
+        one = footprint(config, self.dtype).expert_bytes
+        device = self._generator.device
+        self._slab = Slab(max(1, device_bytes // one), device)
+        self._host = Slab(0 if device.type == "cpu" else host_bytes // one, torch.device("cpu"))
         self._form: Experts | None = None
+        """No experts, and what all of them share."""
+
+    @property
+    def batch_size(self) -> int:
+        """Passages a generation step."""
+        if self._batch_size is None:
+            self._batch_size = self._generator.batch_size()
+        return self._batch_size
 
     def prepare(self, passages: Iterable[str], *, progress: bool = True) -> None:
-        """Generate the experts of ``passages`` ahead of their use, as many as the budget holds."""
-        wanted = list(dict.fromkeys(passages))[: self.capacity]
+        """Make the experts of ``passages`` ready ahead of their use, as many as the budget holds."""
+        wanted = list(dict.fromkeys(passages))[: self._slab.capacity + self._host.capacity]
         # What is there already counts as used, or making room for the rest might drop it.
-        self._fetch([passage for passage in wanted if passage in self._experts])
-        missing = [passage for passage in wanted if passage not in self._experts]
+        self._host.use(wanted)
+        self._slab.use(wanted)
+        missing = [passage for passage in wanted if passage not in self._slab and passage not in self._host]
+        missing.sort(key=len)  # for tight batches
         with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
-            for begin in range(0, len(missing), self.batch_size):
-                bar.update(len(self._fetch(missing[begin : begin + self.batch_size])))
+            for batch, weights in self._made(missing):
+                self._keep(batch, weights)
+                bar.update(len(batch))
 
     def experts(self, passages: Sequence[Sequence[str]]) -> list[Experts]:
         """The experts of each of several groups of passages, with one leading dimension: that of the group."""
         unique = list(dict.fromkeys(passage for group in passages for passage in group))
-        found = dict(zip(unique, self._fetch(unique), strict=True))
-        return [Experts.stack([found[passage] for passage in group]) for group in passages]
+        weights, places = self._fetch(unique)
+        place = dict(zip(unique, places, strict=True))
+        shared, found = self._shared(), []
+        for group in passages:
+            index = torch.tensor([place[passage] for passage in group], device=self._generator.device)
+            found.append(shared.with_weights(*(weight[index] for weight in weights)))
+        return found
 
     def rows(
         self, passages: Sequence[Sequence[str]], gates: Sequence[Sequence[float]], start: Sequence[int]
@@ -73,41 +103,101 @@ class ExpertStore:
             start: for each row the first position that its experts act on.
 
         Returns:
-            Experts ``[rows, K]`` with K the largest number of passages, or None if no row has any.
+            Experts ``[served, K]`` with K the largest number of passages, or None if no row has any.
         """
-        most = max(map(len, passages), default=0)
-        if most == 0:
+        served = [number for number, row in enumerate(passages) if row]
+        if not served:
             return None
+        most = max(map(len, passages))
         unique = list(dict.fromkeys(passage for row in passages for passage in row))
-        experts = self._fetch(unique)
-        # A row with fewer passages points at a last expert of zeros, which adds nothing whatever it is fed.
-        experts.append(experts[0].map(torch.zeros_like))
-        place = {passage: number for number, passage in enumerate(unique)}
-        device = experts[0].weights[0].device
-        index = torch.full((len(passages), most), len(unique), device=device)
-        gate = torch.zeros(len(passages), most, device=device)
-        for number, (row, row_gates) in enumerate(zip(passages, gates, strict=True)):
-            index[number, : len(row)] = torch.tensor([place[passage] for passage in row], dtype=torch.long)
-            gate[number, : len(row)] = torch.tensor(list(row_gates), dtype=torch.float32)
-        return RowExperts(Experts.stack(experts)[index], gate, torch.tensor(list(start), device=device))
+        weights, places = self._fetch(unique)
+        place = dict(zip(unique, places, strict=True))
+        index = torch.zeros(len(served), most, dtype=torch.long)
+        gate = torch.zeros(len(served), most)
+        none = torch.ones(len(served), most, dtype=torch.bool)
+        for number, row in enumerate(served):
+            own = len(passages[row])
+            index[number, :own] = torch.tensor([place[passage] for passage in passages[row]])
+            gate[number, :own] = torch.tensor(list(gates[row]), dtype=torch.float32)
+            none[number, :own] = False
+        device = self._generator.device
+        chosen = tuple(weight[index.to(device)] for weight in weights)
+        if none.any():
+            for weight in chosen:  # experts of zeros add nothing whatever they are fed
+                weight[none.to(device)] = 0
+        return RowExperts(
+            self._shared().with_weights(*chosen),
+            gate.to(device),
+            torch.tensor(list(start), device=device),
+            None if len(served) == len(passages) else torch.tensor(served, device=device),
+        )
 
-    def _fetch(self, unique: Sequence[str]) -> list[Experts]:
-        """The experts of distinct passages in their order; what is missing is generated in batches."""
-        found = {passage: self._experts[passage] for passage in unique if passage in self._experts}
-        missing = [passage for passage in unique if passage not in found]
-        for begin in range(0, len(missing), self.batch_size):
-            batch = missing[begin : begin + self.batch_size]
+    def _fetch(self, unique: Sequence[str]) -> tuple[Weights, list[int]]:
+        """Tensors with the experts of distinct passages, and where in them each is."""
+        self._slab.use(unique)
+        kept = [passage for passage in unique if passage in self._slab]
+        missing = [passage for passage in unique if passage not in self._slab]
+        if len(unique) <= self._slab.capacity:
+            for batch, weights in self._made(missing):
+                self._keep(batch, weights)
+            self._slab.use(unique)
+            return self._slab.weights, self._slab.slots(unique)
+        # More than the budget keeps: they are put together for this once.
+        parts = [(kept, self._slab.select(kept))] if kept else []
+        for batch, weights in self._made(missing):
+            self._keep(batch, weights)
+            parts.append((batch, weights))
+        names = [passage for batch, _ in parts for passage in batch]
+        place = {passage: number for number, passage in enumerate(names)}
+        columns = zip(*(weights for _, weights in parts), strict=True)
+        return tuple(map(torch.cat, columns)), [place[passage] for passage in unique]
+
+    def _made(self, passages: Sequence[str]) -> Iterator[tuple[list[str], Weights]]:
+        """The experts of distinct passages that are not on the device, by batches, from wherever they come soonest."""
+        device = self._generator.device
+        rest = list(passages)
+        if on_host := [passage for passage in rest if passage in self._host]:
+            yield on_host, tuple(weight.to(device) for weight in self._host.select(on_host))
+            rest = [passage for passage in rest if passage not in set(on_host)]
+        if self._files is not None:
+            on_disk = [passage for passage in rest if passage in self._files]
+            for batch in self._batches(on_disk):
+                yield batch, tuple(weight.to(device) for weight in self._files.read(batch))
+            rest = [passage for passage in rest if passage not in self._files]
+        for batch in self._batches(rest):
             with torch.inference_mode():
                 generated = self._generator.generate(batch).to(self.dtype)
-            if self._form is None:
-                self._form = generated.map(lambda weight: weight.new_empty(0))
-            # What they share is that of the first batch, or each batch would keep a copy of its own. The rest is
-            # cloned one by one: a view would keep the whole batch alive after its neighbours are dropped.
-            for number, passage in enumerate(batch):
-                found[passage] = self._form.with_weights(*(weight[number].clone() for weight in generated.weights))
-        for passage in unique:
-            self._experts[passage] = found[passage]
-            self._experts.move_to_end(passage)
-        while len(self._experts) > self.capacity:
-            self._experts.popitem(last=False)
-        return [found[passage] for passage in unique]
+            self._share(generated)
+            if self._files is not None:
+                self._files.write(batch, generated.weights)
+            yield batch, generated.weights
+
+    def _batches(self, passages: Sequence[str]) -> Iterator[list[str]]:
+        for begin in range(0, len(passages), self.batch_size):
+            yield list(passages[begin : begin + self.batch_size])
+
+    def _keep(self, passages: list[str], weights: Weights) -> None:
+        """Put experts on the device; what has no room there, of these or of the others, goes to the host."""
+        if self._host.capacity:
+            if leaving := [passage for passage in self._slab.oldest(len(passages)) if passage not in self._host]:
+                self._host.put(leaving, self._slab.select(leaving))
+            beyond = range(max(0, len(passages) - self._slab.capacity))
+            if extra := [number for number in beyond if passages[number] not in self._host]:
+                self._host.put([passages[number] for number in extra], tuple(weight[extra] for weight in weights))
+        self._slab.put(passages, weights)
+
+    def _share(self, generated: Experts) -> None:
+        """What experts share is that of the first batch, or each batch would keep a copy of its own."""
+        if self._form is None:
+            self._form = generated.map(_nothing)
+
+    def _shared(self) -> Experts:
+        if self._form is None:  # all experts came from files
+            with torch.inference_mode():
+                self._share(self._generator.generate(["A passage."]).to(self.dtype))
+        assert self._form is not None
+        return self._form
+
+
+def _nothing(weight: Tensor) -> Tensor:
+    return weight.new_empty(0)

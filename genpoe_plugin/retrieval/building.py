@@ -202,7 +202,7 @@ class _Build:
             # What is free differs from time to time, and a build that was begun goes on as it was begun.
             begun = _read_json(self.work / BUILD)
             if not isinstance(begun, dict) or begun.get("shards") != self.identity:
-                from genpoe_plugin.training.device_memory import available_memory  # here, for it loads torch
+                from genpoe_plugin.device_memory import available_memory  # here, for it loads torch
 
                 return choose_factory(count, dimension, available_memory("cpu"))
             factory = str(begun["factory"])

@@ -72,6 +72,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
 
 
+def divergences(logits: Tensor, taught: Tensor) -> Tensor:
+    """How far each distribution of ``logits`` is from that of ``taught`` (Kullback-Leibler): ``[rows, targets]``."""
+    pointwise = functional.kl_div(logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none")
+    return pointwise.sum(-1)
+
+
 def mean_over_targets(losses: Tensor, labels: Tensor) -> Tensor:
     """The mean of every row's losses ``[rows, targets]`` where it has a label: ``[rows]``."""
     wanted = labels != IGNORED

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.checkpoint import write_hypernetwork
@@ -26,7 +25,7 @@ from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import find_mlp, inject
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.training.arguments import HypernetworkTraining
-from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
+from genpoe_plugin.training.batches import answer_logits, divergences, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample, draw_passages, row_experts
@@ -108,10 +107,7 @@ class HypernetworkLearner:
         if share := self.arguments.distillation:
             with torch.no_grad():
                 taught = answer_logits(self.model, make_batch(drawn, True, self.tokenizer), device)
-            divergence = functional.kl_div(
-                logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none"
-            ).sum(-1)
-            losses = (1 - share) * losses + share * divergence
+            losses = (1 - share) * losses + share * divergences(logits, taught)
         return mean_over_targets(losses, labels)
 
     def validate(self, process: int, processes: int) -> dict[str, float]:

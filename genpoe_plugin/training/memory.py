@@ -29,6 +29,11 @@ At the height of a forward and backward pass, besides:
     gradients           N·c·3·f: of the three parts of an MLP
     bfloat16 copies     2 bytes a number of float32 weights, where the forward pass computes in bfloat16
 
+where the LLM only reads, and nothing is kept:
+
+    a layer             N·(4·w·d + c·(3·f + T) + T): four of its states, three parts of its MLP, and the mask of the
+                        attention in both its forms
+
 and in AdamW's step, when those are gone, 4·P of intermediate results; on a CPU 8 x the largest tensor's numbers.
 """
 
@@ -42,10 +47,13 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize
 
 Precision = Literal["float32", "bfloat16"]
-Phase = Literal["always", "pass", "step"]
+Phase = Literal["always", "generating", "pass", "teaching", "backward", "step"]
 PHASES: dict[Phase, str] = {
     "always": "all the time",
+    "generating": "while experts are generated",
     "pass": "in a forward and backward pass",
+    "teaching": "besides, while the LLM teaches",
+    "backward": "besides, on the way back",
     "step": "in an optimizer step",
 }
 FLOAT32 = 4
@@ -79,8 +87,9 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes at the worst moment: what is held all the time, and the larger of a pass and a step."""
-        return self.phase("always") + max(self.phase("pass"), self.phase("step"))
+        """Bytes at the worst moment: what is held all the time, and the largest of what is not at the same time."""
+        whole_pass = self.phase("pass") + max(self.phase("teaching"), self.phase("backward"))
+        return self.phase("always") + max(self.phase("generating"), whole_pass, self.phase("step"))
 
     def table(self) -> str:
         """For people: a line a part, by phase, and the total."""
@@ -123,12 +132,16 @@ class HypernetworkPlan:
         expert_bytes: of one generated expert, in float32.
         expert_width: numbers that an expert keeps a token: the widths of its inner products, ``2·rank + expert_width``
             for the dense form.
+        queries: of the hypernetwork, that look at a passage's tokens.
+        contextual: whether the LLM reads the passages up to the experts' layer.
         layer: of the experts, counted from 0.
         rows: examples in memory at a time.
         num_experts: an example.
         tokens: of the longest prompt with its answer.
         answer_tokens: of the longest answer.
         passage_tokens: of the longest passage.
+        teacher_tokens: of the longest prompt with its passages and answer, which the LLM reads as a teacher; 0 if none
+            does.
         precision: that the forward pass computes in.
         shards: devices that what learns is sharded over.
         device_type: where the optimizer runs, as ``torch.device`` has it.
@@ -140,32 +153,49 @@ class HypernetworkPlan:
     buffers: int
     expert_bytes: int
     expert_width: int
+    queries: int
+    contextual: bool
     layer: int
     rows: int
     num_experts: int
     tokens: int
     answer_tokens: int
     passage_tokens: int
+    teacher_tokens: int = 0
     precision: Precision = "float32"
     shards: int = 1
     device_type: str = "cpu"
 
     def estimate(self) -> MemoryEstimate:
-        """What it takes. A pass has, by the letters of the module, E bytes and e numbers an expert, K experts an
-        example, p tokens a passage, A of the answer, and l the experts' layer:
+        """What it takes. By the letters of the module, with E bytes and e numbers an expert, K experts an example, Q
+        queries, p tokens a passage, A of the answer, t of a teacher's prompt, and l the experts' layer, a pass has:
 
-            experts               2·R·K·E: those of the batch with their gradients
-            token states          8·R·K·p·d: of their passages, as they are and normalised
+            generated experts     R·K·E: those of the batch
+            token states          4·R·K·p·d: of their passages
+            findings              c·R·K·Q·(d + p): what the queries find, and how much of it in which token
             branch                N·c·(d + 3·K·e): what the experts read and keep, with its gradients
-            layers above          n - l - 1 times a frozen layer, and the gradients of one
-            answers' predictions  R·(A + 1)·V·(c + 8): logits, in float32 as well, and their logarithms
+            layers above          n - l - 1 times a frozen layer
+            answers' predictions  8·R·(A + 1)·V: logits in float32, and their logarithms
+
+        on the way back also the largest of the gradients: of the experts, of a layer, or of the logits; before that,
+        if the LLM is a teacher, the larger of
+
+            a layer that reads    R rows of t tokens
+            its predictions       24·R·(A + 1)·V: logits, logarithms of both, and three steps of the divergence
+
+        and before the whole pass, when the experts are generated, the larger of
+
+            a layer that reads    R·K rows of p tokens, if token states are contextual
+            experts               and findings, and 12·R·K·p·d: token states in three steps of being normalised
         """
         own = self._parts()
-        least = replace(self, weights=0, largest_weight=0, buffers=0, expert_bytes=0, expert_width=0)
+        least = replace(self, weights=0, largest_weight=0, buffers=0, expert_bytes=0, expert_width=0, queries=0)
         ways = [
             _fewer_rows(self.rows, lambda rows: replace(self, rows=rows)._parts()),
             [("precision=bfloat16", replace(self, precision="bfloat16")._parts())],
             [("an LLM in bfloat16", replace(self, llm=_in_bfloat16(self.llm))._parts())],
+            [("states=embeddings", replace(self, contextual=False)._parts())],
+            [("distillation=0", replace(self, teacher_tokens=0)._parts())],
             [("a hypernetwork of a fraction of the size (another head, a lower rank)", least._parts())],
             [(f"sharding over {shards} devices", replace(self, shards=shards)._parts()) for shards in (2, 4, 8)],
         ]
@@ -179,17 +209,26 @@ class HypernetworkPlan:
         layer = _frozen_layer(llm, self.rows, self.tokens, number)
         gradients = self.rows * self.tokens * number * llm.mlp_width
         read = llm.hidden_size + 3 * self.num_experts * self.expert_width
-        logits = self.rows * (self.answer_tokens + 1) * llm.vocabulary
+        experts = passages * self.expert_bytes
+        states = FLOAT32 * passages * self.passage_tokens * llm.hidden_size
+        found = branch * passages * self.queries * (llm.hidden_size + self.passage_tokens)
+        reading = _reading_layer(llm, passages, self.passage_tokens, number) if self.contextual else 0
+        teaching = _reading_layer(llm, self.rows, self.teacher_tokens, number)
+        logits = FLOAT32 * self.rows * (self.answer_tokens + 1) * llm.vocabulary
         return (
             Part("LLM weights", llm.weight_bytes),
             *_learning("hypernetwork", self.weights, self.largest_weight, self),
             Part("hypernetwork base", FLOAT32 * self.buffers),
-            Part("generated experts and their gradients", 2 * passages * self.expert_bytes, "pass"),
-            Part("token states of passages", 2 * FLOAT32 * passages * self.passage_tokens * llm.hidden_size, "pass"),
+            Part("passages", max(reading, 3 * states + found + experts), "generating"),
+            Part("generated experts", experts, "pass"),
+            Part("token states of passages", states, "pass"),
+            Part("what queries find in passages", found, "pass"),
             Part("activations of the experts", self.rows * self.tokens * branch * read, "pass"),
-            Part("activations of the layers above", above * layer + gradients, "pass"),
+            Part("activations of the layers above", above * layer, "pass"),
             Part("bfloat16 copies of LLM weights", above * _cast(llm, self.precision), "pass"),
-            Part("predictions of the answers", logits * (number + 2 * FLOAT32), "pass"),
+            Part("predictions of the answers", 2 * logits, "pass"),
+            Part("teacher", max(teaching, 6 * logits) if self.teacher_tokens else 0, "teaching"),
+            Part("the largest gradients", max(experts, gradients, logits), "backward"),
         )
 
 
@@ -290,6 +329,12 @@ def _frozen_layer(llm: LanguageModelSize, rows: int, tokens: int, number: int) -
     norms = 2 * FLOAT32 * (llm.hidden_size + 1)
     attention = number * (4 * llm.attention_width + tokens) + FLOAT32 * llm.heads
     return rows * tokens * (norms + attention + number * llm.mlp_width)
+
+
+def _reading_layer(llm: LanguageModelSize, rows: int, tokens: int, number: int) -> int:
+    """Bytes at the height of a layer of a pass that keeps nothing."""
+    states = 4 * llm.number_bytes * llm.hidden_size
+    return rows * tokens * (states + number * llm.mlp_width + (number + 1) * tokens)
 
 
 def _learning(name: str, weights: int, largest: int, plan: HypernetworkPlan | RerankerPlan) -> tuple[Part, ...]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, rag_prompt
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, knowledge_block, rag_prompt
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.examples import TrainingExample
 from genpoe_plugin.training.memory import HypernetworkPlan, RerankerPlan
@@ -39,10 +39,10 @@ def plan_hypernetwork(
     size = footprint(config)
     with torch.device("meta"):
         largest = max(weight.numel() for weight in Hypernetwork(config).parameters())
-    passage_tokens = min(MAX_PASSAGE_TOKENS, _longest(examples, lambda example: example.passage, tokenizer))
-    tokens = _longest(examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer)
-    if arguments.knowledge:
-        tokens += arguments.num_passages * passage_tokens
+    passage = _longest(examples, lambda example: max((example.passage, *example.negatives), key=len), tokenizer)
+    asked = _longest(examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer)
+    # Prompts hold passages whole; only what experts are made of is cut.
+    told = asked + len(tokenizer(knowledge_block([""]))["input_ids"]) + arguments.num_passages * passage
     inner = 2 * config.rank if config.head == "dense" else 4 * config.core_size
     return HypernetworkPlan(
         llm=llm,
@@ -51,12 +51,15 @@ def plan_hypernetwork(
         buffers=size.base_numbers,
         expert_bytes=size.expert_bytes,
         expert_width=inner + config.expert_width,
+        queries=0 if config.encoder == "mean" else config.num_queries,
+        contextual=config.states == "contextual",
         layer=config.layer,
         rows=arguments.micro_batch_size or arguments.batch_size,
         num_experts=arguments.num_passages,
-        tokens=tokens,
+        tokens=told if arguments.knowledge else asked,
         answer_tokens=_longest(examples, lambda example: f" {example.answer}\n", tokenizer),
-        passage_tokens=passage_tokens,
+        passage_tokens=min(MAX_PASSAGE_TOKENS, passage),
+        teacher_tokens=told if arguments.distillation else 0,
         precision=arguments.precision,
         shards=accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1,
         device_type=accelerator.device.type,

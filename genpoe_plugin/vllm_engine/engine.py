@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
@@ -19,11 +20,16 @@ from vllm.sampling_params import RequestOutputKind
 from genpoe_plugin.checkpoint import load_hypernetwork, read_record, resolve_checkpoint
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.language_model import load_lower_layers, load_tokenizer
 from genpoe_plugin.prompts import cut_passages, tokens_from
 from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments
 from genpoe_plugin.vllm_engine.expert_sets import expert_set
+
+MESSAGE = 2**28
+"""Bytes of expert sets that travel to the workers at a time; on the way each of them has a copy."""
 
 Key = tuple[tuple[str, ...], tuple[float, ...], int]
 
@@ -52,7 +58,7 @@ class ExpertRequest:
         return self.passages, self.gates, self.start
 
 
-def load_store(
+def load_makers(
     pretrained: str,
     hypernetwork: str,
     *,
@@ -60,8 +66,8 @@ def load_store(
     device: str = "cpu",
     dtype: str = "auto",
     revision: str | None = None,
-) -> ExpertStore:
-    """What makes experts ahead of vLLM: a hypernetwork, and as much of the LLM as it reads passages with.
+) -> tuple[Hypernetwork, PreTrainedModel, PreTrainedTokenizerBase]:
+    """What makes experts ahead of vLLM: a hypernetwork, as much of the LLM as it reads passages with, the tokenizer.
 
     Raises:
         InputError: either cannot be loaded, or they do not belong together.
@@ -70,7 +76,7 @@ def load_store(
     layers = config.layer + 1 if config.states == "contextual" else 1
     model, depth = load_lower_layers(pretrained, layers, device=device, dtype=dtype, revision=revision)
     words = load_tokenizer(tokenizer or pretrained)
-    return ExpertStore(load_hypernetwork(hypernetwork, model, words, depth=depth), model, words)
+    return load_hypernetwork(hypernetwork, model, words, depth=depth), model, words
 
 
 @dataclass
@@ -86,15 +92,13 @@ class ExpertEngine:
 
     Args:
         llm: started with `engine_arguments`.
-        store: makes the experts.
+        store: has the experts, in the dtype of ``llm``.
     """
 
     def __init__(self, llm: LLM, store: ExpertStore) -> None:
         self.llm = llm
         self.store = store
         config = llm.llm_engine.vllm_config
-        # What "auto" comes to is vLLM's to say.
-        store.dtype = config.model_config.dtype
         assert config.lora_config is not None and config.lora_config.max_cpu_loras is not None
         self.capacity: int = config.lora_config.max_cpu_loras
         # vLLM's scheduler forgets the adapters of requests that are in another stage of a pipeline, and dies when it
@@ -102,6 +106,8 @@ class ExpertEngine:
         several_stages = config.parallel_config.pipeline_parallel_size > 1
         self.at_once = config.lora_config.max_loras if several_stages else self.capacity
         self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
+        one = self.num_passages * footprint(store.config, store.dtype).expert_bytes
+        self._sets_a_message = max(1, MESSAGE // one)
         self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
         self._numbers = itertools.count(1)
         self._requests = itertools.count()
@@ -123,9 +129,10 @@ class ExpertEngine:
         """
         check_vllm()
         options = {name: engine[name] for name in ("tokenizer", "dtype", "revision") if engine.get(name)}
-        store = load_store(pretrained, hypernetwork, device=device, **options)
-        arguments = engine_arguments(pretrained, hypernetwork, store.config, num_passages, engine)
-        return cls(LLM(pretrained, **{**engine, **arguments}), store)
+        makers = load_makers(pretrained, hypernetwork, device=device, **options)
+        arguments = engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, engine)
+        llm = LLM(pretrained, **{**engine, **arguments})
+        return cls(llm, ExpertStore(*makers, dtype=llm.llm_engine.model_config.dtype))
 
     def request(
         self,
@@ -236,13 +243,16 @@ class ExpertEngine:
         idle = [key for key, loaded in self._loaded.items() if loaded.users == 0 and key not in needed]
         removed = idle[: max(0, len(self._loaded) + len(missing) - self.capacity)]
         numbers = [self._loaded.pop(key).lora.lora_int_id for key in removed]
-        tensors: dict[str, torch.Tensor] = {}
-        experts = self.store.experts([request.passages for request in missing.values()])
-        for (key, request), group in zip(missing.items(), experts, strict=True):
-            number = next(self._numbers)
-            # A name for every content: the prefix cache knows an adapter by its name.
-            self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, "/in/memory"))
-            tensors |= {
-                f"{number}/{name}": part for name, part in expert_set(group, request.gates, request.start).items()
-            }
-        self.llm.collective_rpc("genpoe_exchange", args=(numbers, save(tensors)))
+        requests = list(missing.items())
+        for begin in range(0, len(requests), self._sets_a_message):
+            tensors: dict[str, torch.Tensor] = {}
+            some = requests[begin : begin + self._sets_a_message]
+            experts = self.store.experts([request.passages for _, request in some])
+            for (key, request), group in zip(some, experts, strict=True):
+                number = next(self._numbers)
+                # A name for every content: the prefix cache knows an adapter by its name.
+                self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, "/in/memory"))
+                parts = expert_set(group, request.gates, request.start)
+                tensors |= {f"{number}/{name}": part for name, part in parts.items()}
+            self.llm.collective_rpc("genpoe_exchange", args=(numbers, save(tensors)))
+            numbers = []

@@ -98,6 +98,7 @@ def test_every_row_is_there(
         "recall20_recommended": ">= 0.95",
         "projected_gb_21m": "<= 16",
         "time_ratio_to_faiss": "<= 1.1",
+        "time_ratio_to_faiss_with_texts": "<= 1.1",
         "speedup_over_default_flat": ">= 5",
         "build_peak_gb": "<= 4",
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from transformers import PreTrainedTokenizerFast
 
 from genpoe_plugin.files import file_digest
 from genpoe_plugin.passages import Passage
@@ -43,7 +44,7 @@ def reranker(monkeypatch: pytest.MonkeyPatch) -> ByLength:
 
 @pytest.fixture(params=["ours", "dpr"])
 def results(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Three questions; has_answer is not said in our file, and wrong in DPR's."""
+    """Three questions; has_answer is not said in our file, and said in DPR's."""
     passages = tuple(RetrievedPassage(Passage(str(i), "", text), 9.0 - i, i + 1) for i, text in enumerate(TEXTS))
     asked = [
         Question("q1", ("fox",), passages),
@@ -53,11 +54,18 @@ def results(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "ours":
         write_questions(tmp_path / "results.jsonl.gz", asked, index="abc", num_retrieved=4)
         return tmp_path / "results.jsonl.gz"
-    ctxs = [
-        {"id": str(i), "title": "", "text": text, "score": str(9.0 - i), "has_answer": False}
-        for i, text in enumerate(TEXTS)
+
+    def ctx(i: int, text: str, answer: str) -> dict[str, object]:
+        return {"id": str(i), "title": "", "text": text, "score": str(9.0 - i), "has_answer": answer in text}
+
+    rows = [
+        {
+            "question": item.question,
+            "answers": list(item.answers),
+            "ctxs": [ctx(i, text, item.answers[0]) for i, text in enumerate(TEXTS)],
+        }
+        for item in asked
     ]
-    rows = [{"question": item.question, "answers": list(item.answers), "ctxs": ctxs} for item in asked]
     (tmp_path / "results.json").write_text(json.dumps(rows, indent=4))
     return tmp_path / "results.json"
 
@@ -90,6 +98,19 @@ def test_any_results_are_reranked_and_told_before_and_after(results: Path, tmp_p
     table = [line.split() for line in result.stdout.splitlines()]
     assert table[0] == ["3", "questions", "recall@1", "MRR"]
     assert table[1] == ["retrieved", "0.3333", "0.5000"] and table[2] == ["reranked", "0.3333", "0.5000"]
+
+
+def test_gold_marks_of_the_file_are_kept(tmp_path: Path, reranker: ByLength) -> None:
+    """As in HotpotQA, whose gold paragraphs need not have the answer's words, nor others lack them."""
+    marks = (True, False, None, None)
+    passages = tuple(
+        RetrievedPassage(Passage(str(i), "", text), 9.0 - i, i + 1, has_answer=mark)
+        for i, (text, mark) in enumerate(zip(TEXTS, marks, strict=True))
+    )
+    write_questions(tmp_path / "gold.jsonl", [Question("q1", ("lazy",), passages), Question("q2", ("fox",), passages)])
+    assert run(tmp_path / "gold.jsonl", tmp_path / "out.jsonl").exit_code == 0
+    for item, said in zip(read_questions(tmp_path / "out.jsonl"), [False, True], strict=True):
+        assert {p.passage.id: p.has_answer for p in item.passages} == {"0": True, "1": False, "2": said, "3": False}
 
 
 def test_dprs_format(results: Path, tmp_path: Path, reranker: ByLength) -> None:
@@ -131,3 +152,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, reranker: ByLe
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert f"{name}" in result.stderr and message in result.stderr
         assert not list(tmp_path.glob("out*"))
+
+
+def test_an_llm_cuts_the_passages(
+    results: Path, tmp_path: Path, reranker: ByLength, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long = RetrievedPassage(Passage("0", "", "word " * 900), 1.0, 1)
+    write_questions(tmp_path / "long.jsonl", [Question("q", ("a",), (long,))])
+    tokenizer.save_pretrained(tmp_path / "llm")
+    scores = {}
+    for name, options in {"whole": (), "cut": ("--llm", tmp_path / "llm")}.items():
+        result = run(tmp_path / "long.jsonl", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        (scores[name],) = (p.rerank_score for item in read_questions(tmp_path / name) for p in item.passages)
+    assert 0 < scores["cut"] < 256 < scores["whole"] == 900
+    assert read_header(tmp_path / "cut")["llm"] == str(tmp_path / "llm") and "llm" not in read_header(
+        tmp_path / "whole"
+    )
+    result = run(tmp_path / "long.jsonl", tmp_path / "out", "--llm", tmp_path / "nothing")
+    assert result.exit_code == 2 and "cannot be loaded" in result.stderr and result.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +21,11 @@ from lm_eval.tasks._index import TaskIndex
 import train_cli.main
 from genpoe_plugin.answers import exact_match, f1
 from genpoe_plugin.checkpoint import is_checkpoint
+from genpoe_plugin.comparison.leaderboard import compare
+from genpoe_plugin.comparison.matrix import read_matrix
+from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.demo import run
-from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, results_directory, run_demo
+from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
 from genpoe_plugin.demo.table import Row, exact_matches
 from genpoe_plugin.demo.world import make_world, side_of
 from genpoe_plugin.errors import InputError
@@ -241,3 +244,37 @@ def test_the_command_is_one_that_lm_eval_takes(tmp_path, mode, passages):
     checked = GenPoEArguments(**arguments)
     assert (checked.mode, checked.passages, checked.seed) == (mode, passages, 1)
     assert checked.hypernetwork == str(tmp_path / "hypernetwork")
+
+
+def test_its_results_make_a_leaderboard(demo: tuple[Path, list[Row], InProcess]) -> None:
+    """What lm_eval and the genpoe model really write is what `genpoe compare` reads."""
+    out, rows, _ = demo
+    comparison = compare([out / "results"], draws=50)
+    assert not comparison.left_out and not comparison.notes
+    (board,) = comparison.boards
+    found = {(s.settings["mode"], s.settings["passages"]): s for s in board.systems}
+    assert len(found) == len(rows)
+    for row in rows:
+        system = found[row.mode, row.passages]
+        assert system.estimates["em"].mean == pytest.approx(row.em) and system.estimates["f1"].mean == pytest.approx(
+            row.f1
+        )
+        (origin,) = map(origin_of, system.runs)
+        assert origin.recorded and "--tasks genpoe_demo" in origin.command and f"mode={row.mode}" in origin.command
+        assert origin.fingerprints["data"] and origin.versions["lm-eval"] and origin.device
+        assert ("hypernetwork" in origin.fingerprints) == row.mode.startswith("genpoe")
+        assert system.cost.seconds and not system.cost.whole_command and system.cost.peak_bytes
+        if row.passages == "gold":
+            assert "absent" not in system.by_given
+    assert len({origin_of(system.runs[0]).fingerprints["data"] for system in board.systems}) == 1
+
+
+def test_its_matrix_has_every_cell(demo: tuple[Path, list[Row], InProcess]) -> None:
+    out, _, _ = demo
+    matrix = read_matrix(matrix_file(out))
+    modes = Counter(cell.arguments.get("mode", cell.kind) for cell in matrix.cells)
+    assert modes == {"closed_book": 1, "hf": 1, "rag": 28, "genpoe": 28, "genpoe_rag": 28}
+    assert matrix.out == out / "leaderboard"
+    cell = next(cell for cell in matrix.cells if cell.arguments.get("mode") == "genpoe")
+    assert Path(cell.arguments["pretrained"]).is_dir() and is_checkpoint(Path(cell.arguments["hypernetwork"]))
+    assert Path(matrix.options["metadata"]["genpoe_data"]).is_file()

@@ -106,10 +106,14 @@ def test_a_memory_says_what_was_found_where_its_address_is_called(make_hypernetw
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("normalise", [True, False])
-def test_experts_equal_the_definition(make_hypernetwork, encoder, normalise):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_experts_equal_the_definition(make_hypernetwork, monkeypatch, encoder, normalise, gradients):
+    """As they are trained, and as they are generated for questions, a part at a time."""
+    monkeypatch.setattr("genpoe_plugin.experts.hypernetwork.PART", 100)
     hypernetwork = make_hypernetwork(normalise=normalise, **encoder)
     states, mask = states_and_mask()
-    experts = hypernetwork(states, mask)
+    with torch.set_grad_enabled(gradients):
+        experts = hypernetwork(states, mask)
     r, h, d = 4, 16, 32
     generate = hypernetwork.head.generate
     for row in range(3):

@@ -142,3 +142,56 @@ def test_untrained_silent_experts_leave_the_llm_as_it_is_bit_for_bit(
     plain = model(prompts).logits
     with inject(model, LAYER, RowExperts(experts, torch.ones(2, 1), torch.zeros(2, dtype=torch.long))):
         assert torch.equal(model(prompts).logits, plain)
+
+
+@torch.no_grad()
+def test_rows_without_experts_are_left_as_they_are(make_llm, random_experts, head, prompts):
+    """Only the second and third of three rows have experts; alone, and as beams."""
+    model = make_llm("llama")
+    ids = torch.cat([prompts, prompts[:1]])
+    experts, gates, start = random_experts(2, 3, head=head), torch.full((2, 3), 1 / 3), torch.tensor([0, 2, 4])
+    some = RowExperts(experts, gates, start, torch.tensor([1, 2]))
+    plain = model(ids).logits
+    with inject(model, LAYER, some):
+        branched = model(ids).logits
+        beams = model(ids.repeat_interleave(2, 0)).logits
+    expected = by_hand(model, ids[1:], RowExperts(experts, gates, start[1:]))
+    assert torch.equal(branched[0], plain[0])
+    torch.testing.assert_close(branched[1:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(beams, branched.repeat_interleave(2, 0), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_static_cache_changes_nothing(make_llm, rows, prompts):
+    model = make_llm("llama")
+    padded = torch.cat([torch.full((2, 4), model.config.pad_token_id), prompts], 1)
+    options = {"attention_mask": (torch.arange(13) >= 4).long().expand(2, 13), "max_new_tokens": 6, "do_sample": False}
+    with inject(model, LAYER, rows):
+        expected = model.generate(padded, **options)
+        # Where there is a GPU transformers compiles the decoding step as well.
+        assert torch.equal(model.generate(padded, cache_implementation="static", **options), expected)
+    assert not torch.equal(model.generate(padded, **options), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_model_hears_every_batch(make_llm, rows, prompts):
+    """Also batches that come after it was compiled without, or with others' experts."""
+    model = make_llm("llama")
+    others = RowExperts(rows.experts.map(torch.neg), rows.gates, torch.tensor([1, 2]))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for given in (None, rows, others, None, rows):
+        with inject(model, LAYER, given):
+            expected = model(prompts, use_cache=False).logits
+            torch.testing.assert_close(compiled(prompts, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_generation_lays_its_experts_out_once(make_llm, rows, prompts, monkeypatch):
+    laid_out = []
+    mixture = type(rows.experts).mixture
+    monkeypatch.setattr(type(rows.experts), "mixture", lambda *given: laid_out.append(1) or mixture(*given))
+    model = make_llm("llama")
+    with inject(model, LAYER, rows):
+        model.generate(prompts, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(laid_out) == 1

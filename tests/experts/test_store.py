@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
+from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
+from genpoe_plugin.experts.slab import Slab
 from genpoe_plugin.experts.store import ExpertStore
 
 PASSAGES = {
@@ -47,13 +49,9 @@ class Recorder:
         return text
 
     def held_bytes(self) -> int:
-        """The memory that the store keeps alive, whole storages counted."""
-        storages = {
-            weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
-            for expert in (*self.store._experts.values(), self.store._form)
-            for weight in expert.weights
-        }
-        return sum(storages.values())
+        """The memory that the store keeps alive for experts, whole storages counted."""
+        kept = (*self.store._slab.weights, *self.store._host.weights, *self.store._shared().weights)
+        return sum({w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in kept}.values())
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ def make_store(make_llm, make_hypernetwork, tokenizer, head):
 
     def make(experts: float | None = None, dtype: torch.dtype = torch.float32, **options) -> Recorder:
         if experts is not None:
-            options["capacity_bytes"] = int(experts * EXPERT_NUMBERS[head] * dtype.itemsize)
+            options["device_bytes"] = int(experts * EXPERT_NUMBERS[head] * dtype.itemsize)
         network, llm = make_hypernetwork(head=head), make_llm("llama").to(dtype)
         return Recorder(ExpertStore(network, llm, tokenizer, **options))
 
@@ -95,16 +93,37 @@ def test_rows_equal_a_naive_loop(make_store, alone, one_expert, batch_size, room
         assert rows is None
         return
     assert rows.start.tolist() == start
-    assert rows.gates.shape == (len(passages), max(map(len, passages)))
+    served = [number for number, row in enumerate(passages) if row]
+    assert rows.served is None if len(served) == len(passages) else rows.served.tolist() == served
+    assert rows.gates.shape == (len(served), max(map(len, passages)))
     assert all(weight.shape[:2] == rows.gates.shape for weight in rows.experts.weights)
-    x = torch.randn(len(passages), 3, 32, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(len(served), 3, 32, generator=torch.Generator().manual_seed(seed))
     mixed = rows.experts.mix(x, rows.gates)
-    for number, (row, row_gates) in enumerate(zip(passages, gates, strict=True)):
+    for number, (row, row_gates) in enumerate((passages[row], gates[row]) for row in served):
         expected = torch.zeros(3, 32, dtype=torch.float64)
         for passage, gate in zip(row, row_gates, strict=True):
             expected += gate * torch.stack([one_expert(alone[passage], token) for token in x[number]])
         torch.testing.assert_close(mixed[number].double(), expected, atol=1e-3, rtol=1e-4)
         assert not any(weight[number, len(row) :].any() for weight in rows.experts.weights), "no expert, no weights"
+
+
+@pytest.mark.parametrize(("batch_size", "room"), [(64, None), (2, None), (1, 1)])
+def test_groups_have_their_own_experts(make_store, alone, batch_size, room):
+    groups = [[PASSAGES[letter] for letter in letters] for letters in ("abc", "d", "cad", "fe")]
+    found = make_store(room, batch_size=batch_size).store.experts(groups)
+    for group, experts in zip(groups, found, strict=True):
+        assert len(experts) == len(group)
+        for number, passage in enumerate(group):
+            for weight, expected in zip(experts.weights, alone[passage].weights, strict=True):
+                torch.testing.assert_close(weight[number], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_in_another_precision_than_the_llm(make_llm, make_hypernetwork, tokenizer, head):
+    network = make_hypernetwork(head=head)
+    store = ExpertStore(network, make_llm("llama"), tokenizer, dtype=torch.bfloat16)
+    (experts,) = store.experts([[PASSAGES["a"], PASSAGES["b"]]])
+    assert {weight.dtype for weight in experts.weights} == {torch.bfloat16}
+    assert network.head_dtype == (torch.bfloat16 if head == "dense" else torch.float32)
 
 
 def test_a_passage_becomes_an_expert_once_however_often_it_occurs(make_store):
@@ -177,8 +196,7 @@ def test_what_experts_share_is_there_once(make_store, dtype):
     """However many batches they were generated in, and in the LLM's dtype."""
     recorder = make_store(dtype=dtype, batch_size=2)
     rows = [recorder.ask(letters).experts for letters in ("abcde", "f", "fa")]
-    kept = [*rows, *recorder.store._experts.values()]
-    for factors in zip(*(experts.factors for experts in kept), strict=True):
+    for factors in zip(*(experts.factors for experts in rows), strict=True):
         assert {id(factor) for factor in factors} == {id(factors[0])} and factors[0].dtype == dtype
 
 
@@ -192,7 +210,8 @@ def test_experts_are_ready_ahead_of_their_use(make_store):
     recorder = make_store(4, batch_size=3)
     recorder.store.prepare([PASSAGES[letter] for letter in "abacbd"], progress=False)
     assert [len(batch) for batch in recorder.batches] == [3, 1]
-    assert recorder.generated() == "abcd"
+    # In order of length, for batches without much padding.
+    assert recorder.generated() == "dcba"
     recorder.ask("abcd")
     assert recorder.generated() == ""
 
@@ -200,7 +219,7 @@ def test_experts_are_ready_ahead_of_their_use(make_store):
 def test_no_more_is_prepared_than_the_budget_holds(make_store):
     recorder = make_store(2)
     recorder.store.prepare(PASSAGES.values(), progress=False)
-    assert recorder.generated() == "ab"
+    assert sorted(recorder.generated()) == ["a", "b"]
     recorder.ask("ab")
     assert recorder.generated() == ""
 
@@ -212,7 +231,7 @@ def test_preparing_keeps_what_is_there_and_asked_for(make_store):
     recorder.ask("cd")
     recorder.generated()
     recorder.store.prepare([PASSAGES[letter] for letter in "eafb"], progress=False)
-    assert recorder.generated() == "ef"
+    assert sorted(recorder.generated()) == ["e", "f"]
     recorder.ask("abef")
     assert recorder.generated() == ""
 
@@ -223,3 +242,58 @@ def test_nothing_to_do(make_store):
     assert recorder.store.rows([], [], []) is None
     assert recorder.store.rows([[], []], [[], []], [0, 0]) is None
     assert recorder.batches == []
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_what_the_device_drops_the_host_keeps(make_store, room):
+    """The host's part is that of an accelerator's run; here both are on the CPU."""
+    recorder = make_store(room)
+    recorder.store._host = Slab(3, torch.device("cpu"))
+    first = {letter: recorder.ask(letter).experts.weights for letter in "abcd"}
+    recorder.generated()
+    for letter in "dcb" if room == 1 else "dcba":
+        for weight, expected in zip(recorder.ask(letter).experts.weights, first[letter], strict=True):
+            assert torch.equal(weight, expected)
+    assert recorder.generated() == ""
+    recorder.ask("ef")
+    assert recorder.generated() == "ef"
+    assert recorder.held_bytes() == (room + 3) * sum(weight[0, 0].nbytes for weight in first["a"])
+
+
+def test_prepared_experts_fill_device_and_host(make_store):
+    recorder = make_store(2)
+    recorder.store._host = Slab(2, torch.device("cpu"))
+    recorder.store.prepare(PASSAGES.values(), progress=False)
+    assert sorted(recorder.generated()) == ["a", "b", "c", "d"]
+    for letters in ("ab", "cd"):
+        recorder.ask(letters)
+        assert recorder.generated() == ""
+
+
+@pytest.mark.parametrize("room", [1, 64])
+def test_a_later_run_finds_experts_on_disk(make_store, tmp_path, room):
+    first = make_store(files=ExpertFiles(tmp_path, "abc"))
+    expected = first.ask("abcd").experts
+    later = make_store(room, files=ExpertFiles(tmp_path, "abc"))
+    later.store.prepare([PASSAGES[letter] for letter in "ab"], progress=False)
+    found = later.ask("dcba").experts
+    assert "A passage." not in PASSAGES.values() and not [b for b in later.batches if b != ["A passage."]]
+    later.batches.clear()
+    for weight, other in zip(found.weights, expected.weights, strict=True):
+        assert torch.equal(weight, other[[3, 2, 1, 0]])
+    x, gates = torch.randn(4, 3, 32), torch.ones(4, 1)
+    torch.testing.assert_close(found.mix(x, gates), expected[torch.tensor([3, 2, 1, 0])].mix(x, gates))
+    later.ask("e")
+    assert later.generated() == "e"
+    assert all(PASSAGES[letter] in ExpertFiles(tmp_path, "abc") for letter in "abcde")
+
+
+def test_batches_are_as_large_as_memory_allows(make_store, monkeypatch):
+    free = {"bytes": 0}
+    monkeypatch.setattr("genpoe_plugin.experts.generator.available_memory", lambda device: free["bytes"])
+    sizes = []
+    for free["bytes"] in (0, 2**21, 2**22, 2**40):
+        recorder = make_store()
+        recorder.ask("abcdef")
+        sizes.append(recorder.store.batch_size)
+    assert sizes[0] == 1 and sizes == sorted(sizes) and sizes[1] < sizes[2] < sizes[3] == 128

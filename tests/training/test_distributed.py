@@ -78,9 +78,11 @@ def assert_same(alone: list[Any], ranks: list[list[Any]]) -> None:
 
 
 def assert_weights(one: Path, two: Path) -> None:
+    """Adam takes steps of the learning rate (0.01) however small a gradient is, so the rounding of a gradient near zero
+    shows in its weight: a hundredth of a step is allowed, where a wrong gradient would move weights by whole ones."""
     first, second = (load_file(path / "model.safetensors") for path in (one, two))
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
+from genpoe_plugin.experts.states import hidden_states
+from genpoe_plugin.training.batches import Batch, answer_logits, divergences, token_losses
 from genpoe_plugin.training.memory import HypernetworkPlan, MemoryEstimate, Part, RerankerPlan, check_fits
 from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize
 from genpoe_plugin.training.reranker import attention_projections
@@ -104,64 +106,70 @@ def sizes(estimate: MemoryEstimate) -> dict[str, int]:
 class HypernetworkRun:
     """A real training step of a hypernetwork, and the plan that says the same."""
 
-    def __init__(self, model: PreTrainedModel, precision: str = "float32", **changes: int) -> None:
-        form = {"layer": 0, "rank": 4, "expert_width": 32, "code_size": 16, "rows": 6, "num_experts": 2, "tokens": 40}
-        form |= {"answer_tokens": 4, "passage_tokens": 50, **changes}
-        self.rows, self.num_experts, self.tokens = form["rows"], form["num_experts"], form["tokens"]
-        self.answer_tokens, self.passage_tokens = form["answer_tokens"], form["passage_tokens"]
-        width, rank, expert_width = model.config.hidden_size, form["rank"], form["expert_width"]
-        config = HypernetworkConfig(
-            hidden_size=width,
-            layer=form["layer"],
-            rank=rank,
-            expert_width=expert_width,
-            code_size=form["code_size"],
-        )
+    def __init__(self, model: PreTrainedModel, precision: str = "float32", **changes: Any) -> None:
+        form = {"layer": 0, "rank": 4, "core_size": 8, "expert_width": 32, "code_size": 16, "num_queries": 8}
+        form |= {"states": "embeddings", "head": "dense"}
+        sizes = {"rows": 6, "num_experts": 2, "tokens": 40, "answer_tokens": 4, "passage_tokens": 50}
+        sizes |= {"teacher_tokens": 0}
+        form |= {name: changes.pop(name) for name in form if name in changes}
+        config = HypernetworkConfig(hidden_size=model.config.hidden_size, **form)
         torch.manual_seed(0)
         self.model = model.requires_grad_(False)
         self.hypernetwork = Hypernetwork(config)
         self.optimizer = torch.optim.AdamW(self.hypernetwork.parameters())
         self.precision = precision
         weights = [weight.numel() for weight in self.hypernetwork.parameters()]
+        dense = config.head == "dense"
+        rank, width, core = config.rank, config.expert_width, config.core_size
         self.plan = HypernetworkPlan(
             llm=LanguageModelSize.of(model),
             weights=sum(weights),
             largest_weight=max(weights),
             buffers=sum(buffer.numel() for buffer in self.hypernetwork.buffers()),
-            expert_bytes=4 * 2 * rank * (width + expert_width),
-            expert_width=2 * rank + expert_width,
-            layer=form["layer"],
-            rows=self.rows,
-            num_experts=self.num_experts,
-            tokens=self.tokens,
-            answer_tokens=self.answer_tokens,
-            passage_tokens=self.passage_tokens,
+            expert_bytes=4 * 2 * (rank * (config.hidden_size + width) if dense else core**2),
+            expert_width=width + (2 * rank if dense else 4 * core),
+            queries=config.num_queries,
+            contextual=config.states == "contextual",
+            layer=config.layer,
             precision=precision,  # type: ignore[arg-type]
+            **(sizes | changes),
         )
 
     def loss(self) -> Tensor:
-        rows, count, vocabulary = self.rows, self.num_experts, self.model.config.vocab_size
-        ids, passages = (
-            torch.randint(3, vocabulary, shape) for shape in ((rows, self.tokens), (rows * count, self.passage_tokens))
-        )
+        plan = self.plan
+        shape = (plan.rows, plan.num_experts)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            experts = self.hypernetwork(*self.read(plan.rows * plan.num_experts, plan.passage_tokens))
+            per_row = experts.map(lambda weight: weight.unflatten(0, shape))
+            del experts
+            gates = torch.full(shape, 1 / plan.num_experts)
+            asked = self.batch(plan.tokens)
+            with inject(self.model, plan.layer, RowExperts(per_row, gates, torch.zeros(plan.rows, dtype=torch.long))):
+                logits = answer_logits(self.model, asked, torch.device("cpu"))
+            losses = token_losses(logits, asked.labels)
+            if plan.teacher_tokens:
+                with torch.no_grad():
+                    taught = answer_logits(self.model, self.batch(plan.teacher_tokens), torch.device("cpu"))
+                losses = losses + divergences(logits, taught)
+            return losses.mean()
+
+    def read(self, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Token states of random passages, one of which is shorter, and their mask."""
+        ids, mask = self.ids(rows, tokens), torch.ones(rows, tokens, dtype=torch.bool)
+        mask[0, -3:] = False
+        if self.plan.contextual:
+            return hidden_states(self.model, self.plan.layer, ids, mask).float(), mask
+        return self.model.get_input_embeddings()(ids).float(), mask
+
+    def batch(self, tokens: int) -> Batch:
+        """Random prompts with answers, one of which is shorter."""
+        ids = self.ids(self.plan.rows, tokens)
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            states = self.model.get_input_embeddings()(passages).float()
-            experts = self.hypernetwork(states, torch.ones_like(passages, dtype=torch.bool))
-            per_row = experts.map(lambda weight: weight.unflatten(0, (rows, count)))
-            del experts
-            gates = torch.full((rows, count), 1 / count)
-            with inject(self.model, self.plan.layer, RowExperts(per_row, gates, torch.zeros(rows, dtype=torch.long))):
-                logits = self.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                    use_cache=False,
-                    logits_to_keep=self.answer_tokens + 1,
-                ).logits[:, :-1]
-            labels = ids[:, -self.answer_tokens :].flatten()
-            return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels)
+        return Batch(ids, mask, ids[:, -self.plan.answer_tokens :], (0,) * self.plan.rows)
+
+    def ids(self, rows: int, tokens: int) -> Tensor:
+        return torch.randint(3, self.model.config.vocab_size, (rows, tokens))
 
 
 class RerankerRun:
@@ -237,7 +245,7 @@ def test_what_a_hypernetworks_training_holds_is_exact(make_llm: MakeLLM, family:
     assert part["AdamW's moments"] == nbytes(moments)
     states = torch.zeros(12, 50, 64)
     experts = run.hypernetwork(states, torch.ones(12, 50, dtype=torch.bool))
-    assert part["generated experts and their gradients"] == 2 * experts.nbytes
+    assert part["generated experts"] == experts.nbytes
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -312,6 +320,7 @@ def test_the_prediction_of_a_reranker_over_a_large_vocabulary(make_llm: MakeLLM)
     assert estimates[1] - estimates[0] == pytest.approx(added, rel=0.05)
 
 
+MEMORY = {"head": "memory", "core_size": 16, "num_queries": 32, "states": "contextual"}
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"precision": "bfloat16"},
@@ -322,6 +331,19 @@ SETTINGS: list[dict[str, Any]] = [
     {"answer_tokens": 30, "num_experts": 1, "vocab_size": 4000},  # predictions do
     {"layer": 3},
     {"layer": 3, "rank": 2, "expert_width": 800, "rows": 2, "tokens": 300, "passage_tokens": 5},  # the branch does
+    MEMORY,
+    {**MEMORY, "precision": "bfloat16"},
+    {**MEMORY, "dtype": torch.bfloat16},
+    {**MEMORY, "layer": 3, "tokens": 12, "passage_tokens": 120},  # the LLM reading passages is the worst moment
+    {**MEMORY, "layer": 3, "tokens": 12, "passage_tokens": 120, "precision": "bfloat16"},
+    {**MEMORY, "layer": 3, "tokens": 12, "passage_tokens": 250, "states": "embeddings"},  # normalising their states is
+    {**MEMORY, "layer": 3, "tokens": 30, "passage_tokens": 20, "num_queries": 128},  # findings outweigh token states
+    {**MEMORY, "teacher_tokens": 140},  # the teacher reading is the worst moment
+    {**MEMORY, "teacher_tokens": 140, "precision": "bfloat16"},
+    {**MEMORY, "teacher_tokens": 140, "dtype": torch.bfloat16},
+    {**MEMORY, "teacher_tokens": 60, "answer_tokens": 30, "vocab_size": 4000},  # the divergence is
+    {"teacher_tokens": 140, "layer": 2},
+    {"teacher_tokens": 60, "answer_tokens": 30, "vocab_size": 4000, "precision": "bfloat16"},
 ]
 
 
@@ -366,6 +388,8 @@ def paper(**changes: Any) -> HypernetworkPlan:
         buffers=sum(buffer.numel() for buffer in hypernetwork.buffers()),
         expert_bytes=4 * 2 * 512 * 8192,
         expert_width=2 * 512 + 4096,
+        queries=0,
+        contextual=False,
         layer=11,
         rows=16,
         num_experts=1,
@@ -384,7 +408,7 @@ def test_paper_size() -> None:
     held = gib["hypernetwork weights"] + gib["hypernetwork gradients"] + gib["AdamW's moments"]
     assert held == pytest.approx(16, abs=0.2)
     assert gib["LLM weights"] == pytest.approx(6_738_415_616 * 2 / 2**30)
-    assert gib["generated experts and their gradients"] == pytest.approx(2 * 16 / 32)
+    assert gib["generated experts"] == gib["the largest gradients"] == pytest.approx(16 / 32)
     assert gib["AdamW's intermediate results"] == gib["hypernetwork weights"], "of all tensors at once, on a GPU"
 
 
@@ -429,6 +453,10 @@ def test_advice_on_a_hypernetwork_holds() -> None:
             else:
                 assert text == "a hypernetwork of a fraction of the size (another head, a lower rank)"
     assert "sharding over 4 devices" in advice(paper().estimate(), 30 << 30)
+    enough = paper(rows=64).estimate().total
+    assert "distillation=0" in advice(paper(rows=64, teacher_tokens=2000).estimate(), enough)
+    many = paper(rows=64, num_experts=4, tokens=16, weights=0, largest_weight=0, expert_bytes=1 << 15)
+    assert "states=embeddings" in advice(replace(many, contextual=True).estimate(), many.estimate().total)
 
 
 def test_advice_on_a_reranker_holds() -> None:
@@ -467,6 +495,10 @@ def test_the_table_names_every_part_and_the_total() -> None:
     )
     estimate = MemoryEstimate(parts)
     assert estimate.total == (3 << 30) + (3 << 19), "a pass and a step are not at the same time"
+    meanwhile = (Part("teacher", 7 << 19, "teaching"), Part("gradients", 1 << 19, "backward"))
+    assert MemoryEstimate(parts + meanwhile).total == (3 << 30) + (10 << 19), "a teacher has read by the way back"
+    before = Part("passages", 11 << 19, "generating")
+    assert MemoryEstimate((*parts, *meanwhile, before)).total == (3 << 30) + (11 << 19), "and the LLM before the pass"
     lines = [re.split(r"  +", line.strip()) for line in estimate.table().splitlines()]
     assert [line for line in lines if len(line) > 1] == [
         ["weights", "3.0 GiB"],

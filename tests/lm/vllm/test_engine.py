@@ -170,6 +170,27 @@ def test_sets_under_way(start, tokenizer, monkeypatch, stages, most):
     assert max(counts) == most
 
 
+def test_large_sets_travel_by_parts(start, tokenizer, monkeypatch):
+    from genpoe_plugin.vllm_engine import engine as module
+    from genpoe_plugin.vllm_engine.engine import ExpertEngine
+
+    started, *_ = start(form="dense")
+    requests = make_requests(tokenizer, 24)
+    expected = [output.outputs[0].token_ids for output in started.generate(requests, progress=False)]
+    expert = 4 * (4 * 64 + 16 * 4 + 4 * 16 + 64 * 4)  # bytes of four matrices; at most three experts a set
+    monkeypatch.setattr(module, "MESSAGE", 7 * expert)
+    for number in started.llm.llm_engine.list_loras():
+        started.llm.llm_engine.remove_lora(number)
+    sizes, rpc = [], started.llm.collective_rpc
+    monkeypatch.setattr(
+        started.llm, "collective_rpc", lambda method, args: sizes.append(len(args[1])) or rpc(method, args=args)
+    )
+    engine = ExpertEngine(started.llm, started.store)
+    again = engine.generate(requests, progress=False)
+    assert [output.outputs[0].token_ids for output in again] == expected
+    assert max(sizes) < 8 * expert and len(engine.llm.llm_engine.list_loras()) == 8
+
+
 def test_sets_that_somebody_removed_are_loaded_again(start, tokenizer):
     """An engine that is asked for an adapter that it lacks looks for a file, and dies."""
     engine, *_ = start()

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
+from genpoe_plugin import device_memory
+from genpoe_plugin.device_memory import available_memory
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.training import device_memory
-from genpoe_plugin.training.device_memory import available_memory
 
 
 def group(folder: Path, limit: str, used: int, cache: int, version: int = 2) -> None:

@@ -1,0 +1,143 @@
+"""What a batch of questions costs, as a sum of a few simple terms, and a picture of both.
+
+    seconds = fixed + row · B + expert · B·K                   experts in the store
+            + start + passage · B·K + token · B·K·L            and when they have to be generated first
+
+with B questions in the batch, K experts for each, and passages of L words (a token each). ``fixed`` is reading the
+LLM's weights in every step and all that a step does whatever is in it; ``row`` is a question's arithmetic; ``expert``
+is reading and applying one; ``start`` is reading the hypernetwork once; ``passage`` is computing and writing an expert.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from scipy.optimize import nnls
+
+from benchmarks.row import Row
+from genpoe_plugin.files import atomic_file
+
+TERMS = {
+    "fixed": "ms/batch",
+    "row": "ms/question",
+    "expert": "ms/expert",
+    "start": "ms/batch",
+    "passage": "ms/passage",
+    "token": "ms/token",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured batch.
+
+    Attributes:
+        batch, experts, words: B, K and L; K is 0 for closed-book answers.
+        cold: whether experts had to be generated.
+        seconds: of the whole batch.
+    """
+
+    batch: int
+    experts: int
+    words: int
+    cold: bool
+    seconds: float
+
+    @property
+    def terms(self) -> tuple[float, ...]:
+        """How often each of `TERMS` is in it."""
+        generated = self.cold * self.batch * self.experts
+        return 1, self.batch, self.batch * self.experts, float(self.cold), generated, generated * self.words
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of each of `TERMS`."""
+
+    coefficients: tuple[float, ...]
+
+    @classmethod
+    def fitted(cls, points: Sequence[Point]) -> CostModel:
+        """The model with the least squared relative deviation; no term is negative."""
+        shares = np.array([point.terms for point in points]) / np.array([[point.seconds] for point in points])
+        scale = shares.max(0)
+        scale[scale == 0] = 1
+        found, _ = nnls(shares / scale, np.ones(len(points)))
+        return cls(tuple(float(value) for value in found / scale))
+
+    def seconds(self, batch: int, experts: int, words: int, cold: bool) -> float:
+        terms = Point(batch, experts, words, cold, 0.0).terms
+        return sum(coefficient * term for coefficient, term in zip(self.coefficients, terms, strict=True))
+
+    def deviation(self, points: Sequence[Point]) -> float:
+        """The median relative deviation from what was measured."""
+        told = [self.seconds(point.batch, point.experts, point.words, point.cold) for point in points]
+        return statistics.median(abs(said / point.seconds - 1) for said, point in zip(told, points, strict=True))
+
+    def rows(self, points: Sequence[Point]) -> list[Row]:
+        return [
+            *(
+                Row(f"evaluation.cost_{name}", 1000 * value, unit)
+                for (name, unit), value in zip(TERMS.items(), self.coefficients, strict=True)
+            ),
+            Row("evaluation.cost_model_deviation", 100 * self.deviation(points), "%"),
+        ]
+
+
+def draw(points: Sequence[Point], model: CostModel, path: Path) -> None:
+    """A PNG: milliseconds a question over batch size, experts, and length; marks are measured, lines the model's."""
+    figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    # The lengths are measured at one batch size and number of experts; the other panels have the length of the rest.
+    words = statistics.mode(point.words for point in points)
+    at = next(point for point in points if point.words != words)
+    usual = [point for point in points if point.words == words]
+    for count in sorted({point.experts for point in usual}):
+        chosen = [point for point in usual if point.experts == count]
+        _curve(panels[0], chosen, model, "batch", f"K = {count}" if count else "closed-book", f"C{count % 10}")
+    for batch in sorted({point.batch for point in usual}):
+        chosen = [point for point in usual if point.batch == batch and point.experts]
+        _curve(panels[1], chosen, model, "experts", f"batch {batch}", f"C{batch % 10}")
+    chosen = [point for point in points if (point.batch, point.experts) == (at.batch, at.experts)]
+    _curve(panels[2], chosen, model, "words", f"batch {at.batch}, K = {at.experts}", "C0")
+    for axes, label in zip(panels, ("questions in a batch", "K, experts a question", "words a passage"), strict=True):
+        axes.set(xlabel=label, ylabel="ms a question", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.legend(frameon=False, fontsize="small")
+    for axes in panels[:2]:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    figure.suptitle(
+        "marks: measured (filled: experts in the store; hollow: generated first); lines: the model (solid, dashed)"
+    )
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _curve(axes: Axes, points: Sequence[Point], model: CostModel, over: str, label: str, colour: str) -> None:
+    for cold in (False, True):
+        chosen = sorted((point for point in points if point.cold == cold), key=lambda point: getattr(point, over))
+        if not chosen:
+            continue
+        x = [getattr(point, over) for point in chosen]
+        measured = [1000 * point.seconds / point.batch for point in chosen]
+        face = "none" if cold else colour
+        axes.plot(x, measured, "o", color=colour, markerfacecolor=face, label=None if cold else label)
+        steps = np.geomspace(x[0], x[-1], 60)
+        shape = {"batch": chosen[0].batch, "experts": chosen[0].experts, "words": chosen[0].words, "cold": cold}
+        told = [
+            1000 * model.seconds(**{**shape, over: step}) / (step if over == "batch" else shape["batch"])
+            for step in steps
+        ]
+        axes.plot(steps, told, "--" if cold else "-", color=colour, linewidth=1)

@@ -1,0 +1,112 @@
+"""Intervals and paired tests against the truth: synthetic runs whose true mean is known, drawn many times over."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.row import Row
+from genpoe_plugin.comparison.statistics import (
+    Floats,
+    bootstrap_means,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    wilson_interval,
+)
+
+DRAWS = 20_000
+SIGNIFICANT = 0.05
+EM = ((480, 0.0375), (480, 0.5), (100, 0.927), (60, 0.2))
+"""Questions, and the true share of right answers."""
+F1 = {"good": (0.8, 0.15, 0.5), "bad": (0.06, 0.06, 0.5), "even": (0.4, 0.3, 0.6), "smooth": (0.0, 1.0, 0.3)}
+"""Shares of whole answers and of partial ones, and the mean of those."""
+
+
+def rows(draws: int = DRAWS) -> list[Row]:
+    """The worst of every kind: coverage of the 95 % intervals, false alarms of the tests at 0.05."""
+    rng = np.random.default_rng(7)
+    of = f"{draws:,} draws"
+    covered = {
+        "EM (Wilson)": [em_coverage(rng, n, share, draws) for n, share in EM],
+        "F1": [f1_coverage(rng, kind, draws) for kind in F1],
+        "EM, mean of 3 seeds": [seeds_coverage(rng, draws)],
+    }
+    bootstrap = [paired_coverage(rng, kind, draws) for kind in ("good", "even")]
+    covered["differences (paired bootstrap)"] = [coverage for coverage, _ in bootstrap]
+    alarms = {
+        "McNemar's mid-p": mcnemar_alarms(rng, draws),
+        "paired bootstrap": max(alarm for _, alarm in bootstrap),
+        "any of ten pairs, Holm": family_alarms(rng, max(50, draws // 10)),
+    }
+    return [
+        *(
+            Row(f"coverage of 95 % intervals of {name}, {of}", min(found), "", ">= 0.94")
+            for name, found in covered.items()
+        ),
+        *(Row(f"false alarms of {name}, {of}", found, "", "<= 0.06") for name, found in alarms.items()),
+    ]
+
+
+def em_coverage(rng: np.random.Generator, n: int, share: float, draws: int) -> float:
+    """How often the interval of EM over ``n`` questions has the true share in it."""
+    low, high = wilson_interval(rng.binomial(n, share, draws) / n, n)
+    return float(((low <= share) & (share <= high)).mean())
+
+
+def f1_scores(rng: np.random.Generator, n: int, kind: str, draws: int) -> tuple[Floats, float]:
+    """Scores of many runs, [n, draws], and the true mean: whole answers, none, and partial ones between."""
+    whole, partial, mean = F1[kind]
+    kinds = rng.random((n, draws))
+    between = rng.beta(4 * mean, 4 * (1 - mean), size=(n, draws))
+    scores = np.where(kinds < whole, 1.0, np.where(kinds < whole + partial, between, 0.0))
+    return scores, whole + partial * mean
+
+
+def f1_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 100) -> float:
+    scores, mean = f1_scores(rng, n, kind, draws)
+    return _covering(scores, mean)
+
+
+def seeds_coverage(rng: np.random.Generator, draws: int) -> float:
+    """Of EM over three seeds, which are alike on a question more often than chance would have it."""
+    n, seeds, share = 120, 3, 0.1
+    easy = rng.beta(share * 2, (1 - share) * 2, size=(n, draws))
+    return _covering(rng.binomial(seeds, easy) / seeds, share)
+
+
+def _covering(scores: Floats, mean: float) -> float:
+    low, high = mean_interval(scores)
+    return float(((low <= mean) & (mean <= high)).mean())
+
+
+def mcnemar_alarms(rng: np.random.Generator, draws: int) -> float:
+    """Two runs that are equally good, and answer differently on one question in five."""
+    discordant = rng.binomial(400, 0.2, draws)
+    wins = rng.binomial(discordant, 0.5)
+    return float((mcnemar(wins, discordant - wins)[1] < SIGNIFICANT).mean())
+
+
+def paired_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 100) -> tuple[float, float]:
+    """Coverage and false alarms for pairs of equally good runs, in boards of some hundred with a bootstrap each."""
+    covering, alarms, board = 0, 0, 500
+    for seed, start in enumerate(range(0, draws, board)):
+        count = min(board, draws - start)
+        scores, _ = f1_scores(rng, n, kind, count)
+        other, _ = f1_scores(rng, n, kind, count)
+        both = np.concatenate([scores, other], 1)
+        pairs: NDArray[np.intp] = np.arange(2 * count).reshape(2, count).T
+        found = paired_bootstrap(both.mean(0), bootstrap_means(both, draws=4_000, seed=seed), pairs, n)
+        covering += np.count_nonzero((found.low <= 0) & (found.high >= 0))
+        alarms += np.count_nonzero(found.p < SIGNIFICANT)
+    return covering / draws, alarms / draws
+
+
+def family_alarms(rng: np.random.Generator, tables: int, n: int = 300, corrected: bool = True) -> float:
+    """Five equally good runs: any of the ten pairs significant is a false alarm of the whole table."""
+    right = rng.random((tables, n, 5)) < rng.beta(2, 2, size=(tables, n, 1))
+    first, second = np.triu_indices(5, 1)
+    a, b = right[:, :, first], right[:, :, second]
+    _, mid = mcnemar((a & ~b).sum(1), (b & ~a).sum(1))
+    return float(np.mean([((holm(p) if corrected else p) < SIGNIFICANT).any() for p in mid]))

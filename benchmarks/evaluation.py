@@ -1,0 +1,352 @@
+"""Answering with experts, against the paper's flow, closed-book answering, and RAG; one process, on the CPU.
+
+- `benchmarks.naive_flow` is the paper's method question by question; both give the same tokens, or there are no rows.
+- Ours is the lm-eval class in the mode ``genpoe``, ``cold`` with an empty expert store (a new object, its
+  hypernetwork loaded ahead) and ``warm`` when asked the same again; the paper's form, and the recommended one.
+- Closed-book answering, and RAG with the same passages in the prompt, are lm-eval's own HFLM.
+
+Passages and their rerank scores come with the docs, and no two are alike. All answers have the same number of tokens.
+Works take turns; a ratio is the median of those of the single rounds. Floors are what the arithmetic of a work, or the
+bytes that it has to read, would take at the rates of a square product and of a matrix times a vector.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from benchmarks.cost_model import CostModel, Point, draw
+from benchmarks.naive_flow import NaiveFlow
+from benchmarks.options import Options, folder_of
+from benchmarks.random_llm import random_llm, random_text
+from benchmarks.rates import product, product_flops, reading, seconds
+from benchmarks.row import Row
+from genpoe_plugin.checkpoint import write_hypernetwork
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
+
+BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
+PRODUCT = 2048  # side of the square product
+RATES = ("product", "read")  # works that are no answering
+FORMS = ("paper", "recommended")
+PICTURE = "cost_per_question.png"
+
+Rounds = dict[str, list[float]]
+"""Seconds a question of every work, a number for each round."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int  # of the LLM
+    layers: int
+    rank: int
+    questions: int  # in batches of `BATCH`
+    single: int  # of them, one at a time
+    rounds: int
+    batches: tuple[int, ...]  # that the cost is modelled on
+    experts: tuple[int, ...]
+    words: tuple[int, ...]
+    cost_rounds: int
+
+
+FULL = Sizes(768, 12, 128, 32, 4, 5, (1, 4, 16, 64), (1, 4, 16), (25, 100, 250), 3)
+QUICK = Sizes(384, 6, 64, 16, 2, 2, (1, 16), (1, 4), (25, 100), 1)
+
+
+def questions(count: int, passages: int = PASSAGES, words: int = WORDS, seed: int = 0) -> list[dict[str, Any]]:
+    """Docs with passages and rerank scores; questions differ in length, so that batches need padding."""
+    rng = random.Random(seed)
+    return [
+        {
+            "question": f"Who {random_text(rng, QUESTION_WORDS + rng.randrange(-3, 4))} ?",
+            "answers": [random_text(rng, 2)],
+            "ctxs": [
+                {
+                    "id": f"{number}-{rank}",
+                    "title": "",
+                    "text": random_text(rng, words),
+                    "score": float(passages - rank),
+                    "rerank_score": rng.gauss(0, 1),
+                }
+                for rank in range(passages)
+            ],
+        }
+        for number in range(count)
+    ]
+
+
+def requests(docs: Sequence[dict[str, Any]], *, passages: int = 0) -> list[Instance]:
+    """What lm-eval asks of a model for these docs, with the best ``passages`` in the prompts."""
+    gen_kwargs = {"until": ["\n"], "max_gen_toks": NEW_TOKENS, "do_sample": False}
+
+    def prompt(doc: dict[str, Any]) -> str:
+        best = sorted(doc["ctxs"], key=lambda ctx: -ctx["rerank_score"])[:passages]
+        texts = [ctx["text"] for ctx in best]
+        return rag_prompt(doc["question"], texts) if texts else closed_book_prompt(doc["question"])
+
+    return [
+        Instance("generate_until", doc, (prompt(doc), gen_kwargs), 0, ("questions", number, 1))
+        for number, doc in enumerate(docs)
+    ]
+
+
+class Models:
+    """The LLM from a folder, and the classes that answer with it; they share its weights.
+
+    Args:
+        folder: where LLM and hypernetworks are written to.
+        sizes: theirs.
+    """
+
+    def __init__(self, folder: Path, sizes: Sizes) -> None:
+        llm = folder / "llm"
+        model, tokenizer = random_llm(sizes.width, sizes.layers)
+        model.save_pretrained(llm)
+        tokenizer.save_pretrained(llm)
+        first = HFLM(str(llm), device="cpu", dtype="float32", batch_size=1)
+        self.model, self.tokenizer = first.model, first.tokenizer
+        self.configs: dict[str, HypernetworkConfig] = {}
+        self.checkpoints: dict[str, Path] = {}
+        for form in FORMS:
+            changes: dict[str, Any] = {"rank": sizes.rank} if form == "paper" else {"base": "random"}
+            self.configs[form] = HypernetworkConfig.preset(
+                form, hidden_size=sizes.width, layer=sizes.layers // 3, **changes
+            )
+            self.checkpoints[form] = folder / form
+            self._write(form)
+
+    def _write(self, form: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            network = Hypernetwork(self.configs[form])
+        if form == "paper":
+            # Embeddings of a random LLM are so small that all passages would give one expert.
+            with torch.no_grad():
+                network.encoder.project.weight *= 300
+        directory = self.checkpoints[form]
+        directory.mkdir(exist_ok=True)
+        write_hypernetwork(directory, network.config, network.state_dict(), self.model, self.tokenizer, {})
+
+    def plain(self, batch: int) -> HFLM:
+        return HFLM(self.model, tokenizer=self.tokenizer, device="cpu", batch_size=batch)
+
+    def ours(self, form: str, batch: int, passages: int = PASSAGES) -> GenPoELM:
+        """With an empty expert store."""
+        return GenPoELM(
+            self.model,
+            tokenizer=self.tokenizer,
+            device="cpu",
+            batch_size=batch,
+            hypernetwork=str(self.checkpoints[form]),
+            num_passages=passages,
+        )
+
+    def naive(self) -> NaiveFlow:
+        checkpoint, layer = self.checkpoints["paper"], self.configs["paper"].layer
+        return NaiveFlow(self.model, self.tokenizer, checkpoint, layer, PASSAGES, NEW_TOKENS)
+
+
+def answers(lm: HFLM, asked: Sequence[Instance]) -> list[str]:
+    return lm.generate_until(list(asked), disable_tqdm=True)
+
+
+def check_answers(models: Models, docs: Sequence[dict[str, Any]]) -> None:
+    """Compare our answers with those of the naive flow.
+
+    Raises:
+        RuntimeError: they differ, or experts make no difference, or an answer is shorter than it may be.
+    """
+    expected = models.naive().answer_all(docs)
+    for batch in (1, BATCH):
+        if (found := answers(models.ours("paper", batch), requests(docs))) != expected:
+            wrong = sum(one != other for one, other in zip(found, expected, strict=True))
+            raise RuntimeError(f"batch {batch}: {wrong} of {len(docs)} answers are not those of the naive flow")
+    others = [{**doc, "ctxs": docs[number - 1]["ctxs"]} for number, doc in enumerate(docs)]
+    for what, other in (
+        ("closed-book answers", answers(models.plain(BATCH), requests(docs))),
+        ("answers with other passages", answers(models.ours("paper", BATCH), requests(others))),
+    ):
+        if 2 * sum(one != another for one, another in zip(expected, other, strict=True)) < len(docs):
+            raise RuntimeError(f"{what} are the same as with experts: equal tokens would say nothing")
+    if {len(answer.split()) for answer in expected} != {NEW_TOKENS}:
+        raise RuntimeError(f"an answer has fewer than {NEW_TOKENS} tokens")
+
+
+def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, rounds: int) -> Rounds:
+    """Seconds a question of all works, which take turns; the first round is warm-up.
+
+    ``product`` and ``read`` among them are seconds a FLOP of a square product, and a byte that is read.
+    """
+    naive = models.naive()
+    plain = {batch: models.plain(batch) for batch in (1, BATCH)}
+    read, read_bytes = reading()
+    rates = {"product": (product(PRODUCT, torch.float32), product_flops(PRODUCT)), "read": (read, read_bytes)}
+    times: Rounds = {}
+
+    def note(name: str, asked: Sequence[Any], work: Callable[[], object], number: int) -> None:
+        taken = seconds(work) / len(asked)
+        if number:
+            times.setdefault(name, []).append(taken)
+
+    for number in tqdm(range(1 + rounds), desc="Timing evaluations"):
+        note("naive", docs[:single], lambda: naive.answer_all(docs[:single]), number)
+        for batch, part in ((1, docs[:single]), (BATCH, docs)):
+            asked = requests(part)
+            for form in FORMS:
+                lm = models.ours(form, batch)
+                for state in ("cold", "warm"):
+                    note(f"{form}_{state}_{batch}", asked, lambda lm=lm, asked=asked: answers(lm, asked), number)
+                # Beside each, for these are the times that are compared most closely.
+                note(f"closed_book_{batch}_by_{form}", asked, lambda b=batch, a=asked: answers(plain[b], a), number)
+        asked = requests(docs, passages=PASSAGES)
+        for name, (work, amount) in rates.items():
+            note(name, range(amount), work, number)
+        note(f"rag_{BATCH}", asked, lambda asked=asked: answers(plain[BATCH], asked), number)
+    return times
+
+
+def ratio(times: Rounds, above: str, below: str) -> float:
+    """The median over rounds of one work's time over another's."""
+    return statistics.median(one / other for one, other in zip(times[above], times[below], strict=True))
+
+
+def ratio_rows(times: Rounds) -> list[Row]:
+    """The rows with aims, and those of the recommended form."""
+    closed_1, closed = "closed_book_1_by_paper", f"closed_book_{BATCH}_by_paper"
+    cold, warm = f"paper_cold_{BATCH}", f"paper_warm_{BATCH}"
+    speedup, batching = ratio(times, "naive", cold), ratio(times, closed_1, closed)
+    small, beside = f"recommended_cold_{BATCH}", f"closed_book_{BATCH}_by_recommended"
+    return [
+        Row("evaluation.naive_speedup", speedup, "x", ">= 5"),
+        Row("evaluation.hflm_batching_speedup", batching, "x"),
+        Row("evaluation.naive_speedup_over_hflm_batching", speedup / batching, "x", ">= 0.9"),
+        Row("evaluation.closed_book_time_ratio_cached", ratio(times, warm, closed), "x", "<= 1.15"),
+        Row("evaluation.closed_book_time_ratio_cold", ratio(times, cold, closed), "x", "<= 1.5"),
+        Row("evaluation.rag_speedup", ratio(times, f"rag_{BATCH}", cold), "x", ">= 3"),
+        Row("evaluation.closed_book_time_ratio_cached_batch_1", ratio(times, "paper_warm_1", closed_1), "x"),
+        Row("evaluation.closed_book_time_ratio_cold_batch_1", ratio(times, "paper_cold_1", closed_1), "x"),
+        Row("evaluation.recommended_naive_speedup", ratio(times, "naive", small), "x"),
+        Row(
+            "evaluation.recommended_closed_book_time_ratio_cached",
+            ratio(times, f"recommended_warm_{BATCH}", beside),
+            "x",
+        ),
+        Row("evaluation.recommended_closed_book_time_ratio_cold", ratio(times, small, beside), "x"),
+        Row("evaluation.recommended_rag_speedup", ratio(times, f"rag_{BATCH}", small), "x"),
+    ]
+
+
+def time_rows(times: Rounds) -> list[Row]:
+    """Milliseconds a question of every work."""
+    medians = {name: 1000 * statistics.median(taken) for name, taken in times.items() if name not in RATES}
+    return [Row(f"evaluation.{name}", value, "ms/question") for name, value in sorted(medians.items())]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The least that works can take at measured rates: in every pass the greater of arithmetic and of reading.
+
+    Attributes:
+        flops_rate, bytes_rate: a second, of a square product, and read by a matrix times a vector: the best round's,
+            for nothing can be faster than that.
+        body, head: numbers in the decoder layers, and in the output layer, which speaks for one position of each row.
+        expert: numbers in an expert.
+        generator: numbers in the hypernetwork.
+    """
+
+    flops_rate: float
+    bytes_rate: float
+    body: int
+    head: int
+    expert: int
+    generator: int
+
+    @classmethod
+    def at_rates_of(cls, times: Rounds, models: Models) -> Floors:
+        config = models.configs["paper"]
+        size = footprint(config)
+        head = models.model.get_output_embeddings().weight.numel()
+        return cls(
+            flops_rate=1 / min(times["product"]),
+            bytes_rate=1 / min(times["read"]),
+            body=sum(weight.numel() for weight in models.model.parameters()) - head,
+            head=head,
+            expert=size.expert_bytes // 4,
+            generator=size.parameters,
+        )
+
+    def one_pass(self, rows: int, tokens: int, experts: int) -> float:
+        """Seconds of a forward pass over so many tokens of each row, with so many experts a row, all of float32."""
+        flops = 2 * rows * (tokens * (self.body + experts * self.expert) + self.head)
+        read = 4 * (self.body + self.head + rows * experts * self.expert)
+        return max(flops / self.flops_rate, read / self.bytes_rate)
+
+    def answering(self, rows: int, tokens: int, experts: int = 0) -> float:
+        """Seconds of a batch's answers, with the prompt's ``tokens``."""
+        return self.one_pass(rows, tokens, experts) + (NEW_TOKENS - 1) * self.one_pass(rows, 1, experts)
+
+    def generating(self, passages: int) -> float:
+        """Seconds of one pass of the paper's hypernetwork, what it writes among the bytes."""
+        flops = 2 * passages * self.generator
+        return max(flops / self.flops_rate, 4 * (self.generator + passages * self.expert) / self.bytes_rate)
+
+    def rows(self) -> list[Row]:
+        tokens = QUESTION_WORDS + 5  # those of the prompt's own words
+        closed, warm = self.answering(BATCH, tokens), self.answering(BATCH, tokens, PASSAGES)
+        cold = warm + self.generating(BATCH * PASSAGES)
+        rag = self.answering(BATCH, tokens + 1 + PASSAGES * (WORDS + 1))
+        return [
+            Row("evaluation.matmul_rate", self.flops_rate / 1e9, "GFLOP/s"),
+            Row("evaluation.read_rate", self.bytes_rate / 1e9, "GB/s"),
+            *(
+                Row(f"evaluation.{name}_{BATCH}_floor", 1000 * floor / BATCH, "ms/question")
+                for name, floor in (("closed_book", closed), ("paper_warm", warm), ("paper_cold", cold), ("rag", rag))
+            ),
+            Row("evaluation.closed_book_time_ratio_cached_floor", warm / closed, "x"),
+            Row("evaluation.closed_book_time_ratio_cold_floor", cold / closed, "x"),
+        ]
+
+
+def measure_cost(models: Models, sizes: Sizes) -> list[Point]:
+    """The time of one batch of the paper's form, over batch sizes, numbers of experts, and lengths of passages."""
+    shapes = [(batch, count, WORDS) for batch in sizes.batches for count in (0, *sizes.experts)]
+    shapes += [(BATCH, PASSAGES, words) for words in sizes.words if words != WORDS]
+    times: dict[tuple[int, int, int, bool], list[float]] = {}
+    for number in tqdm(range(sizes.cost_rounds), desc="Timing batches"):
+        for batch, count, words in shapes:
+            asked = requests(questions(batch, count, words, seed=number))
+            lm = models.ours("paper", batch, count) if count else models.plain(batch)
+            for cold in (True, False) if count else (False,):
+                taken = seconds(lambda lm=lm, asked=asked: answers(lm, asked))
+                times.setdefault((batch, count, words, cold), []).append(taken)
+    return [Point(*shape, statistics.median(taken)) for shape, taken in times.items()]
+
+
+def measure(options: Options) -> list[Row]:
+    """The rows; with ``--out`` also a picture of what a question costs."""
+    sizes = QUICK if options.quick else FULL
+    docs = questions(sizes.questions)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object says that it was given a model
+    with folder_of(options) as folder:
+        models = Models(folder, sizes)
+        check_answers(models, docs)
+        times = time_works(models, docs, sizes.single, sizes.rounds)
+        points = measure_cost(models, sizes)
+        model = CostModel.fitted(points)
+        draw(points, model, folder / PICTURE)
+        if options.out is not None:
+            print(f"cost of a question: {folder / PICTURE}")
+    return [*ratio_rows(times), *time_rows(times), *Floors.at_rates_of(times, models).rows(), *model.rows(points)]

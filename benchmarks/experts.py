@@ -1,0 +1,153 @@
+"""Generating experts of the paper's size, against what a matrix product reaches, and against the memory it needs.
+
+d 4096, r 512, h as wide as d (the paper's form on Llama-2-7B): 1.08 billion parameters, 8.4 million numbers an expert;
+64 passages at a time in bfloat16, on a GPU if there is one. About 5 GB. A process of its own does it (this module is
+that as well), so that nothing else is in the peak: on a CPU its resident memory, without what it had before the
+weights; on a GPU what torch says.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.child import run_child
+from benchmarks.options import Options
+from benchmarks.rates import product, product_flops, reading, seconds
+from benchmarks.row import Row
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+
+TOKENS = 128  # a passage, that of a hundred words
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int
+    rank: int
+    passages: int
+    product: int  # side of the square product
+    rounds: int
+
+
+FULL = Sizes(4096, 512, 64, 4096, 9)
+QUICK = Sizes(1024, 128, 64, 2048, 3)
+
+
+def random_hypernetwork(config: HypernetworkConfig, device: str) -> Hypernetwork:
+    """A hypernetwork with random weights in `DTYPE`, which is never there in float32."""
+    with torch.device("meta"):
+        network = Hypernetwork(config)
+    network = network.to(DTYPE).to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for tensor in network.state_dict().values():
+        # One row, repeated: what the numbers are decides nothing, and a billion draws take their time.
+        tensor.copy_(torch.empty(tensor.shape[-1], device=device).uniform_(-0.05, 0.05))
+    return network
+
+
+def numbers_of(network: Hypernetwork) -> int:
+    """All numbers that a hypernetwork holds, its base among them."""
+    return sum(tensor.numel() for tensor in network.state_dict().values())
+
+
+def generation_flops(network: Hypernetwork, passages: int) -> int:
+    """Those of the products of the paper's form: two a weight of its linear layers and passage."""
+    layers = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
+    return 2 * passages * sum(layer.weight.numel() for layer in layers)
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS``, what this process has in memory, or ``VmHWM``, the most that it ever had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def measure_here(sizes: Sizes) -> dict[str, float]:
+    """All numbers, in this process; its first large allocation is that of the weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = HypernetworkConfig.preset("paper", hidden_size=sizes.width, layer=0, rank=sizes.rank)
+    mask = torch.ones(sizes.passages, TOKENS, dtype=torch.bool, device=device)
+    small = HypernetworkConfig.preset("paper", hidden_size=64, layer=0, rank=8)
+    with torch.inference_mode():
+        # What the libraries set up for themselves at their first use is none of the generation's.
+        random_hypernetwork(small, device)(torch.zeros(sizes.passages, TOKENS, 64, dtype=DTYPE, device=device), mask)
+        gc.collect()
+        before = 0 if device == "cuda" else resident_bytes("VmRSS")
+        network = random_hypernetwork(config, device)
+        states = torch.rand(sizes.passages, TOKENS, sizes.width, device=device).to(DTYPE)
+
+        def generate(count: int = sizes.passages) -> Experts:
+            return network(states[:count], mask[:count])
+
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        results = generate().nbytes
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM") - before
+        read, read_bytes = reading(device)
+        works = {
+            "generation": generate,
+            "single": lambda: generate(1),
+            "product": product(sizes.product, DTYPE, device),
+            "read": read,
+        }
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for number in tqdm(range(1 + sizes.rounds), desc="Timing generation"):
+            for name, work in works.items():
+                taken = seconds(work)
+                if number:
+                    times[name].append(taken)
+    flops = generation_flops(network, sizes.passages)
+    fractions = [
+        (flops / taken) / (product_flops(sizes.product) / other)
+        for taken, other in zip(times["generation"], times["product"], strict=True)
+    ]
+    return {
+        **{name: statistics.median(taken) for name, taken in times.items()},
+        "fraction": statistics.median(fractions),
+        "flops": flops,
+        "read_rate": read_bytes / min(times["read"]),
+        "weights": numbers_of(network) * DTYPE.itemsize,
+        "results": results,
+        "peak": peak,
+    }
+
+
+def rows_of(found: dict[str, float], sizes: Sizes) -> list[Row]:
+    """The rows for what `measure_here` found."""
+    product_rate = product_flops(sizes.product) / found["product"]
+    moved = found["weights"] + found["results"]
+    floor = max(found["flops"] / product_rate, moved / found["read_rate"])
+    return [
+        Row("experts.matmul_fraction", found["fraction"], "x", ">= 0.7"),
+        Row("experts.peak_memory_ratio", found["peak"] / moved, "x", "<= 1.2"),
+        Row("experts.weights_and_results", moved / 1e9, "GB"),
+        Row("experts.generation", 1000 * found["generation"] / sizes.passages, "ms/passage"),
+        Row("experts.generation_floor", 1000 * floor / sizes.passages, "ms/passage"),
+        Row("experts.one_at_a_time", 1000 * found["single"], "ms/passage"),
+        Row("experts.generation_rate", found["flops"] / found["generation"] / 1e9, "GFLOP/s"),
+        Row("experts.matmul_rate", product_rate / 1e9, "GFLOP/s"),
+        Row("experts.read_rate", found["read_rate"] / 1e9, "GB/s"),
+    ]
+
+
+def measure(options: Options) -> list[Row]:
+    """The rows, from a process of its own."""
+    # Else a CPU takes as long to get memory of this size, in pages of 4 KB, as to write to it.
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+    found, _ = run_child(["-m", "benchmarks.experts", "quick" if options.quick else "full"], environment)
+    return rows_of(found, QUICK if options.quick else FULL)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here({"full": FULL, "quick": QUICK}[sys.argv[1]])))

@@ -1,0 +1,53 @@
+"""A random Llama with a tokenizer of a token a word, and texts for it. It never ends an answer by itself."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = 16_000
+END, NEWLINE = "</s>", "\n"
+MARKS = ("<unk>", END, NEWLINE, "Question:", "Answer:", "Knowledge:", "Who", "?")
+
+
+def random_llm(width: int, layers: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The LLM (100 million parameters for a width of 768 and 12 layers) and its tokenizer; the same in every process.
+
+    Its embeddings of the end of text and of a new line are zeros, and so are their logits, since the embeddings are
+    tied: with the best of 16,000 others above them, every answer has all the tokens that it may have.
+    """
+    vocabulary = {word: number for number, word in enumerate([*MARKS, *(f"w{number}" for number in range(WORDS))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(NEWLINE, "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token=END, pad_token=END, padding_side="left"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[END],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[vocabulary[END], vocabulary[NEWLINE]]] = 0
+    return model, tokenizer
+
+
+def random_text(rng: random.Random, words: int) -> str:
+    """So many words, each a token, as likely as any other."""
+    return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(words))

@@ -1,0 +1,37 @@
+"""Seconds of a work, and works by which to tell what a machine does in the same run: FLOPs and bytes a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The time of one call, on a GPU until what it started has ended."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def product(size: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], torch.Tensor]:
+    """A square product, of ``product_flops(size)``."""
+    left, right = torch.rand(2, size, size, device=device).to(dtype)
+    return lambda: left @ right
+
+
+def product_flops(size: int) -> int:
+    return 2 * size**3
+
+
+def reading(device: str = "cpu") -> tuple[Callable[[], torch.Tensor], int]:
+    """A work that reads weights as decoding does, a matrix too large for any cache times a vector; and its bytes."""
+    matrix = torch.zeros(32_768, 4096, device=device)
+    vector = torch.zeros(4096, device=device)
+    return lambda: matrix @ vector, matrix.nbytes

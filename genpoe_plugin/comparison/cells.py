@@ -1,0 +1,151 @@
+"""The cells of a leaderboard as people read them; all outputs for people have the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from genpoe_plugin.comparison.breakdown import Estimate
+from genpoe_plugin.comparison.leaderboard import Board, Comparison, Cost, Pair, System
+
+MINUS = "\u2212"
+
+
+def is_share(metric: str, board: Board) -> bool:
+    """Whether a metric is between 0 and 1 on all questions."""
+    return all(((s.scores[metric] >= 0) & (s.scores[metric] <= 1)).all() for s in board.systems)
+
+
+def unit(metric: str, share: bool) -> str:
+    """A metric's name with its unit."""
+    return f"{metric.upper() if len(metric) < 4 else metric}{' %' if share else ''}"
+
+
+def number(value: float, share: bool = True, signed: bool = False) -> str:
+    """A score, in per cent where it is a share."""
+    text = f"{100 * value:z.1f}" if share else f"{value:z.3g}"
+    if signed and not text.startswith("-"):
+        text = f"+{text}"
+    return text.replace("-", MINUS)
+
+
+def interval(estimate: Estimate, share: bool = True) -> str:
+    """``92.7 [90.0, 94.7]``"""
+    low, high = number(estimate.low, share), number(estimate.high, share)
+    return f"{number(estimate.mean, share)} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def difference(pair: Pair, share: bool = True) -> str:
+    """``+7.1 [+4.0, +10.2], p < 0.001``: of the first of a pair to the second."""
+    low, high = number(pair.low, share, signed=True), number(pair.high, share, signed=True)
+    return f"{number(pair.difference, share, signed=True)} [{low}, {high}], {p_value(pair.adjusted)}"
+
+
+def rank(system: System) -> str:
+    if system.rank is None:
+        return "control"
+    best, worst = system.rank
+    return str(best) if best == worst else f"{best}\u2013{worst}"
+
+
+def seconds(cost: Cost) -> str:
+    if cost.seconds is None:
+        return ""
+    told = f"{1000 * cost.seconds:.3g} ms" if cost.seconds < 1 else f"{cost.seconds:.3g} s"
+    return f"{told}*" if cost.whole_command else told
+
+
+def memory(cost: Cost) -> str:
+    return "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**30:.2f} GiB {cost.memory_of}"
+
+
+def reversed_pair(pair: Pair) -> Pair:
+    """The same comparison, seen from the second."""
+    return replace(
+        pair,
+        first=pair.second,
+        second=pair.first,
+        difference=-pair.difference,
+        low=-pair.high,
+        high=-pair.low,
+        wins=pair.losses,
+        losses=pair.wins,
+    )
+
+
+def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
+    """What a system is measured against, and that comparison: the first one of the board; a control, its own system."""
+    control = board.systems[place].control is not None
+    family = "controls" if control else "ranked"
+    for pair in board.pairs:
+        if pair.family == family and pair.metric == metric and pair.second == place and (control or pair.first == 0):
+            return f"{board.systems[pair.first].number}", reversed_pair(pair)
+    return None
+
+
+def table(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    share = {metric: is_share(metric, board) for metric in board.metrics}
+    units = {metric: unit(metric, share[metric]) for metric in board.metrics}
+    header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
+    header += [f"\u0394{units[board.metric]} [95 %]", "of #", "s/question", "peak memory"]
+    several = any(system.seeds for system in board.systems)
+    if several:
+        header.insert(4, "seeds")
+    rows = []
+    for place, system in enumerate(board.systems):
+        row = [str(system.number), rank(system), system.label, f"{board.n:,}"]
+        if several:
+            row.append(str(len(system.runs)))
+        row += [interval(system.estimates[metric], share[metric]) for metric in board.metrics]
+        compared = against(board, place, board.metric)
+        row += [difference(compared[1], share[board.metric]), compared[0]] if compared else ["", ""]
+        rows.append([*row, seconds(system.cost), memory(system.cost)])
+    empty = {at for at in range(len(header)) if not any(row[at] for row in rows)}
+    keep = [at for at in range(len(header)) if at not in empty]
+    return [header[at] for at in keep], [[row[at] for at in keep] for row in rows]
+
+
+def method(comparison: Comparison, board: Board) -> list[str]:
+    """How the numbers were made, for the foot of every table."""
+    ranked = [pair for pair in board.pairs if pair.metric == board.metric]
+    families = {name: sum(pair.family == name for pair in ranked) for name in ("ranked", "controls")}
+    lines = [
+        "Intervals: 95 %; Wilson's for right-or-wrong scores, Wilson's with Kish's effective sample size for others"
+        " between 0 and 1.",
+        f"Differences (\u0394): paired bootstrap over questions, {comparison.draws:,} draws, expanded percentile"
+        " interval.",
+        "p-values: McNemar's mid-p test where scores are right or wrong, else the paired bootstrap; after Holm's"
+        f" correction ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
+        "Rank: the places that a system may have, given which differences are significant (adjusted p < 0.05).",
+    ]
+    if any(system.seeds for system in board.systems):
+        lines.append("Several seeds: every question's mean over them; the interval is over questions, for these seeds.")
+    if any(system.cost.whole_command for system in board.systems):
+        lines.append("* of the whole command, loading included: that model does not say what answering took.")
+    return lines
+
+
+def warnings(board: Board) -> list[tuple[System, str, bool]]:
+    """What is wrong with, or not known about, systems of a board; true for what is wrong."""
+    flags = [(system, system.flag, True) for system in board.systems if system.flag]
+    return flags + [(system, system.caution, False) for system in board.systems if system.caution]
+
+
+def differences(board: Board) -> list[str]:
+    """Why this board is not one with the first of its task."""
+    return [f"{entry.aspect}: {entry.here}; there: {entry.there}" for entry in board.group.differences]
+
+
+def allowed(board: Board) -> list[str]:
+    """What differs between systems that the user has ranked together."""
+    return [f"ranked together all the same: {e.aspect}: {e.here}; others: {e.there}" for e in board.group.allowed]
+
+
+def title(board: Board, boards: Sequence[Board]) -> str:
+    same = [other for other in boards if other.task == board.task]
+    return board.task if len(same) == 1 else f"{board.task}, board {same.index(board) + 1} of {len(same)}"

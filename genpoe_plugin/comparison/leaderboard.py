@@ -1,0 +1,377 @@
+"""A ranking of comparable runs, with what is certain about it and what it costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_rank, known
+from genpoe_plugin.comparison.comparability import Comparable, comparable, without_duplicates
+from genpoe_plugin.comparison.passages_used import PassagesUsed, passages_used
+from genpoe_plugin.comparison.runs import LeftOut, QuestionBook, Run, read_runs
+from genpoe_plugin.comparison.settings import Settings, deciding, key, labels, settings_of, without_seed
+from genpoe_plugin.comparison.statistics import (
+    DRAWS,
+    Floats,
+    bootstrap_means,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    wins_and_losses,
+)
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.prompts import EXPERT_MODES
+
+SIGNIFICANT = 0.05
+PREFERRED = ("em", "exact_match", "acc", "f1")
+NO_KNOWLEDGE = "experts carry no passage knowledge"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a question costs; means over seeds.
+
+    Attributes:
+        seconds: a question. ``whole_command``: with loading and all else, where the model does not say what it took.
+        peak_bytes: the most memory; ``memory_of`` says of what (GPU, process).
+    """
+
+    seconds: float | None
+    whole_command: bool
+    peak_bytes: float | None
+    memory_of: str
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """A row of a leaderboard: one run, or several that are seeds of one another.
+
+    Attributes:
+        number: in the table, from 1.
+        name: a short hash of its settings, the same in every comparison.
+        scores: metric to one score a question, the mean over seeds.
+        seeds: metric to least and greatest mean of one seed; empty with one run.
+        rank: the places that it may have, given what is significant; None for a control, which is not ranked.
+        flag: what is wrong with its result; caution: what is not known about it.
+        by_given, by_rank: of the first run, by the board's first metric.
+    """
+
+    number: int
+    name: str
+    label: str
+    settings: Settings
+    runs: tuple[Run, ...]
+    scores: dict[str, Floats]
+    estimates: dict[str, Estimate]
+    seeds: dict[str, tuple[float, float]]
+    cost: Cost
+    rank: tuple[int, int] | None = None
+    flag: str | None = None
+    caution: str | None = None
+    used: PassagesUsed | None = None
+    by_given: dict[str, Estimate] = field(default_factory=dict)
+    by_rank: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def control(self) -> str | None:
+        """Which control it is, if it is one."""
+        passages = self.settings.get("passages", "retrieved")
+        return None if passages == "retrieved" or self.settings.get("mode") == "closed_book" else passages
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two systems on the same questions; ``first`` and ``second`` are places in the board's systems.
+
+    Attributes:
+        family: ``ranked``, all pairs of ranked systems, or ``controls``, systems and their own controls: each family is
+            corrected for as many comparisons as it has.
+        difference, low, high: first less second, with the paired bootstrap's 95 % interval.
+        wins, losses: questions on which the first, or the second, scores more.
+        bootstrap: p-value of the paired bootstrap.
+        mcnemar, exact: p-values of McNemar's mid-p and exact test; None where scores are not 0 and 1.
+        adjusted: the mid-p, else the bootstrap's p-value, after Holm's correction.
+    """
+
+    family: str
+    metric: str
+    first: int
+    second: int
+    difference: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    bootstrap: float
+    mcnemar: float | None
+    exact: float | None
+    adjusted: float
+
+    @property
+    def significant(self) -> bool:
+        return self.adjusted < SIGNIFICANT
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """A leaderboard of one task: ranked systems first, best first, then controls."""
+
+    task: str
+    metrics: tuple[str, ...]
+    systems: tuple[System, ...]
+    pairs: tuple[Pair, ...]
+    group: Comparable
+
+    @property
+    def n(self) -> int:
+        return len(self.group.runs[0].questions)
+
+    @property
+    def metric(self) -> str:
+        """The one that ranks."""
+        return self.metrics[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All that `compare` found."""
+
+    boards: tuple[Board, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    book: QuestionBook
+    draws: int
+
+
+def compare(
+    paths: Sequence[Path], *, metric: str | None = None, allow: Collection[str] = (), draws: int = DRAWS
+) -> Comparison:
+    """Read all runs in ``paths`` and rank those that are comparable.
+
+    Args:
+        metric: ranks; without it EM, or what a task has in its place.
+        allow: aspects in which runs of one board may differ (`comparability.ALLOWABLE`).
+        draws: of the bootstrap.
+
+    Raises:
+        InputError: nothing can be compared.
+    """
+    book = QuestionBook()
+    runs, left_out = read_runs(paths, book)
+    runs, again = without_duplicates(runs)
+    if metric is not None and not any(metric in run.scores for run in runs):
+        known_ones = sorted({name for run in runs for name in run.scores})
+        raise InputError(f"metric {metric}: no run has it; these are there: {', '.join(known_ones)}")
+    used: dict[int, PassagesUsed | None] = {}
+    notes: list[str] = []
+    for run in runs:
+        try:
+            used[id(run)] = passages_used(run)
+        except InputError as error:
+            used[id(run)] = None
+            notes.append(f"passages unknown: {error}")
+    notes += dict.fromkeys(
+        f"task {run.task}: {metric} is not a mean over questions, so there is no test of it; lm_eval's results have it"
+        for run in runs
+        for metric in run.without_mean
+    )
+    boards = tuple(_board(group, metric, used, draws) for group in comparable(runs, allow))
+    return Comparison(boards, (*left_out, *again), tuple(notes), book, draws)
+
+
+def _board(group: Comparable, metric: str | None, used: Mapping[int, PassagesUsed | None], draws: int) -> Board:
+    metrics = _metrics(group, metric)
+    members: dict[str, list[Run]] = {}
+    for run in group.runs:
+        members.setdefault(key(without_seed(settings_of(run))), []).append(run)
+    scores = {
+        name: {metric: np.mean([run.scores[metric] for run in runs], 0) for metric in metrics}
+        for name, runs in members.items()
+    }
+    sign = 1 if group.runs[0].higher_is_better(metrics[0]) else -1
+    settings = {name: without_seed(settings_of(runs[0])) for name, runs in members.items()}
+    order = sorted(members, key=lambda name: -sign * scores[name][metrics[0]].mean())
+    shown = [members[name][0].arguments for name in order]
+    systems = []
+    for name, label in zip(order, labels([settings[name] for name in order], shown), strict=True):
+        runs = sorted(members[name], key=lambda run: str(settings_of(run).get("seed", "")))
+        system = System(
+            number=0,
+            name=hashlib.sha256(name.encode()).hexdigest()[:6],
+            label=label,
+            settings=settings[name],
+            runs=tuple(runs),
+            scores=scores[name],
+            estimates={metric: _estimate(scores[name][metric]) for metric in metrics},
+            seeds={metric: _range([run.scores[metric] for run in runs]) for metric in metrics} if runs[1:] else {},
+            cost=_cost(runs),
+            used=used.get(id(runs[0])),
+        )
+        systems.append(system)
+    systems.sort(key=lambda system: system.control is not None)
+    systems = [replace(system, number=number) for number, system in enumerate(systems, 1)]
+    pairs = _pairs(systems, metrics, draws)
+    systems = _ranked(systems, pairs, metrics[0], sign)
+    systems = _checked(systems, pairs, metrics[0], sign)
+    systems = _broken_down(systems, metrics[0])
+    return Board(group.task, metrics, tuple(systems), tuple(pairs), group)
+
+
+def _metrics(group: Comparable, metric: str | None) -> tuple[str, ...]:
+    """Those that all runs have; the one that ranks first."""
+    shared = [name for name in group.runs[0].scores if all(name in run.scores for run in group.runs)]
+    if not shared:
+        raise InputError(f"task {group.task}: its runs have no metric in common")
+    first = metric if metric in shared else next((name for name in PREFERRED if name in shared), shared[0])
+    return (first, *(name for name in shared if name != first))
+
+
+def _estimate(scores: Floats) -> Estimate:
+    low, high = mean_interval(scores[:, None])
+    return Estimate(float(scores.mean()), float(low[0]), float(high[0]), len(scores))
+
+
+def _range(scores: Sequence[Floats]) -> tuple[float, float]:
+    means = [float(column.mean()) for column in scores]
+    return min(means), max(means)
+
+
+def _cost(runs: Sequence[Run]) -> Cost:
+    seconds, peaks, of, whole = [], [], "", False
+    for run in runs:
+        genpoe = run.genpoe or {}
+        questions = genpoe.get("questions")
+        if genpoe.get("seconds") and questions:
+            seconds.append(sum(genpoe["seconds"].values()) / questions)
+        elif run.report.get("total_evaluation_time_seconds"):
+            whole = True
+            asked = sum(counts.get("effective", 0) for counts in run.report.get("n-samples", {}).values())
+            seconds.append(float(run.report["total_evaluation_time_seconds"]) / max(1, asked))
+        if memory := genpoe.get("peak_memory"):
+            peaks.append(memory["bytes"])
+            of = memory["of"]
+    return Cost(_mean(seconds), whole, _mean(peaks), of)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> list[Pair]:
+    families = {"ranked": _all_pairs(systems), "controls": _with_controls(systems)}
+    families = {name: pairs for name, pairs in families.items() if len(pairs)}
+    if not families:
+        return []
+    scores = np.stack([system.scores[metric] for metric in metrics for system in systems], 1)
+    resampled = bootstrap_means(scores, draws)
+    found: list[Pair] = []
+    for family, places in families.items():
+        for number, metric in enumerate(metrics):
+            columns = places + number * len(systems)
+            boot = paired_bootstrap(scores.mean(0), resampled, columns, len(scores))
+            wins, losses = wins_and_losses(scores, columns)
+            exact, mid = mcnemar(wins, losses)
+            right_or_wrong = np.all(((scores == 0) | (scores == 1))[:, columns], axis=(0, 2))
+            adjusted = holm(np.where(right_or_wrong, mid, boot.p))
+            found += [
+                Pair(
+                    family=family,
+                    metric=metric,
+                    first=int(first),
+                    second=int(second),
+                    difference=float(boot.difference[at]),
+                    low=float(boot.low[at]),
+                    high=float(boot.high[at]),
+                    wins=int(wins[at]),
+                    losses=int(losses[at]),
+                    bootstrap=float(boot.p[at]),
+                    mcnemar=float(mid[at]) if right_or_wrong[at] else None,
+                    exact=float(exact[at]) if right_or_wrong[at] else None,
+                    adjusted=float(adjusted[at]),
+                )
+                for at, (first, second) in enumerate(places)
+            ]
+    return found
+
+
+def _all_pairs(systems: Sequence[System]) -> NDArray[np.intp]:
+    ranked = sum(system.control is None for system in systems)
+    return np.stack(np.triu_indices(ranked, 1), 1)
+
+
+def _with_controls(systems: Sequence[System]) -> NDArray[np.intp]:
+    pairs = [
+        (first, second)
+        for first, system in enumerate(systems)
+        for second in (_control_of(system, control, systems) for control in _controls(systems))
+        if system.control is None and second is not None
+    ]
+    return np.array(pairs, np.intp).reshape(-1, 2)
+
+
+def _controls(systems: Sequence[System]) -> list[str]:
+    return list(dict.fromkeys(system.control for system in systems if system.control is not None))
+
+
+def _control_of(system: System, control: str, systems: Sequence[System]) -> int | None:
+    """The place of the system that differs from this one in nothing but its passages."""
+    if system.settings.get("mode") in (None, "closed_book"):
+        return None
+    # "kind" and "dtype" are not among the model's arguments, and pass through as they are.
+    wanted = key(without_seed(deciding(system.settings | {"passages": control})))
+    return next((place for place, other in enumerate(systems) if key(other.settings) == wanted), None)
+
+
+def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
+    ranked = sum(system.control is None for system in systems)
+    better, worse = [0] * len(systems), [0] * len(systems)
+    for pair in pairs:
+        if pair.family == "ranked" and pair.metric == metric and pair.significant:
+            winner, loser = (pair.first, pair.second) if sign * pair.difference > 0 else (pair.second, pair.first)
+            better[loser] += 1
+            worse[winner] += 1
+    return [
+        replace(system, rank=(1 + better[place], ranked - worse[place])) if system.control is None else system
+        for place, system in enumerate(systems)
+    ]
+
+
+def _checked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
+    """Flag systems with experts whose shuffled control is not worse."""
+    checked = []
+    for place, system in enumerate(systems):
+        if system.control is None and system.settings.get("mode") in EXPERT_MODES:
+            shuffled = _control_of(system, "shuffled", systems)
+            if shuffled is None:
+                caution = "no shuffled control: nothing shows that experts carry what passages say"
+                system = replace(system, caution=caution)
+            else:
+                pair = next(
+                    pair for pair in pairs if (pair.first, pair.second, pair.metric) == (place, shuffled, metric)
+                )
+                if not (pair.significant and sign * pair.difference > 0):
+                    own, other = system.estimates[metric].mean, systems[shuffled].estimates[metric].mean
+                    told = f"{metric} {own:.3f} with its passages, {other:.3f} with another question's"
+                    system = replace(system, flag=f"{NO_KNOWLEDGE} ({told}, p = {pair.adjusted:.2g})")
+        checked.append(system)
+    return checked
+
+
+def _broken_down(systems: Sequence[System], metric: str) -> list[System]:
+    retrieved = next((s.used.ranks for s in systems if s.used and s.control is None and known(s.used.ranks)), None)
+    if retrieved is None:
+        retrieved = next((run.ranks for system in systems for run in system.runs if known(run.ranks)), None)
+    return [
+        replace(
+            system,
+            by_given=by_given(system.runs[0].scores[metric], system.used.given) if system.used else {},
+            by_rank=by_rank(system.runs[0].scores[metric], retrieved) if retrieved is not None else {},
+        )
+        for system in systems
+    ]

@@ -1,0 +1,52 @@
+"""A comparison as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genpoe_plugin.comparison import cells
+from genpoe_plugin.comparison.leaderboard import Comparison
+from genpoe_plugin.comparison.origin import origin_of
+
+
+def markdown(comparison: Comparison) -> str:
+    """All boards with what is wrong, how it was made, and the command behind every row."""
+    parts = ["# Leaderboard\n"]
+    for board in comparison.boards:
+        parts.append(f"## {_text(cells.title(board, comparison.boards))}\n")
+        if board.group.differences:
+            parts.append("Not ranked together with the first board of this task, since these differ:\n")
+            parts.append("".join(f"- {_text(line)}\n" for line in cells.differences(board)))
+        for line in cells.allowed(board):
+            parts.append(f"**{_text(line)}**\n")
+        for system, text, wrong in cells.warnings(board):
+            line = f"{'⚠ ' if wrong else ''}#{system.number} {system.label}: {text}"
+            parts.append(f"**{_text(line)}**\n" if wrong else f"{_text(line)}\n")
+        parts.append(_table(*cells.table(board)))
+        parts.append("".join(f"- {_text(line)}\n" for line in cells.method(comparison, board)))
+        parts.append("The commands:\n")
+        for system in board.systems:
+            for run in system.runs:
+                origin = origin_of(run)
+                where = f", in `{origin.directory}`" if origin.directory else ""
+                how = "" if origin.recorded else " (put together from lm_eval's record)"
+                parts.append(
+                    f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n"
+                )
+    if comparison.left_out or comparison.notes:
+        parts.append("## Left out, and not known\n")
+        parts.append("".join(f"- `{entry.path}`: {_text(entry.reason)}\n" for entry in comparison.left_out))
+        parts.append("".join(f"- {_text(note)}\n" for note in comparison.notes))
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(_text, line))} |\n" for line in lines)
+
+
+def _text(text: str) -> str:
+    """Without what Markdown takes for its own."""
+    for character in ("\\", "|", "*", "_", "<", "[", "`"):
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")

@@ -1,0 +1,294 @@
+"""A matrix of runs, declared in YAML and carried out by the stock ``lm_eval`` command, each different cell once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from genpoe_plugin.checkpoint import checkpoint_fingerprint
+from genpoe_plugin.comparison.runs import HOW, QuestionBook, read_runs
+from genpoe_plugin.comparison.settings import deciding, key
+from genpoe_plugin.controls import CONTROLS
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import atomic_file, file_digest
+from genpoe_plugin.prompts import EXPERT_MODES, MODES
+
+AXES: dict[str, Any] = {"modes": ["genpoe"], "passages": ["retrieved"], "num_passages": [4], "seeds": [0]}
+"""What a matrix varies, with the defaults; a model may have its own."""
+OPTIONS = (
+    *("batch_size", "max_batch_size", "device", "num_fewshot", "limit", "gen_kwargs", "metadata", "seed"),
+    *("apply_chat_template", "system_instruction", "fewshot_as_multiturn", "include_path"),
+)
+"""Options of lm_eval that a matrix may set."""
+_KEYS = ("out", "tasks", "options", "model_args", "models", *AXES)
+_OURS = ("genpoe", "genpoe-vllm")
+_LARGE = 1 << 24  # bytes: files of a folder that are told apart by size alone, since they are an LLM's weights
+_LOG, _CELL = "lm_eval.log", "cell.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One lm_eval run.
+
+    Attributes:
+        name: of its folder.
+        kind: lm_eval's ``--model``.
+        arguments: lm_eval's ``--model_args``.
+    """
+
+    name: str
+    kind: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a YAML file declares: cells, where their results go, and what all of them share."""
+
+    out: Path
+    tasks: tuple[str, ...]
+    options: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+    def folder(self, cell: Cell) -> Path:
+        return self.out / cell.name
+
+    def command(self, cell: Cell) -> list[str]:
+        """As a user would type it."""
+        arguments = cell.arguments | ({"trace": self.folder(cell) / "trace.jsonl"} if cell.kind in _OURS else {})
+        words = ["lm_eval", "--model", cell.kind, "--model_args", _pairs(arguments), "--tasks", ",".join(self.tasks)]
+        for name, value in self.options.items():
+            if value is True:
+                words.append(f"--{name}")
+            elif value is not False and value is not None:
+                text = json.dumps(value) if name == "metadata" else _pairs(value) if isinstance(value, dict) else value
+                words += [f"--{name}", str(text)]
+        return [*words, "--log_samples", "--output_path", str(self.folder(cell))]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def read_matrix(path: Path) -> Matrix:
+    """The matrix that a YAML file declares.
+
+    Raises:
+        InputError: it is not YAML, or says what cannot be.
+    """
+    try:
+        declared = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(declared, dict):
+        raise InputError(f"{path}: not a mapping; README's section on comparing has one")
+    _known(declared, _KEYS, str(path))
+    if not isinstance(models := declared.get("models"), dict) or not models:
+        raise InputError(f"{path}: models: name at least one, with its arguments (pretrained: ...)")
+    tasks = declared.get("tasks")
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        raise InputError(f"{path}: tasks: name at least one task of lm_eval")
+    options = _mapping(declared.get("options"), f"{path}: options")
+    _known(options, OPTIONS, f"{path}: options")
+    shared = _mapping(declared.get("model_args"), f"{path}: model_args")
+    cells: dict[tuple[str, str], Cell] = {}
+    for name, model in models.items():
+        model = _mapping(model, f"{path}: models: {name}")
+        axes = {axis: model.pop(axis, declared.get(axis, default)) for axis, default in AXES.items()}
+        kind = model.pop("model", "genpoe")
+        for cell in _cells(str(name), kind, shared | model, axes, f"{path}: models: {name}"):
+            cells.setdefault((cell.kind, key(cell.arguments)), cell)
+    out = Path(declared.get("out") or f"{path.stem}-runs")
+    return Matrix(out, tuple(tasks), options, _named_apart(list(cells.values()), path))
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {value!r} is not a mapping")
+    return dict(value)
+
+
+def _known(given: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    if unknown := [name for name in given if name not in names]:
+        raise InputError(f"{where}: {unknown[0]}: not one of {', '.join(names)}")
+
+
+def _cells(name: str, kind: str, arguments: Mapping[str, Any], axes: Mapping[str, Any], where: str) -> list[Cell]:
+    for argument, value in arguments.items():
+        if "," in str(value):
+            raise InputError(f"{where}: {argument}: {value!r} has a comma, at which lm_eval would split it")
+    if kind not in _OURS:
+        return [Cell(_file_name(name), kind, dict(arguments))]
+    for axis, values in axes.items():
+        whole = axis in ("num_passages", "seeds")
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: {axis}: give a list")
+        for value in values:
+            allowed = {"modes": MODES, "passages": CONTROLS}.get(axis)
+            if allowed is not None and value not in allowed:
+                raise InputError(f"{where}: {axis}: {value}: not one of {', '.join(allowed)}")
+            if whole and (not isinstance(value, int) or isinstance(value, bool) or value < (axis == "num_passages")):
+                raise InputError(f"{where}: {axis}: {value}: not a whole number")
+    cells = []
+    for mode, passages, number, seed in product(*(axes[axis] for axis in AXES)):
+        if mode in EXPERT_MODES and not arguments.get("hypernetwork"):
+            raise InputError(f"{where}: mode {mode} needs hypernetwork: DIRECTORY, or modes of its own without it")
+        asked = {**arguments, "mode": mode, "passages": passages, "num_passages": number, "seed": seed}
+        decides = deciding(asked)
+        kept = {argument: value for argument, value in asked.items() if argument in decides or argument in HOW}
+        words = [name, mode] + ([passages] if mode != "closed_book" else [])
+        words += [f"K{number}"] if "num_passages" in decides else []
+        words += [f"seed{seed}"] if "seed" in decides else []
+        cells.append(Cell(_file_name("-".join(words)), kind, kept | {"passages": decides["passages"]}))
+    return cells
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.=+-]", "_", name)
+
+
+def _named_apart(cells: Sequence[Cell], path: Path) -> tuple[Cell, ...]:
+    names = [cell.name for cell in cells]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: models: two of them would write to the folder {twice[0]}; give them other names")
+    return tuple(cells)
+
+
+def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
+    """Carry out every cell that has no whole results yet, ``jobs`` at a time.
+
+    A cell that fails does not keep the others from running.
+
+    Raises:
+        InputError: a folder holds another run than the matrix says, or cells have failed.
+    """
+    inputs: dict[str, str] = {}
+    definitions = {cell.name: _definition(matrix, cell, inputs) for cell in matrix.cells}
+    missing = [cell for cell in matrix.cells if not _is_done(matrix, cell, definitions[cell.name])]
+    failed: list[str] = []
+    described = f"Running lm_eval ({len(matrix.cells) - len(missing)} of {len(matrix.cells)} runs are there)"
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(missing), desc=described, unit="run", disable=not missing) as bar,
+    ):
+        futures = [pool.submit(_run, matrix, cell, definitions[cell.name], jobs) for cell in missing]
+        try:
+            for future in as_completed(futures):
+                if problem := future.result():
+                    failed.append(problem)
+                    bar.write(f"failed: {problem}", file=sys.stderr)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        others = f" ({len(failed) - 1} more failed)" if failed[1:] else ""
+        raise InputError(f"{failed[0]}{others}; the same command goes on with what is missing")
+
+
+def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, Any]:
+    """What a cell's results depend on: its command, and the content of the files that it names."""
+    named = {
+        name: value for name, value in cell.arguments.items() if name in ("pretrained", "index", "reranker", "peft")
+    }
+    named |= {f"metadata {name}": value for name, value in _files(matrix.options.get("metadata") or {})}
+    contents = {}
+    for name, value in named.items():
+        if value not in known:
+            known[value] = _content(Path(str(value)))
+        contents[name] = known[value]
+    if checkpoint := cell.arguments.get("hypernetwork"):
+        if checkpoint not in known:
+            known[checkpoint] = checkpoint_fingerprint(checkpoint)
+        contents["hypernetwork"] = known[checkpoint]
+    return {"command": matrix.command(cell), "contents": contents}
+
+
+def _files(value: Any, name: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [found for key_, inner in value.items() for found in _files(inner, f"{name}.{key_}".lstrip("."))]
+    return [(name, value)] if isinstance(value, str) and Path(value).is_file() else []
+
+
+def _content(path: Path) -> str:
+    """A digest of a file or folder; of a name on the hub, the name."""
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        size = file.stat().st_size
+        content = file_digest(file) if size < _LARGE else ""
+        digest.update(f"{file.relative_to(path)}\0{size}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_done(matrix: Matrix, cell: Cell, definition: Mapping[str, Any]) -> bool:
+    folder = matrix.folder(cell)
+    if not folder.exists() or not [file for file in folder.iterdir() if not file.name.startswith(".")]:
+        return False
+    try:
+        found = json.loads((folder / _CELL).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a run of a matrix; give another `out`, or delete it") from error
+    different = [name for name in definition["contents"] if found["contents"].get(name) != definition["contents"][name]]
+    if found["command"] != definition["command"]:
+        different.append(f"command ({shlex.join(found['command'])})")
+    if different:
+        raise InputError(f"{folder}: made with another {', '.join(different)}; give another `out`, or delete it")
+    return _problem(folder) is None
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with the results in a folder, if anything is."""
+    try:
+        _, left_out = read_runs([folder], QuestionBook())
+    except InputError as error:
+        return str(error)
+    return f"{left_out[0].path}: {left_out[0].reason}" if left_out else None
+
+
+def _run(matrix: Matrix, cell: Cell, definition: Mapping[str, Any], jobs: int) -> str | None:
+    """Carry out a cell; what went wrong, if anything did."""
+    folder = matrix.folder(cell)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with atomic_file(folder / _CELL) as temporary:
+        temporary.write_text(json.dumps(definition, indent=1) + "\n", encoding="utf-8")
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    log = folder / _LOG
+    with log.open("w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", *matrix.command(cell)]
+        status = subprocess.run(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    if status.returncode:
+        return f"{cell.name}: lm_eval stopped with status {status.returncode} ({_last_line(log)}); see {log}"
+    problem = _problem(folder)
+    return f"{cell.name}: {problem}; see {log}" if problem else None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"

@@ -1,0 +1,175 @@
+"""A comparison as one HTML page that needs nothing else: tables, plots, single questions, and where all came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from genpoe_plugin import __version__
+from genpoe_plugin.comparison import cells
+from genpoe_plugin.comparison.breakdown import telling
+from genpoe_plugin.comparison.leaderboard import Board, Comparison, Pair, System
+from genpoe_plugin.comparison.origin import origin_of
+from genpoe_plugin.comparison.plots import plots
+
+QUESTIONS = 200
+"""Single questions on the page; the CSV has all."""
+MATRIX = 12
+"""Systems in the table of all pairs; of more, only some pairs are told."""
+_LONG = 300  # characters of a passage or an answer
+
+
+def page(comparison: Comparison) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = files("genpoe_plugin.comparison").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    boards = [_board(board, comparison, number) for number, board in enumerate(comparison.boards, 1)]
+    return environment.from_string(source).render(
+        boards=boards,
+        left_out=comparison.left_out,
+        notes=comparison.notes,
+        version=__version__,
+        most_questions=QUESTIONS,
+    )
+
+
+def _board(board: Board, comparison: Comparison, number: int) -> dict[str, Any]:
+    header, rows = cells.table(board)
+    return {
+        "id": f"board{number}",
+        "title": cells.title(board, comparison.boards),
+        "n": board.n,
+        "metric": cells.unit(board.metric, False),
+        "header": header,
+        "rows": list(zip(board.systems, rows, strict=True)),
+        "warnings": cells.warnings(board),
+        "differences": cells.differences(board),
+        "allowed": cells.allowed(board),
+        "protocol": _protocol(board),
+        "plots": [
+            {"title": plot.title, "note": plot.note, "wide": Markup(plot.wide), "narrow": Markup(plot.narrow)}
+            for plot in plots(board, f"b{number}")
+        ],
+        "matrix": _matrix(board),
+        "pairs": [_pair(pair, board) for pair in _told(board)],
+        "all_pairs": sum(pair.metric == board.metric for pair in board.pairs),
+        "origins": [(system, [origin_of(run) for run in system.runs]) for system in board.systems],
+        "questions": _json(_questions(board, comparison)),
+        "method": cells.method(comparison, board),
+    }
+
+
+def _protocol(board: Board) -> list[tuple[str, str]]:
+    protocol = board.group.protocol
+    source, reranker, number = protocol.passages
+    passages = ", ".join(
+        part
+        for part in (source, reranker not in (None, "None") and f"reranker {reranker}", number and f"at most {number}")
+        if part
+    )
+    named = [("task", board.task), ("version", protocol.version), ("metrics", protocol.metrics)]
+    named += [("questions", protocol.questions), ("prompts", protocol.prompts), ("few-shot", protocol.shots)]
+    return [*named, ("decoding", protocol.decoding), ("passages", passages or "none")]
+
+
+def _matrix(board: Board) -> dict[str, Any] | None:
+    """All differences between ranked systems: row less column."""
+    ranked = [system for system in board.systems if system.control is None]
+    if not 2 < len(ranked) <= MATRIX:
+        return None
+    share = cells.is_share(board.metric, board)
+    told: dict[tuple[int, int], dict[str, Any]] = {}
+    for pair in board.pairs:
+        if pair.family == "ranked" and pair.metric == board.metric:
+            for seen in (pair, cells.reversed_pair(pair)):
+                told[seen.first, seen.second] = {
+                    "difference": cells.number(seen.difference, share, signed=True),
+                    "wins": f"{seen.wins:,}\u2009:\u2009{seen.losses:,}",
+                    "significant": seen.significant,
+                    "better": seen.difference > 0,
+                }
+    places = range(len(ranked))
+    return {"systems": ranked, "rows": [[told.get((row, column)) for column in places] for row in places]}
+
+
+def _told(board: Board) -> list[Pair]:
+    """The pairs worth a line: everyone with the first, and with their controls."""
+    return [p for p in board.pairs if p.metric == board.metric and (p.family == "controls" or p.first == 0)]
+
+
+def _pair(pair: Pair, board: Board) -> dict[str, Any]:
+    share = cells.is_share(board.metric, board)
+    low, high = (cells.number(end, share, signed=True) for end in (pair.low, pair.high))
+    return {
+        "first": board.systems[pair.first],
+        "second": board.systems[pair.second],
+        "difference": f"{cells.number(pair.difference, share, signed=True)} [{low}, {high}]",
+        "wins": f"{pair.wins:,}",
+        "losses": f"{pair.losses:,}",
+        "ties": f"{board.n - pair.wins - pair.losses:,}",
+        "p": ["" if p is None else f"{p:.2g}" for p in (pair.mcnemar, pair.bootstrap, pair.adjusted)],
+        "significant": pair.significant,
+    }
+
+
+def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
+    """Some of the questions on which systems differ: answers, scores and passages of every system."""
+    pairs = [(pair.first, pair.second) for pair in board.pairs if pair.metric == board.metric]
+    places = telling([system.scores[board.metric] for system in board.systems], pairs, QUESTIONS)
+    numbers = board.group.runs[0].questions
+    passages: dict[tuple[str, str], int] = {}
+    texts: list[dict[str, str]] = []
+    told = [
+        {
+            "question": comparison.book.texts[numbers[place]],
+            "answers": comparison.book.targets[numbers[place]],
+            "by": [],
+        }
+        for place in places
+    ]
+    if places and board.group.runs[0].sample(places[0])["doc"].get("question") is None:
+        for entry, place in zip(told, places, strict=True):
+            arguments = board.group.runs[0].sample(place)["arguments"]
+            entry["question"] = _cut(str(next(iter(arguments.values()))["arg_0"]))
+    for system in board.systems:
+        bodies = _bodies(system, places)
+        for entry, place, (answer, given, known) in zip(told, places, bodies, strict=True):
+            used = []
+            for passage in given:
+                name = (str(passage["id"]), str(passage.get("title") or ""))
+                if name not in passages:
+                    passages[name] = len(texts)
+                    texts.append({"id": name[0], "title": name[1], "text": _cut(known.get(name[0], ""))})
+                used.append([passages[name], round(passage["gate"], 3), passage["has_answer"]])
+            score = round(float(system.scores[board.metric][place]), 3)
+            entry["by"].append([_cut(answer), score, used])
+    names = [f"{system.number}  {system.label}" for system in board.systems]
+    return {"systems": names, "questions": told, "passages": texts, "metric": cells.unit(board.metric, False)}
+
+
+def _bodies(system: System, places: Sequence[int]) -> list[tuple[str, list[dict[str, Any]], dict[str, str]]]:
+    """Answer, passages given, and the texts of the doc's passages, for some questions of a system's first run."""
+    found = []
+    for place in places:
+        sample = system.runs[0].sample(place)
+        answer = sample.get("filtered_resps") or [""]
+        given = system.used.line(place)["passages"] if system.used else []
+        known = {str(entry.get("id")): str(entry.get("text", "")) for entry in sample["doc"].get("ctxs") or ()}
+        found.append((str(answer[0]), given, known))
+    return found
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[:_LONG]}\u2026"
+
+
+def _json(value: Any) -> Markup:
+    """JSON that may stand inside a script element."""
+    return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))

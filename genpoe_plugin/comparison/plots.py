@@ -1,0 +1,338 @@
+"""The plots of a leaderboard as SVG, each for wide and for narrow screens.
+
+Colours are nearly Okabe and Ito's, told apart with any colour vision and seen on white. No plot needs them: systems
+have numbers, modes have markers, and controls are hollow.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from genpoe_plugin.comparison import cells
+from genpoe_plugin.comparison.breakdown import Estimate
+from genpoe_plugin.comparison.leaderboard import Board, System
+
+COLOURS = {
+    "closed_book": "#4d4d4d",
+    "rag": "#d55e00",
+    "genpoe": "#005a9c",
+    "genpoe_rag": "#00a06a",
+    "other": "#cc79a7",
+}
+MARKERS = {"closed_book": "v", "rag": "o", "genpoe": "s", "genpoe_rag": "D", "other": "P"}
+_SIDES = (
+    ((5, 4), "left", "bottom"),
+    ((-5, -4), "right", "top"),
+    ((5, -4), "left", "top"),
+    ((-5, 4), "right", "bottom"),
+)
+_LINES = ("-", "--", ":", "-.")
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: readable by screen readers, searchable
+    "svg.hashsalt": "genpoe",
+    "font.family": "DejaVu Sans",  # wide, so whatever font a browser has fits where this one does
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "text.parse_math": False,
+}
+MOST_LINES = 6
+"""Systems in a plot with a line for each."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot for wide and for narrow screens, as ``<svg>`` elements."""
+
+    title: str
+    note: str
+    wide: str
+    narrow: str
+
+
+@dataclass(frozen=True)
+class _Size:
+    narrow: bool
+
+    @property
+    def width(self) -> float:
+        return 3.7 if self.narrow else 10.4
+
+
+def plots(board: Board, prefix: str) -> list[Plot]:
+    """All plots for which a board has numbers.
+
+    Args:
+        prefix: of the ids in the SVG, different for every board of a page.
+    """
+    found = [_estimates(board, metric, f"{prefix}-{metric}") for metric in board.metrics]
+    found += [
+        plot
+        for plot in (
+            _given(board, f"{prefix}-given"),
+            _ranks(board, f"{prefix}-ranks"),
+            _cost(board, f"{prefix}-seconds", memory=False),
+            _cost(board, f"{prefix}-memory", memory=True),
+        )
+        if plot is not None
+    ]
+    return found
+
+
+def _mode(system: System) -> str:
+    mode = system.settings.get("mode", "other")
+    return mode if mode in COLOURS else "other"
+
+
+def _look(system: System) -> dict[str, Any]:
+    colour = COLOURS[_mode(system)]
+    return {
+        "marker": MARKERS[_mode(system)],
+        "color": colour,
+        "markerfacecolor": "white" if system.control else colour,
+        "markeredgewidth": 1.3,
+        "markersize": 6,
+    }
+
+
+def _bar(estimate: Estimate, scale: float) -> list[list[float]]:
+    return [[scale * (estimate.mean - estimate.low)], [scale * (estimate.high - estimate.mean)]]
+
+
+def _scale(board: Board, metric: str) -> tuple[float, str]:
+    share = cells.is_share(metric, board)
+    return (100.0 if share else 1.0), cells.unit(metric, False) + (" (%)" if share else "")
+
+
+def _pad(low: float, high: float, board: Board, metric: str) -> tuple[float, float]:
+    margin = 0.04 * (high - low) or 1.0
+    if cells.is_share(metric, board):
+        # An end of the scale that is near is shown, and what is drawn at it is not cut.
+        return -1.5 if low < 15 else low - margin, 101.5 if high > 85 else high + margin
+    return low - margin, high + margin
+
+
+def _name(system: System, most: int) -> str:
+    """Number and label, cut to so many characters; the table has all of it."""
+    name = f"{system.number}  {system.label}"
+    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+
+
+def _rows(axes: Axes, systems: Sequence[System], size: _Size, beside: bool = False) -> None:
+    """One line of the plot for each system, named; on a narrow screen above the line, since beside it is no room.
+
+    Args:
+        beside: there is something else in the line of the name.
+    """
+    names = [_name(system, (26 if beside else 40) if size.narrow else 60) for system in systems]
+    axes.set_ylim(len(systems) - 0.4, -0.8 if size.narrow else -0.6)
+    if size.narrow:
+        axes.spines["left"].set_visible(False)
+        axes.set_yticks([])
+        for place, name in enumerate(names):
+            axes.text(0.012, place - 0.22, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
+    else:
+        axes.set_yticks(range(len(systems)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    ranked = sum(system.control is None for system in systems)
+    if 0 < ranked < len(systems):
+        axes.axhline(ranked - (0.65 if size.narrow else 0.5), color="#999999", linewidth=0.8)
+
+
+def _height(systems: Sequence[System], size: _Size) -> float:
+    return (0.42 if size.narrow else 0.27) * len(systems) + 1.0
+
+
+def _estimates(board: Board, metric: str, prefix: str) -> Plot:
+    scale, unit = _scale(board, metric)
+
+    def draw(size: _Size) -> Figure:
+        figure, axes = _figure(size, _height(board.systems, size))
+        for place, system in enumerate(board.systems):
+            value = system.estimates[metric]
+            bar = _bar(value, scale)
+            axes.errorbar(scale * value.mean, place, xerr=bar, capsize=2.5, linewidth=1.4, **_look(system))
+        values = [system.estimates[metric] for system in board.systems]
+        ends = scale * min(v.low for v in values), scale * max(v.high for v in values)
+        axes.set_xlim(*_pad(*ends, board, metric))
+        _rows(axes, board.systems, size)
+        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_xlabel(f"{unit}, n = {board.n:,} questions")
+        return figure
+
+    note = f"Mean and 95 % interval over {board.n:,} questions; hollow: controls."
+    return _both(f"{cells.unit(metric, False)} with 95 % intervals", note, draw, prefix)
+
+
+def _given(board: Board, prefix: str) -> Plot | None:
+    systems = [s for s in board.systems if s.by_given and s.settings.get("passages") != "none"]
+    if not systems:
+        return None
+    scale, unit = _scale(board, board.metric)
+
+    def draw(size: _Size) -> Figure:
+        figure, axes = _figure(size, _height(systems, size) + 0.3)
+        for place, system in enumerate(systems):
+            for name, filled in (("present", True), ("absent", False)):
+                if name not in system.by_given:
+                    continue
+                value = system.by_given[name]
+                at = place + (-0.1 if filled else 0.1) + (0.1 if size.narrow else 0)
+                look = _look(system) | {"markerfacecolor": COLOURS[_mode(system)] if filled else "white"}
+                axes.errorbar(scale * value.mean, at, xerr=_bar(value, scale), capsize=2, linewidth=1.2, **look)
+        axes.set_xlim(*_pad(0, 100 if scale == 100 else 1, board, board.metric))
+        _rows(axes, systems, size, beside=True)
+        counts = [
+            " / ".join(f"{s.by_given[name].n:,}" if name in s.by_given else "0" for name in ("present", "absent"))
+            for s in systems
+        ]
+        for place, text in enumerate(counts):
+            if size.narrow:
+                where: Any = {"y": place - 0.22, "ha": "right", "va": "bottom", "x": 1.0}
+            else:
+                where = {"y": place, "ha": "left", "va": "center", "x": 1.01}
+            axes.text(s=f"n = {text}", transform=axes.get_yaxis_transform(), fontsize=8, color="#444444", **where)
+        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_xlabel(f"{unit}; n: answer given / not given")
+        return figure
+
+    note = (
+        "Filled: questions with the answer in a passage that the LLM was given; hollow: without it. "
+        "n is how many questions each of the two has; intervals are 95 %."
+    )
+    return _both("By whether the answer was retrieved", note, draw, prefix)
+
+
+def _ranks(board: Board, prefix: str) -> Plot | None:
+    ranked = [system for system in board.systems if system.control is None and len(system.by_rank) > 1]
+    if not ranked:
+        return None
+    systems = _most_different(ranked)
+    scale, unit = _scale(board, board.metric)
+    groups = list(systems[0].by_rank)
+
+    def draw(size: _Size) -> Figure:
+        lines = len(systems) if size.narrow else (len(systems) + 2) // 3
+        figure, axes = _figure(size, 3.1 + 0.2 * lines)
+        for number, system in enumerate(systems):
+            shift = (0.09 if size.narrow else 0.045) * (number - (len(systems) - 1) / 2)
+            values = [system.by_rank[group] for group in groups]
+            bars = [[scale * (v.mean - v.low) for v in values], [scale * (v.high - v.mean) for v in values]]
+            places = [place + shift for place in range(len(groups))]
+            means = [scale * value.mean for value in values]
+            style = _LINES[sum(_mode(other) == _mode(system) for other in systems[:number]) % len(_LINES)]
+            name = _name(system, 36)
+            look = _look(system) | {"markersize": 5}
+            axes.errorbar(
+                places, means, yerr=bars, capsize=2, linewidth=1.2, elinewidth=1, linestyle=style, label=name, **look
+            )
+        counts = [f"{group}\nn={systems[0].by_rank[group].n:,}" for group in groups]
+        axes.set_xticks(range(len(groups)), counts, fontsize=7.5 if size.narrow else 9)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_ylabel(unit)
+        axes.set_xlabel("best rank of a retrieved passage with the answer")
+        axes.grid(False, axis="x")
+        figure.legend(loc="outside upper left", ncols=1 if size.narrow else 3, frameon=False, fontsize=8.5)
+        return figure
+
+    note = (
+        f"The same questions for all systems, by where retrieval had the answer; intervals are 95 %; n = {board.n:,}."
+    )
+    if len(ranked) > len(systems):
+        note += f" {len(systems)} of {len(ranked)} ranked systems: the best of every mode, then the next best."
+    return _both("By the rank of the passage with the answer", note, draw, prefix)
+
+
+def _most_different(systems: Sequence[System]) -> list[System]:
+    """The best of every mode first, then the next best, as many as can be told apart."""
+    first = {_mode(system): system for system in reversed(systems)}.values()
+    others = [system for system in systems if system not in first]
+    return sorted([*first, *others][:MOST_LINES], key=lambda system: system.number)
+
+
+def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
+    def value(system: System) -> float | None:
+        cost = system.cost
+        if memory:
+            return cost.peak_bytes and cost.peak_bytes / 2**30
+        return cost.seconds and 1000 * cost.seconds
+
+    systems = [system for system in board.systems if system.control is None and value(system)]
+    if len(systems) < 2:
+        return None
+    scale, unit = _scale(board, board.metric)
+    values = [value(system) or 0 for system in systems]
+    wide = max(values) > 4 * min(values)  # a logarithmic axis of less has hardly a tick
+    logarithm = ", log scale" if wide else ""
+
+    def draw(size: _Size) -> Figure:
+        figure, axes = _figure(size, 3.4)
+        for number, system in enumerate(sorted(systems, key=lambda system: value(system) or 0)):
+            estimate = system.estimates[board.metric]
+            x, y = value(system), scale * estimate.mean
+            assert x is not None
+            axes.errorbar(x, y, yerr=_bar(estimate, scale), capsize=2, linewidth=1, **_look(system))
+            star = "*" if system.cost.whole_command and not memory else ""
+            # Neighbours have their numbers on different sides.
+            side: Any = dict(zip(("xytext", "ha", "va"), _SIDES[number % len(_SIDES)], strict=True))
+            axes.annotate(f"{system.number}{star}", (x, y), textcoords="offset points", fontsize=8, **side)
+        if wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.margins(x=0.12)
+        axes.set_ylabel(unit)
+        of = ", ".join(sorted({system.cost.memory_of for system in systems if system.cost.memory_of}))
+        what = f"peak memory of the {of} (GiB{logarithm})" if memory else f"time a question (ms{logarithm})"
+        axes.set_xlabel(f"{what}\nn = {board.n:,} questions")
+        return figure
+
+    note = "Ranked systems by their numbers in the table; bars are 95 % intervals."
+    if not memory and any(system.cost.whole_command for system in systems):
+        note += " * of the whole command, loading included."
+    return _both(f"{cells.unit(board.metric, False)} against {'memory' if memory else 'latency'}", note, draw, prefix)
+
+
+def _figure(size: _Size, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(size.width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _both(title: str, note: str, draw: Callable[[_Size], Figure], prefix: str) -> Plot:
+    with matplotlib.rc_context(_STYLE):
+        wide, narrow = (
+            _svg(draw(_Size(narrow)), f"{prefix}-{'narrow' if narrow else 'wide'}", f"{title}. {note}")
+            for narrow in (False, True)
+        )
+    return Plot(title, note, wide, narrow)
+
+
+def _svg(figure: Figure, prefix: str, description: str) -> str:
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Title": description})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # All plots stand in one document, where an id may be there once.
+    prefix = re.sub(r"[^\w-]", "_", prefix)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'href="#', f'href="#{prefix}-', text).replace("url(#", f"url(#{prefix}-")
+    return re.sub(r"<svg ", '<svg role="img" ', text, count=1)

@@ -1,0 +1,163 @@
+"""Intervals and paired tests over questions, for many runs at once.
+
+Everything is about a matrix of scores, ``[questions, runs]``: a row is one question, so runs are always compared on
+the same questions. Levels are two-sided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.95
+DRAWS = 10_000
+FEWEST = 10
+_BLOCK = 1 << 19  # resampled questions that are drawn at a time: few enough for a processor's cache
+_TIE = 1e-12  # differences that are equal but for rounding
+
+
+def wilson_interval(share: ArrayLike, n: ArrayLike, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Wilson's score interval of a share of ``n`` trials; ``n`` need not be whole."""
+    share, n = np.asarray(share, float), np.asarray(n, float)
+    z2 = ndtri((1 + level) / 2) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # At 0 and 1 the interval reaches the share itself, but for rounding.
+    return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
+
+
+def t_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Student's interval of the mean of each column of ``scores``, [questions, runs]."""
+    n = len(scores)
+    mean = scores.mean(0)
+    if n < 2:
+        return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
+    half = stdtrit(n - 1, (1 + level) / 2) * scores.std(0, ddof=1) / np.sqrt(n)
+    return mean - half, mean + half
+
+
+def mean_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """The interval of the mean of each column of ``scores``, [questions, runs].
+
+    Wilson's where a column holds zeros and ones. Where it holds other values between them, such as F1 or the mean over
+    seeds, Wilson's as well, with as many trials as would be as certain (Kish's effective sample size): Student's covers
+    too little where most questions score 0 or 1. Student's for all other values.
+    """
+    n = len(scores)
+    low, high = t_interval(scores, level)
+    share = scores.mean(0)
+    bounded = ((scores >= 0) & (scores <= 1)).all(0)
+    variance = scores.var(0, ddof=1) if n > 1 else np.zeros_like(share)
+    certain = ((scores == 0) | (scores == 1)).all(0) | (variance == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        trials = np.where(certain, n, n * share * (1 - share) / variance)
+    wilson_low, wilson_high = wilson_interval(share[bounded], trials[bounded], level)
+    low[bounded], high[bounded] = wilson_low, wilson_high
+    return low, high
+
+
+def _resampled_counts(n: int, draws: int, generator: np.random.Generator) -> Iterator[Floats]:
+    """How often each of ``n`` questions is in each bootstrap sample: blocks of [samples, n]."""
+    block = max(1, min(draws, _BLOCK // n))
+    for start in range(0, draws, block):
+        rows = min(block, draws - start)
+        drawn = generator.integers(0, n, size=(rows, n), dtype=np.int64)
+        drawn += n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def bootstrap_means(scores: Floats, draws: int = DRAWS, seed: int = 0) -> Floats:
+    """Means over questions drawn with replacement: [draws, runs], the same questions for all runs in a draw."""
+    generator = np.random.default_rng(seed)
+    blocks = _resampled_counts(len(scores), draws, generator)
+    return np.concatenate([counts @ scores for counts in blocks]) / len(scores)
+
+
+def expanded_tail(n: int, level: float = LEVEL) -> float:
+    """The share of draws beyond either end of a percentile interval of the mean of ``n`` questions.
+
+    Draws of few questions are too close together: by Hesterberg (2015) the interval is as wide as Student's.
+    """
+    degrees = max(1, n - 1)
+    return float(ndtr(np.sqrt(n / degrees) * stdtrit(degrees, (1 - level) / 2)))
+
+
+@dataclass(frozen=True)
+class PairedBootstrap:
+    """For each pair: the mean difference, its (expanded) percentile interval, and the p-value of there being none."""
+
+    difference: Floats
+    low: Floats
+    high: Floats
+    p: Floats
+
+
+def paired_bootstrap(
+    means: Floats, resampled: Floats, pairs: NDArray[np.intp], n: int, level: float = LEVEL
+) -> PairedBootstrap:
+    """Compare pairs of runs on questions drawn again.
+
+    The p-value is the share of draws whose difference is as far from the one seen as that is from none. Where those are
+    fewer than `FEWEST`, too few to count, it is Student's, with the draws' standard error: counts alone could never be
+    small enough to be significant among a thousand comparisons.
+
+    Args:
+        means: [runs].
+        resampled: [draws, runs], of `bootstrap_means`.
+        pairs: [pairs, 2], columns of ``means``.
+        n: number of questions.
+    """
+    difference = means[pairs[:, 0]] - means[pairs[:, 1]]
+    low, high, p = (np.empty_like(difference) for _ in range(3))
+    tail = expanded_tail(n, level)
+    wider = np.sqrt(n / max(1, n - 1))  # draws vary too little by this
+    columns = np.ascontiguousarray(resampled.T)
+    draws = len(resampled)
+    block = max(1, _BLOCK // draws)
+    for start in range(0, len(pairs), block):
+        part = slice(start, start + block)
+        drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
+        seen = difference[part, None]
+        further = np.count_nonzero(wider * np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)
+        counted = (1 + further) / (1 + draws)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / (wider * drawn.std(1)))
+        p[part] = np.where(further < FEWEST, np.fmin(counted, beyond), counted)
+        low[part], high[part] = np.quantile(drawn, [tail, 1 - tail], axis=1, overwrite_input=True)
+    return PairedBootstrap(difference, low, high, p)
+
+
+def wins_and_losses(scores: Floats, pairs: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """On how many questions the first run of each pair scores more, and on how many the second."""
+    wins, losses = (np.empty(len(pairs), np.int64) for _ in range(2))
+    columns = np.ascontiguousarray(scores.T)
+    for at, (first, second) in enumerate(pairs):
+        difference = columns[first] - columns[second]
+        wins[at] = np.count_nonzero(difference > _TIE)
+        losses[at] = np.count_nonzero(difference < -_TIE)
+    return wins, losses
+
+
+def mcnemar(wins: ArrayLike, losses: ArrayLike) -> tuple[Floats, Floats]:
+    """McNemar's test of questions that only one of two runs got right: exact and mid-p p-values."""
+    wins, losses = np.asarray(wins), np.asarray(losses)
+    fewer, all_of_them = np.minimum(wins, losses), wins + losses
+    below = np.where(fewer > 0, bdtr(np.maximum(fewer - 1, 0), np.maximum(all_of_them, 1), 0.5), 0.0)
+    tail = np.where(all_of_them > 0, bdtr(fewer, np.maximum(all_of_them, 1), 0.5), 1.0)
+    return np.minimum(1.0, 2 * tail), np.minimum(1.0, tail + below)
+
+
+def holm(p: ArrayLike) -> Floats:
+    """Holm's adjustment of p-values that were all looked at: those below 0.05 then hold together at that level."""
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, steps)
+    return adjusted

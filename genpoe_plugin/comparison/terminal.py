@@ -1,0 +1,45 @@
+"""A comparison in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from genpoe_plugin.comparison import cells
+from genpoe_plugin.comparison.leaderboard import Comparison, System
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print every board, what is wrong with its systems, and what was left out."""
+    for board in comparison.boards:
+        header, rows = cells.table(board)
+        table = Table(title=escape(cells.title(board, comparison.boards)), title_justify="left")
+        for name in header:
+            table.add_column(name, justify="left" if name in ("rank", "system") else "right", overflow="fold")
+        for system, row in zip(board.systems, rows, strict=True):
+            style = "bold red" if system.flag else "dim" if system.control else ""
+            table.add_row(*map(escape, row), style=style, end_section=_last_ranked(board.systems, system))
+        console.print(table)
+        for system, text, wrong in cells.warnings(board):
+            style = "bold red" if wrong else "yellow"
+            console.print(escape(f"#{system.number} {system.label}: {text}"), style=style, highlight=False)
+        if board.group.differences:
+            console.print("Not ranked together with the first board of this task, since these differ:", style="yellow")
+        for line in cells.differences(board):
+            console.print(escape(f"  {line}"), highlight=False)
+        for line in cells.allowed(board):
+            console.print(escape(line), style="yellow", highlight=False)
+        for line in cells.method(comparison, board):
+            console.print(escape(line), style="dim", highlight=False)
+        console.print()
+    for left_out in comparison.left_out:
+        console.print(escape(f"left out: {left_out.path}: {left_out.reason}"), style="yellow", highlight=False)
+    for note in comparison.notes:
+        console.print(escape(f"note: {note}"), style="yellow", highlight=False)
+
+
+def _last_ranked(systems: Sequence[System], system: System) -> bool:
+    return system.number < len(systems) and system.control is None and systems[system.number].control is not None

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare as benchmark
+from benchmarks.options import Options
+from genpoe_plugin.comparison.leaderboard import compare
+
+
+def test_every_declared_run_is_in_one_board(tmp_path: Path) -> None:
+    benchmark.write_runs(tmp_path, 34, 40)
+    comparison = compare([tmp_path], draws=50)
+    assert not comparison.left_out and not comparison.notes
+    (board,) = comparison.boards
+    assert board.n == 40
+    assert sum(len(system.runs) for system in board.systems) == 34
+    assert sorted(len(system.runs) for system in board.systems if system.control == "shuffled") == [3, 3, 3, 3]
+
+
+def test_the_command_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def stand_in(arguments, environment):
+        called.append(list(map(str, arguments)))
+        out = Path(arguments[-1])
+        out.mkdir()
+        (out / "index.html").write_text("x" * 2_000_000)
+        (out / "comparison.json").write_text("{}")
+        return "", 1_500_000_000
+
+    monkeypatch.setattr(benchmark, "run_child", stand_in)
+    rows = {row.name.partition(": ")[2]: row for row in benchmark.measure(Options(quick=True, out=tmp_path))}
+    assert called == [
+        ["-m", "train_cli", "compare", f"{tmp_path / '12-runs-of-500'}", "--out", f"{tmp_path}/comparison"]
+    ]
+    assert rows["peak memory"].value == 1.5 and rows["peak memory"].holds
+    assert rows["page"].value == 2
+    assert rows["time"].unit == "s" and rows["time"].target == "<= 30"

@@ -1,0 +1,103 @@
+"""``genpoe compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from genpoe_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from genpoe_plugin.comparison.leaderboard import Comparison
+
+WIDTH = 200  # of a table that goes into a file or a pipe
+
+
+@click.command()
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for page, Markdown, CSV, JSON.")
+@click.option("--run", "config", type=click.Path(path_type=Path), help="Run this matrix (YAML) first, then compare it.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="--run: lm_eval runs at a time.")
+@click.option("--metric", help="The one that ranks.  [default: em, or what a task has in its place]")
+@click.option("--allow", multiple=True, metavar="ASPECT", help="Rank together runs that differ in this; repeatable.")
+@click.option("--reproduce", metavar="ROW", help="Print the command of a row: its number, or TASK:NUMBER.")
+def compare(
+    results: tuple[Path, ...],
+    out: Path | None,
+    config: Path | None,
+    jobs: int,
+    metric: str | None,
+    allow: tuple[str, ...],
+    reproduce: str | None,
+) -> None:
+    """A leaderboard of the lm_eval runs in RESULTS, with intervals, paired tests, controls and costs.
+
+    RESULTS are folders that lm_eval wrote to (--output_path, with --log_samples), of any model. Runs that were not
+    asked the same in the same way are ranked apart, and it is said what differs; what is broken is left out, by name.
+    """
+    if not results and config is None:
+        raise click.UsageError("give RESULTS, folders that lm_eval wrote to, or --run CONFIG.yaml")
+    from genpoe_plugin.comparison.comparability import ALLOWABLE
+    from genpoe_plugin.comparison.leaderboard import compare as compared
+
+    if unknown := [aspect for aspect in allow if aspect not in ALLOWABLE]:
+        raise InputError(f"--allow {unknown[0]}: not one of {', '.join(ALLOWABLE)}")
+    folders = list(results)
+    if config is not None:
+        from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
+
+        matrix = read_matrix(config)
+        run_matrix(matrix, jobs)
+        folders.append(matrix.out)
+        out = out or matrix.out / "comparison"
+    comparison = compared(folders, metric=metric, allow=allow)
+    if reproduce is not None:
+        _reproduce(comparison, reproduce)
+        return
+    _show(comparison)
+    if out is not None:
+        from genpoe_plugin.comparison.files import write
+
+        for path in write(comparison, out):
+            click.echo(path)
+
+
+def _show(comparison: Comparison) -> None:
+    from rich.console import Console
+
+    from genpoe_plugin.comparison.terminal import show
+
+    console = Console()
+    show(comparison, console if console.is_terminal else Console(width=WIDTH))
+
+
+def _reproduce(comparison: Comparison, row: str) -> None:
+    """Print the folder and the command of every run of a row, as a shell reads them."""
+    import shlex
+
+    from genpoe_plugin.comparison.cells import title
+    from genpoe_plugin.comparison.origin import origin_of
+
+    wanted, _, number = row.rpartition(":")
+    found = [
+        system
+        for board in comparison.boards
+        for system in board.systems
+        if (str(system.number) == number and wanted in ("", board.task, title(board, comparison.boards)))
+        or system.name == row
+    ]
+    if not found:
+        rows = ", ".join(f"{title(b, comparison.boards)}:1 to {len(b.systems)}" for b in comparison.boards)
+        raise InputError(f"--reproduce {row}: no such row; there are {rows}")
+    if len(found) > 1:
+        names = ", ".join(f"{system.name} ({system.runs[0].task})" for system in found)
+        raise InputError(f"--reproduce {row}: in several tables; give the name of one: {names}")
+    for run in found[0].runs:
+        origin = origin_of(run)
+        if not origin.recorded:
+            click.echo("# put together from lm_eval's record of the run")
+        if origin.directory:
+            click.echo(f"cd {shlex.quote(origin.directory)}")
+        click.echo(origin.command)
