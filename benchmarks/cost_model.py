@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 from scipy.optimize import nnls
 
 from benchmarks.row import Row
@@ -101,23 +101,25 @@ def draw(points: Sequence[Point], model: CostModel, path: Path) -> None:
     words = statistics.mode(point.words for point in points)
     at = next(point for point in points if point.words != words)
     usual = [point for point in points if point.words == words]
-    for count in sorted({point.experts for point in usual}):
+    for number, count in enumerate(sorted({point.experts for point in usual})):
         chosen = [point for point in usual if point.experts == count]
-        _curve(panels[0], chosen, model, "batch", f"K = {count}" if count else "closed-book", f"C{count % 10}")
-    for batch in sorted({point.batch for point in usual}):
+        _curve(panels[0], chosen, model, "batch", f"K = {count}" if count else "closed-book", f"C{number}")
+    for number, batch in enumerate(sorted({point.batch for point in usual})):
         chosen = [point for point in usual if point.batch == batch and point.experts]
-        _curve(panels[1], chosen, model, "experts", f"batch {batch}", f"C{batch % 10}")
+        _curve(panels[1], chosen, model, "experts", f"batch {batch}", f"C{number}")
     chosen = [point for point in points if (point.batch, point.experts) == (at.batch, at.experts)]
     _curve(panels[2], chosen, model, "words", f"batch {at.batch}, K = {at.experts}", "C0")
     for axes, label in zip(panels, ("questions in a batch", "K, experts a question", "words a passage"), strict=True):
-        axes.set(xlabel=label, ylabel="ms a question", yscale="log")
+        axes.set(xlabel=label, ylabel="ms a question")
         axes.grid(alpha=0.3, which="both")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.legend(frameon=False, fontsize="small")
     for axes in panels[:2]:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    panels[2].set_ylim(bottom=0)
     figure.suptitle(
         "marks: measured (filled: experts in the store; hollow: generated first); lines: the model (solid, dashed)"
     )

@@ -12,6 +12,7 @@ bytes that it has to read, would take at the rates of a square product and of a 
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import statistics
@@ -145,6 +146,7 @@ class Models:
 
     def ours(self, form: str, batch: int, passages: int = PASSAGES) -> GenPoELM:
         """With an empty expert store."""
+        gc.collect()  # one that is done with refers to itself, and its store is large
         return GenPoELM(
             self.model,
             tokenizer=self.tokenizer,

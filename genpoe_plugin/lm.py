@@ -145,6 +145,7 @@ class GenPoELM(PassageRequests, HFLM):
 
     def _expert_rows(self, selections: Sequence[Selection], starts: Sequence[int]) -> RowExperts | None:
         assert self.store is not None
+        self._rows = None  # those of the last batch, or for a moment both would be in memory
         return self.store.rows(
             [selection.strings for selection in selections], [selection.gates for selection in selections], starts
         )

@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+Weights = tuple[Tensor, ...]
+"""Experts' own tensors, all with the experts along the first dimension."""
+
 
 class Mixture(Protocol):
     """``Σ_k g_k · E_k(x)``, for every row its own experts."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.slab import Weights
+from genpoe_plugin.experts.expert import Weights
 from genpoe_plugin.files import atomic_file
 
 PASSAGES = "passages"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.device_memory import available_memory
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import find_layer
@@ -89,3 +89,7 @@ class ExpertGenerator:
     def generate(self, passages: Sequence[str]) -> Experts:
         """One expert a passage, in the hypernetwork's dtype."""
         return self.hypernetwork(*self.embed(passages))
+
+    def write(self, passages: Sequence[str], weights: Weights, rows: Tensor) -> None:
+        """Generate experts into ``rows`` of ``weights``: see `Hypernetwork.write`."""
+        self.hypernetwork.write(*self.embed(passages), weights, rows)

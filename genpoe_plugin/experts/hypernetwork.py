@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors
+from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors, Weights
 
 PART = 32_768  # entries of a generated expert at a time
 
@@ -26,8 +27,9 @@ class MeanEncoder(nn.Module):
         self.project = nn.Linear(config.hidden_size, config.code_size)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        weights = mask.to(states.dtype).unsqueeze(-1)
-        mean = (states * weights).sum(1) / weights.sum(1)
+        weights = mask.to(states.dtype)
+        # As a product, which makes no second copy of the states.
+        mean = (weights.unsqueeze(1) @ states).squeeze(1) / weights.sum(1, keepdim=True)
         if self.normalise:
             mean = functional.rms_norm(mean, mean.shape[-1:])
         return torch.relu(self.project(mean))
@@ -73,25 +75,42 @@ class AttentionEncoder(Attention):
 class Generator(nn.Linear):
     """The layer whose outputs are the entries of matrices: so large that a pass over them costs as the product does."""
 
-    def forward(self, code: Tensor, gain: float = 1.0, base: Tensor | None = None) -> Tensor:
-        """``[n, code]`` to ``[n, entries]``; with ``base`` (``[entries]``, without gradients) ``gain · layer + base``.
+    def forward(
+        self,
+        code: Tensor,
+        gain: float = 1.0,
+        bases: Sequence[Tensor] | None = None,
+        weights: Weights = (),
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """``[n, code]`` to ``[n, entries]``; with ``bases``, without gradients, ``gain · layer + base`` into memory.
 
         What the layer is asked for is done here, and not by its owner, for sharded weights are whole only meanwhile.
+
+        Args:
+            code: ``[n, code]``.
+            gain: with ``bases``.
+            bases: matrices whose entries are, one after the other, those of the layer.
+            weights: for each of them ``[any number, *its shape]``, where the results go.
+            rows: ``[n]``, to which rows.
         """
-        if base is None:
+        if bases is None or rows is None:
             return super().forward(code)
-        weight, code = self.weight, (gain * code).to(self.weight.dtype)
-        shift = torch.add(base.to(weight.dtype), self.bias, alpha=gain)
-        if weight.device.type != "cpu":
-            return torch.addmm(shift, code, weight.mT)
-        # A CPU lays out the matrix anew for its product: by parts, which stay in its cache.
-        entries = code.new_empty(len(code), len(weight))
-        part = code.new_empty(len(code), min(PART, len(weight)))
-        for begin in range(0, len(weight), PART):
-            some = slice(begin, begin + PART)
-            result = part[:, : len(weight[some])]
-            entries[:, some] = torch.addmm(shift[some], code, weight[some].mT, out=result)
-        return entries
+        code, begin = (gain * code).to(self.weight.dtype), 0
+        most = max(base.numel() for base in bases)
+        if code.device.type == "cpu":  # it lays out the matrix anew for its product: by parts, which stay in its cache
+            most = min(PART, most)
+        result = code.new_empty(len(code) * most)
+        for base, kept in zip(bases, weights, strict=True):
+            base, kept = base.to(self.weight.dtype).flatten(), kept.view(len(kept), base.numel())
+            for place in range(0, len(base), most):
+                some = base[place : place + most]
+                own = slice(begin + place, begin + place + len(some))
+                part = result[: len(code) * len(some)].view(len(code), len(some))
+                torch.addmm(torch.add(some, self.bias[own], alpha=gain), code, self.weight[own].mT, out=part)
+                kept[:, place : place + most].index_copy_(0, rows, part.to(kept.dtype))
+            begin += len(base)
+        return code.new_empty(0)
 
 
 class DenseHead(nn.Module):
@@ -112,16 +131,22 @@ class DenseHead(nn.Module):
             self.register_buffer(f"base{number}", base)
 
     def forward(self, code: Tensor) -> DenseExperts:
+        if not torch.is_grad_enabled():
+            weights = tuple(code.new_empty(len(code), *shape) for shape in self.shapes)
+            self.write(code, weights, torch.arange(len(code), device=code.device))
+            return DenseExperts(*weights)
         sizes = [rows * columns for rows, columns in self.shapes]
-        bases = [self.get_buffer(f"base{number}") for number in (1, 2, 3, 4)]
-        if torch.is_grad_enabled():
-            parts = (self.gain * self.generate(code)).split(sizes, dim=-1)
-            return DenseExperts(
-                *(part.unflatten(-1, base.shape) + base for part, base in zip(parts, bases, strict=True))
-            )
-        entries = self.generate(code, self.gain, torch.cat([base.flatten() for base in bases]))
-        parts = entries.split(sizes, dim=-1)
-        return DenseExperts(*(part.unflatten(-1, base.shape) for part, base in zip(parts, bases, strict=True)))
+        parts = (self.gain * self.generate(code)).split(sizes, dim=-1)
+        return DenseExperts(
+            *(part.unflatten(-1, base.shape) + base for part, base in zip(parts, self._bases(), strict=True))
+        )
+
+    def write(self, code: Tensor, weights: Weights, rows: Tensor) -> None:
+        """As `Hypernetwork.write`, from codes."""
+        self.generate(code, self.gain, self._bases(), weights, rows)
+
+    def _bases(self) -> list[Tensor]:
+        return [self.get_buffer(f"base{number}") for number in (1, 2, 3, 4)]
 
 
 class FactoredHead(nn.Module):
@@ -215,6 +240,31 @@ class Hypernetwork(nn.Module):
             ``n`` experts.
         """
         return self.head(self.encoder(states, mask).to(self.head_dtype))
+
+    @torch.no_grad()
+    def write(self, states: Tensor, mask: Tensor, weights: Weights, rows: Tensor) -> None:
+        """Generate experts, without gradients, straight into memory that has room for many.
+
+        New memory of an expert's size takes a CPU as long to get as the expert takes to generate.
+
+        Args:
+            states, mask: as of `forward`.
+            weights: tensors as those of the experts, ``[any number, ...]``, of any dtype.
+            rows: ``[n]``, which rows of them the experts become; no two are the same.
+        """
+        code = self.encoder(states, mask).to(self.head_dtype)
+        if isinstance(self.head, DenseHead):
+            self.head.write(code, weights, rows)
+        else:
+            for kept, weight in zip(weights, self.head(code).weights, strict=True):
+                kept.index_copy_(0, rows, weight.to(kept.dtype))
+
+    @torch.no_grad()
+    def none(self) -> Experts:
+        """No experts, and what all of them share."""
+        some = next(self.parameters())
+        states = some.new_zeros(0, 1, self.config.hidden_size)
+        return self(states, torch.ones(0, 1, dtype=torch.bool, device=some.device))
 
     @property
     def head_dtype(self) -> torch.dtype:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-Weights = tuple[Tensor, ...]
-"""Experts' own tensors, all with the experts along the first dimension."""
+from genpoe_plugin.experts.expert import Weights
 
 
 class Slab:
     """At most ``capacity`` experts on one device; those that were used longest ago make room for others.
 
     It takes the memory of the experts that it has been given room for (`reserve`), not of its capacity.
+
+    Args:
+        capacity: experts.
+        form: the weights of any number of such experts, none included; for their shapes and dtype.
+        device: where they are kept.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, form: Weights, device: torch.device) -> None:
         self.capacity, self.device = capacity, device
-        self.weights: Weights = ()
+        self.weights: Weights = tuple(weight.new_empty((0, *weight.shape[1:]), device=device) for weight in form)
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._free: list[int] = []
 
@@ -55,24 +60,37 @@ class Slab:
         passages = passages[-self.capacity :] if self.capacity else []
         if not passages:
             return
-        weights = tuple(weight[-len(passages) :] for weight in weights)
+        with self.filling(passages) as index:
+            for kept, weight in zip(self.weights, weights, strict=True):
+                kept.index_copy_(0, index, weight[-len(passages) :].to(self.device))
+
+    @contextmanager
+    def filling(self, passages: Sequence[str]) -> Iterator[Tensor]:
+        """Where in ``weights`` experts go that are not there yet; they are there once the block ends without an error.
+
+        Args:
+            passages: theirs, at most as many as the capacity; they count as just used.
+        """
         for passage in self.oldest(len(passages)):
             self._free.append(self._slots.pop(passage))
-        self._reserve(len(self) + len(passages), weights)
+        if (most := len(self) + len(passages)) > (before := len(self.weights[0])):
+            # Half as many again as there were, so that room is seldom made.
+            self.reserve(max(most, before * 3 // 2))
         taken = [self._free.pop() for _ in passages]
+        try:
+            yield torch.tensor(taken, device=self.device)
+        except BaseException:
+            self._free += reversed(taken)
+            raise
         self._slots.update(zip(passages, taken, strict=True))
-        index = torch.tensor(taken, device=self.device)
-        for kept, weight in zip(self.weights, weights, strict=True):
-            kept.index_copy_(0, index, weight.to(self.device))
 
-    def _reserve(self, count: int, like: Weights) -> None:
-        """Room for ``count`` experts, and for half as many again as there were, so that it is seldom made."""
-        before = len(self.weights[0]) if self.weights else 0
-        if count <= before:
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` experts in all, or for the capacity."""
+        before, size = len(self.weights[0]), min(self.capacity, count)
+        if size <= before:
             return
-        size = min(self.capacity, max(count, before * 3 // 2))
-        larger = tuple(weight.new_empty((size, *weight.shape[1:]), device=self.device) for weight in like)
-        for new, old in zip(larger, self.weights or larger, strict=True):
-            new[:before] = old[:before]
+        larger = tuple(weight.new_empty((size, *weight.shape[1:])) for weight in self.weights)
+        for new, old in zip(larger, self.weights, strict=True):
+            new[:before] = old
         self.weights = larger
         self._free += reversed(range(before, size))

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.expert import Weights
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
-from genpoe_plugin.experts.slab import Slab, Weights
+from genpoe_plugin.experts.slab import Slab
 
 ON_DEVICE, ON_HOST = 2 * 10**9, 8 * 10**9  # bytes, where nothing else is said
 
@@ -56,10 +55,10 @@ class ExpertStore:
         self._batch_size = batch_size
         one = footprint(config, self.dtype).expert_bytes
         device = self._generator.device
-        self._slab = Slab(max(1, device_bytes // one), device)
-        self._host = Slab(0 if device.type == "cpu" else host_bytes // one, torch.device("cpu"))
-        self._form: Experts | None = None
-        """No experts, and what all of them share."""
+        self._form = hypernetwork.none().to(self.dtype)
+        form = self._form.weights
+        self._slab = Slab(max(1, device_bytes // one), form, device)
+        self._host = Slab(0 if device.type == "cpu" else host_bytes // one, form, torch.device("cpu"))
 
     @property
     def batch_size(self) -> int:
@@ -77,8 +76,8 @@ class ExpertStore:
         missing = [passage for passage in wanted if passage not in self._slab and passage not in self._host]
         missing.sort(key=len)  # for tight batches
         with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
-            for batch, weights in self._made(missing):
-                self._keep(batch, weights)
+            self._slab.reserve(len(self._slab) + len(missing))
+            for batch in self._bring(missing):
                 bar.update(len(batch))
 
     def experts(self, passages: Sequence[Sequence[str]]) -> list[Experts]:
@@ -126,7 +125,7 @@ class ExpertStore:
             for weight in chosen:  # experts of zeros add nothing whatever they are fed
                 weight[none.to(device)] = 0
         return RowExperts(
-            self._shared().with_weights(*chosen),
+            self._form.with_weights(*chosen),
             gate.to(device),
             torch.tensor(list(start), device=device),
             None if len(served) == len(passages) else torch.tensor(served, device=device),
@@ -138,66 +137,49 @@ class ExpertStore:
         kept = [passage for passage in unique if passage in self._slab]
         missing = [passage for passage in unique if passage not in self._slab]
         if len(unique) <= self._slab.capacity:
-            for batch, weights in self._made(missing):
-                self._keep(batch, weights)
+            for _ in self._bring(missing):
+                pass
             self._slab.use(unique)
             return self._slab.weights, self._slab.slots(unique)
         # More than the budget keeps: they are put together for this once.
         parts = [(kept, self._slab.select(kept))] if kept else []
-        for batch, weights in self._made(missing):
-            self._keep(batch, weights)
-            parts.append((batch, weights))
+        parts += [(batch, self._slab.select(batch)) for batch in self._bring(missing)]
         names = [passage for batch, _ in parts for passage in batch]
         place = {passage: number for number, passage in enumerate(names)}
         columns = zip(*(weights for _, weights in parts), strict=True)
         return tuple(map(torch.cat, columns)), [place[passage] for passage in unique]
 
-    def _made(self, passages: Sequence[str]) -> Iterator[tuple[list[str], Weights]]:
-        """The experts of distinct passages that are not on the device, by batches, from wherever they come soonest."""
-        device = self._generator.device
-        rest = list(passages)
-        if on_host := [passage for passage in rest if passage in self._host]:
-            yield on_host, tuple(weight.to(device) for weight in self._host.select(on_host))
-            rest = [passage for passage in rest if passage not in set(on_host)]
-        if self._files is not None:
-            on_disk = [passage for passage in rest if passage in self._files]
-            for batch in self._batches(on_disk):
-                yield batch, tuple(weight.to(device) for weight in self._files.read(batch))
-            rest = [passage for passage in rest if passage not in self._files]
-        for batch in self._batches(rest):
-            with torch.inference_mode():
-                generated = self._generator.generate(batch).to(self.dtype)
-            self._share(generated)
-            if self._files is not None:
-                self._files.write(batch, generated.weights)
-            yield batch, generated.weights
+    def _bring(self, passages: Sequence[str]) -> Iterator[list[str]]:
+        """Put the experts of distinct passages on the device, from wherever they come soonest; yield them by batches.
 
-    def _batches(self, passages: Sequence[str]) -> Iterator[list[str]]:
-        for begin in range(0, len(passages), self.batch_size):
-            yield list(passages[begin : begin + self.batch_size])
+        A batch is there until the next one is asked for.
+        """
+        device, step = self._generator.device, min(self.batch_size, self._slab.capacity)
+        for begin in range(0, len(passages), step):
+            batch = list(passages[begin : begin + step])
+            rest = batch
+            if on_host := [passage for passage in rest if passage in self._host]:
+                self._keep(on_host, tuple(weight.to(device) for weight in self._host.select(on_host)))
+                rest = [passage for passage in rest if passage not in self._slab]
+            if self._files is not None and (on_disk := [passage for passage in rest if passage in self._files]):
+                self._keep(on_disk, self._files.read(on_disk))
+                rest = [passage for passage in rest if passage not in self._slab]
+            if rest:
+                self._generate(rest)
+            yield batch
+
+    def _generate(self, passages: list[str]) -> None:
+        self._spill(len(passages))
+        with self._slab.filling(passages) as slots, torch.inference_mode():
+            self._generator.write(passages, self._slab.weights, slots)
+        if self._files is not None:
+            self._files.write(passages, self._slab.select(passages))
 
     def _keep(self, passages: list[str], weights: Weights) -> None:
-        """Put experts on the device; what has no room there, of these or of the others, goes to the host."""
-        if self._host.capacity:
-            if leaving := [passage for passage in self._slab.oldest(len(passages)) if passage not in self._host]:
-                self._host.put(leaving, self._slab.select(leaving))
-            beyond = range(max(0, len(passages) - self._slab.capacity))
-            if extra := [number for number in beyond if passages[number] not in self._host]:
-                self._host.put([passages[number] for number in extra], tuple(weight[extra] for weight in weights))
+        self._spill(len(passages))
         self._slab.put(passages, weights)
 
-    def _share(self, generated: Experts) -> None:
-        """What experts share is that of the first batch, or each batch would keep a copy of its own."""
-        if self._form is None:
-            self._form = generated.map(_nothing)
-
-    def _shared(self) -> Experts:
-        if self._form is None:  # all experts came from files
-            with torch.inference_mode():
-                self._share(self._generator.generate(["A passage."]).to(self.dtype))
-        assert self._form is not None
-        return self._form
-
-
-def _nothing(weight: Tensor) -> Tensor:
-    return weight.new_empty(0)
+    def _spill(self, count: int) -> None:
+        """What has no room on the device once ``count`` others come goes to the host."""
+        if self._host.capacity and (leaving := [name for name in self._slab.oldest(count) if name not in self._host]):
+            self._host.put(leaving, self._slab.select(leaving))

@@ -268,3 +268,30 @@ def test_presets_take_changes_and_name_what_is_wrong():
         HypernetworkConfig.preset("best", hidden_size=32, layer=1)
     with pytest.raises(InputError, match="colour"):
         HypernetworkConfig.preset("paper", hidden_size=32, layer=1, colour=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_written_into_memory_are_the_generated_ones(make_hypernetwork, monkeypatch, head, dtype):
+    """The rows that are named, and no others."""
+    monkeypatch.setattr("genpoe_plugin.experts.hypernetwork.PART", 100)
+    hypernetwork = make_hypernetwork(head=head, **({"encoder": "attention"} if head == "memory" else {}))
+    states, mask = states_and_mask()
+    # With gradients, where the dense head takes another way.
+    with torch.enable_grad():
+        expected = hypernetwork(states, mask)
+    weights = tuple(torch.full((6, *weight.shape[1:]), 7.0, dtype=dtype) for weight in expected.weights)
+    hypernetwork.write(states, mask, weights, torch.tensor([4, 0, 3]))
+    for kept, weight in zip(weights, expected.weights, strict=True):
+        torch.testing.assert_close(kept[[4, 0, 3]], weight.to(dtype))
+        assert (kept[[1, 2, 5]] == 7).all()
+
+
+def test_no_experts_have_the_shapes_of_some_and_share_what_they_share(make_hypernetwork, head):
+    hypernetwork = make_hypernetwork(head=head, **({"encoder": "attention"} if head == "memory" else {}))
+    none, some = hypernetwork.none(), hypernetwork(*states_and_mask())
+    assert [weight.shape for weight in none.weights] == [(0, *weight.shape[1:]) for weight in some.weights]
+    x, gates = torch.randn(3, 4, 32), torch.ones(3, 1)
+    torch.testing.assert_close(
+        none.with_weights(*(weight.unsqueeze(1) for weight in some.weights)).mix(x, gates),
+        some.unsqueeze(1).mix(x, gates),
+    )
