@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.experts.expert import Weights
+from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
@@ -85,10 +85,10 @@ class ExpertStore:
         unique = list(dict.fromkeys(passage for group in passages for passage in group))
         weights, places = self._fetch(unique)
         place = dict(zip(unique, places, strict=True))
-        shared, found = self._shared(), []
+        found: list[Experts] = []
         for group in passages:
             index = torch.tensor([place[passage] for passage in group], device=self._generator.device)
-            found.append(shared.with_weights(*(weight[index] for weight in weights)))
+            found.append(self._form.with_weights(*(weight[index] for weight in weights)))
         return found
 
     def rows(
