@@ -17,14 +17,16 @@ collect_ignore_glob = ["test_*.py"] if find_spec("vllm") is None else []
 
 # vLLM's attention on a CPU wants heads of 32.
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-# Few slots, few tokens a step: prompts in several chunks, expert sets in many waves.
+# Few slots, few tokens a step, small blocks: prompts in several chunks and partly in the prefix cache, expert sets in
+# many waves.
 SMALL = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 512,
     "kv_cache_memory_bytes": 2**26,
     "max_num_seqs": 16,
-    "max_num_batched_tokens": 64,
+    "max_num_batched_tokens": 32,
+    "block_size": 32,
     "max_loras": 4,
     "max_cpu_loras": 8,
     "disable_log_stats": True,

@@ -5,35 +5,55 @@ from __future__ import annotations
 import json
 import random
 from importlib.metadata import version
+from typing import NamedTuple
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from tests.lm.vllm.conftest import SMALL
+
 WORDS = ["who", "wrote", "the", "opera", "about", "a", "barber", "where", "is", "capital", "of", "country", "founded"]
+
+
+class Row(NamedTuple):
+    """A prompt, what was generated, and how many of the prompt's tokens came from a cache."""
+
+    prompt: tuple[int, ...]
+    new: list[int]
+    cached: int
 
 
 @pytest.fixture(scope="module")
 def many(make_doc):
-    """65 docs with prompts of different lengths, no to four passages, and contents that come again."""
+    """70 docs with prompts of different lengths and no to four passages.
+
+    Some contents come again, and some questions with other passages.
+    """
     rng = random.Random(0)
     docs = [
         make_doc(" ".join(rng.choices(WORDS, k=rng.randrange(3, 20))), *rng.sample(range(5), rng.randrange(5)))
         for _ in range(60)
     ]
-    return [*docs, *docs[:5]]
+    others = [make_doc(f"{' '.join(WORDS)} {number // 2}", number, 4) for number in range(4)]
+    return [*docs, *docs[:5], *others, make_doc(others[0]["question"])]
 
 
 @pytest.fixture
 def generated(monkeypatch):
-    """``generated(lm, requests)``: the answers, and the prompt and generated token ids behind them, in any order."""
+    """``generated(lm, requests)``: the answers, and the rows behind them, in any order."""
 
     def noted_by_vllm(outputs):
-        return [(tuple(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs]
+        return [
+            Row(tuple(output.prompt_token_ids), list(output.outputs[0].token_ids), output.num_cached_tokens)
+            for output in outputs
+        ]
 
     def noted_by_transformers(context, whole, pad):
         rows = zip(context.tolist(), whole[:, context.shape[1] :].tolist(), strict=True)
-        return [(tuple(prompt[next(i for i, one in enumerate(prompt) if one != pad) :]), new) for prompt, new in rows]
+        return [
+            Row(tuple(prompt[next(i for i, one in enumerate(prompt) if one != pad) :]), new, 0) for prompt, new in rows
+        ]
 
     def run(lm, requests):
         model_generate, rows = lm._model_generate, []
@@ -46,8 +66,9 @@ def generated(monkeypatch):
                 rows.extend(noted_by_transformers(arguments["context"], result, lm.tokenizer.pad_token_id))
             return result
 
-        monkeypatch.setattr(lm, "_model_generate", generate)
-        return lm.generate_until(requests), rows
+        with monkeypatch.context() as patch:
+            patch.setattr(lm, "_model_generate", generate)
+            return lm.generate_until(requests), rows
 
     return run
 
@@ -58,10 +79,10 @@ def test_tokens_are_those_of_the_transformers_class(make_vllm, make_lm, generati
     answers, rows = generated(make_lm(mode, batch_size=16, max_length=512), requests)
     lm = make_vllm(mode)
     ours, our_rows = generated(lm, requests)
-    assert len(our_rows) == len(rows) == 65
-    for prompt, ids in our_rows:
+    assert len(our_rows) == len(rows) == 70
+    for prompt, ids, _ in our_rows:
         # A row that has its answer goes on as long as others of its batch, in lm-eval's transformers class.
-        rows.remove(next(row for row in rows if row[0] == prompt and row[1][: len(ids)] == ids))
+        rows.remove(next(row for row in rows if row.prompt == prompt and row.new[: len(ids)] == ids))
         ended = ids[-1] == lm.tokenizer.eos_token_id or "\n" in lm.tokenizer.decode(ids)
         assert ended or len(ids) == 10
     # Of special tokens, and of characters cut short, the two libraries make different texts.
@@ -71,8 +92,11 @@ def test_tokens_are_those_of_the_transformers_class(make_vllm, make_lm, generati
         assert len({request.doc["question"] for request in requests}) > 4 * lm._engine.capacity
         plain = make_lm("rag" if mode == "genpoe_rag" else "closed_book", max_length=512).generate_until(requests)
         assert sum(one != other for one, other in zip(plain, answers, strict=True)) > 40, "experts have to matter"
+    assert sum(len(row.prompt) > SMALL["max_num_batched_tokens"] for row in our_rows) > 10, "prompts in several chunks"
     # Once more, now that much of it is in the prefix cache, and in another order.
-    assert lm.generate_until(requests[::-1]) == ours[::-1]
+    again, again_rows = generated(lm, requests[::-1])
+    assert again == ours[::-1]
+    assert sum(row.cached > 0 for row in again_rows) > 5
 
 
 @pytest.mark.parametrize("mode", ["closed_book", "rag", "genpoe", "genpoe_rag"])
