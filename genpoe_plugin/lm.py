@@ -179,7 +179,7 @@ class GenPoELM(PassageRequests, HFLM):
         if self._probing:
             rows = self._expert_rows([self._widest] * batch, [0] * batch) if self._widest else None
         assert rows is None or len(rows.start) == batch, "a batch has other rows than its experts"
-        with inject(self.model, self.store.layer, rows):
+        with inject(self.model, self.store.layers, rows):
             yield
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:

@@ -22,7 +22,7 @@ def llm(make_llm):
 
 @pytest.fixture
 def config():
-    return HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random")
+    return HypernetworkConfig(hidden_size=32, layers=(1,), rank=4, expert_width=16, base="random")
 
 
 @pytest.fixture

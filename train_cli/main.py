@@ -65,6 +65,7 @@ class MainGroup(LazyGroup):
         "index": LazyCommand("train_cli.index:index", "Build or describe a passage index."),
         "retrieve": LazyCommand("train_cli.retrieve:retrieve", "Retrieve passages for questions, ahead of time."),
         "rerank": LazyCommand("train_cli.rerank:rerank", "Put retrieved passages in a reranker's order."),
+        "experts": LazyCommand("train_cli.experts:experts", "Make an untrained checkpoint of attention experts."),
         "compare": LazyCommand("train_cli.compare:compare", "A leaderboard of lm_eval results."),
     },
 )

@@ -53,7 +53,9 @@ def hypernetwork(
     from genpoe_plugin.training.trainer import is_finished
     from genpoe_plugin.training.validation import Validation
 
-    form = {name: options.pop(name) for name in FORM_HELP}
+    form = {name: options.pop(name) for name in ("layer", *FORM_HELP)}
+    if form["head"] == "attention":
+        raise InputError("--head attention: such experts are not trained; `genpoe experts create` makes a checkpoint")
     arguments = HypernetworkTraining(**options)
     titles = preset != "paper" if titles is None else titles
     examples = training_examples(read_questions(data), titles)

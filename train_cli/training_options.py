@@ -48,7 +48,6 @@ HELP = {
 }
 
 FORM_HELP = {
-    "layer": "Decoder layer of the experts, from 0.  [default: a third of the way up]",
     "expert_width": "Hidden width of an expert.  [default: the LLM's width]",
     "rank": "Inner width of a dense expert's low-rank products.",
     "core_size": "Width of the two cores of a factored or memory expert.",
@@ -82,9 +81,12 @@ def form_options(function: Function) -> Function:
     """Options for the form of a hypernetwork; those that are not given (None) are the preset's."""
     names = [field.name for field in fields(HypernetworkConfig) if field.name in FORM_HELP]
     function = _options(HypernetworkConfig, dict.fromkeys(names))(function)
+    function = click.option(
+        "--layer", type=int, help="Decoder layer of the experts, from 0.  [default: a third of the way up]"
+    )(function)
     return click.option(
         "--preset",
-        type=click.Choice(list(PRESETS)),
+        type=click.Choice([name for name in PRESETS if name != "attention"]),
         default="recommended",
         show_default=True,
         help="The form that the options below change.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import pairwise
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base": "silent",
         "generator_gain": 1.0,
     },
+    "attention": {"head": "attention"},
 }
 
 
@@ -39,7 +41,8 @@ class HypernetworkConfig:
 
     Attributes:
         hidden_size: width ``d`` of the LLM that the experts stand in.
-        layer: the decoder layer, counted from 0, whose MLP they stand beside.
+        layers: the decoder layers that have experts, counted from 0, in ascending order. Experts beside an MLP (every
+            head but ``attention``) stand in one layer.
         expert_width: ``h``, the width of an expert's hidden layer.
         rank: ``r``, the inner width of a dense expert's two low-rank products.
         core_size: ``p``, the width of a factored expert's two cores.
@@ -51,19 +54,24 @@ class HypernetworkConfig:
         code_size: width of the code, which the ``memory`` head does without.
         normalise: bring token states (attention) or their mean (mean) to unit root mean square first.
         states: what the encoder reads of each token: the LLM's ``embeddings`` (the paper's form), or ``contextual``
-            hidden states that enter ``layer`` while the LLM reads the passage.
+            hidden states that enter the layer of the experts while the LLM reads the passage.
         head: how a code becomes an expert: ``dense`` generates all four matrices entry by entry (the paper's form),
             ``factored`` two small cores between learned matrices that all experts share, ``memory`` such cores too,
             but straight from what the queries found: as the keys of one core and the values of the other.
+            ``attention`` needs no code: the keys and values that the LLM's own attention computes for the passage's
+            tokens are the expert, and the fields from ``expert_width`` to ``states`` are not used.
         base: ``random`` draws all that an expert starts from (the paper's form), ``silent`` makes the last part zero,
             so that an untrained expert says nothing (a dense one next to nothing). What a dense head generates is added
             to shared matrices that stay as drawn; the others learn theirs.
         generator_gain: factor on all that is generated; below 1 it slows the generating layer, whose many inputs would
             otherwise move an expert by more than its base in a few steps (the paper's form has 1).
+        num_heads, num_kv_heads, head_width: the LLM's query heads, key-value heads and their width; the ``attention``
+            head needs them.
+        kv_heads: for each of ``layers`` the key-value heads that experts have, in ascending order; None for all.
     """
 
     hidden_size: int
-    layer: int
+    layers: tuple[int, ...]
     expert_width: int
     rank: int = 512
     core_size: int = 64
@@ -73,9 +81,13 @@ class HypernetworkConfig:
     code_size: int = 128
     normalise: bool = True
     states: Literal["embeddings", "contextual"] = "embeddings"
-    head: Literal["dense", "factored", "memory"] = "dense"
+    head: Literal["dense", "factored", "memory", "attention"] = "dense"
     base: Literal["random", "silent"] = "silent"
     generator_gain: float = 0.1
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_width: int | None = None
+    kv_heads: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -84,25 +96,53 @@ class HypernetworkConfig:
                 raise InputError(f"hypernetwork {name} is {value!r}; it must be one of {', '.join(choices)}")
             if NoneType in choices and value is None:
                 continue
-            whole = hint is int or int in choices
-            if whole and (not isinstance(value, int) or value < (0 if name == "layer" else 1)):
+            whole = hint is int or (int in choices and get_origin(hint) is not tuple)
+            if whole and (not isinstance(value, int) or value < 1):
                 raise InputError(f"hypernetwork {name} is {value!r}; it must be a positive whole number")
+        if not _ascending(self.layers):
+            raise InputError(f"hypernetwork layers is {self.layers!r}; it must be different layers, in ascending order")
         if self.head == "memory" and self.encoder != "attention":
             raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose queries find what it keeps")
+        if self.head == "attention":
+            self._check_heads()
+        elif len(self.layers) > 1:
+            raise InputError(f"hypernetwork head {self.head!r} has experts in one layer, not {len(self.layers)}")
+
+    def _check_heads(self) -> None:
+        if not (self.num_heads and self.num_kv_heads and self.head_width):
+            raise InputError("hypernetwork head 'attention' needs num_heads, num_kv_heads and head_width, the LLM's")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"hypernetwork num_heads {self.num_heads} is not a multiple of {self.num_kv_heads}")
+        if self.kv_heads is None:
+            return
+        if len(self.kv_heads) != len(self.layers):
+            raise InputError(f"hypernetwork kv_heads is for {len(self.kv_heads)} layers, not for {len(self.layers)}")
+        for heads in self.kv_heads:
+            if not _ascending(heads) or heads[-1] >= self.num_kv_heads:
+                raise InputError(
+                    f"hypernetwork kv_heads has {heads!r}; it must be some of the heads 0 to {self.num_kv_heads - 1}, "
+                    "in ascending order"
+                )
+
+    @property
+    def layer(self) -> int:
+        """The layer of experts beside an MLP, or the lowest of several."""
+        return self.layers[0]
 
     @classmethod
-    def preset(cls, name: str, *, hidden_size: int, layer: int, **changes: Any) -> HypernetworkConfig:
+    def preset(cls, name: str, *, hidden_size: int, **changes: Any) -> HypernetworkConfig:
         """A configuration of `PRESETS` for an LLM of width ``hidden_size``, but for ``changes`` to its fields.
 
         ``paper`` is the paper's form; its training also has passages as text alone, without titles. ``recommended``
-        is small enough to train beside a large LLM.
+        is small enough to train beside a large LLM. ``attention`` needs no training. ``layers`` is among the changes;
+        ``layer`` names a single one.
 
         Raises:
             InputError: there is no such preset, or a field is unknown or out of range.
         """
         if name not in PRESETS:
             raise InputError(f"hypernetwork preset {name!r} is unknown; it must be one of {', '.join(PRESETS)}")
-        values = {"hidden_size": hidden_size, "layer": layer, "expert_width": hidden_size, **PRESETS[name], **changes}
+        values = {"hidden_size": hidden_size, "expert_width": hidden_size, **PRESETS[name], **changes}
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,13 +152,31 @@ class HypernetworkConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> HypernetworkConfig:
         """The inverse of :meth:`to_dict`.
 
-        A field that is missing has its default, which is what there was before there was the field.
+        A field that is missing has its default, which is what there was before there was the field. Checkpoints of
+        earlier versions have ``layer``, the single one, instead of ``layers``.
 
         Raises:
             InputError: a field without default is missing, or one is unknown or out of range.
         """
+        values = dict(values)
+        if "layer" in values and "layers" not in values:
+            values["layers"] = [values.pop("layer")]
         known = {field.name for field in fields(cls)}
         needed = {field.name for field in fields(cls) if field.default is MISSING}
         if wrong := sorted((set(values) - known) | (needed - set(values))):
             raise InputError(f"hypernetwork configuration: missing or unknown field {', '.join(wrong)}")
+        if isinstance(values["layers"], list):
+            values["layers"] = tuple(values["layers"])
+        if isinstance(values.get("kv_heads"), list):
+            values["kv_heads"] = tuple(map(tuple, values["kv_heads"]))
         return cls(**values)
+
+
+def _ascending(numbers: Any) -> bool:
+    """Whether it is a tuple of different whole numbers from 0 on, in ascending order, and not empty."""
+    return (
+        isinstance(numbers, tuple)
+        and bool(numbers)
+        and all(isinstance(number, int) and number >= 0 for number in numbers)
+        and all(one < other for one, other in pairwise(numbers))
+    )

@@ -1,4 +1,7 @@
-"""The maths of an expert in both of its forms, and the gated sum of several of them over a batch."""
+"""Experts as tensors that can be indexed, stacked and kept, and the maths of those beside an MLP.
+
+Experts in the LLM's attention are in `genpoe_plugin.experts.attention`.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,12 @@ class Mixture(Protocol):
 class Experts(ABC):
     """Experts of one form, with any leading dimensions in common.
 
-    ``weights`` are each expert's own and have the leading dimensions. What all experts of a hypernetwork share (in the
-    factored form) has none of them: it stays one object however experts are indexed, stacked or kept, and `nbytes`
-    leaves it out.
+    ``weights`` are each expert's own and have the leading dimensions. What all experts of a hypernetwork share (such as
+    the factored form's learned matrices) has none of them: it stays one object however experts are indexed, stacked or
+    kept, and `nbytes` leaves it out.
+
+    An expert beside an MLP is one entry of the leading dimensions. An expert in the attention is as many entries as
+    its passage has tokens; an entry of either kind is called a unit.
     """
 
     @property
@@ -34,28 +40,9 @@ class Experts(ABC):
     def weights(self) -> tuple[Tensor, ...]:
         """Each expert's own tensors, all with the same leading dimensions and dtype."""
 
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """``d``, the width of what goes in and what comes out."""
-
     @abstractmethod
     def with_weights(self, *weights: Tensor) -> Experts:
         """Experts of this form, and with what these share, whose own tensors are ``weights``."""
-
-    @abstractmethod
-    def mixture(self, gates: Tensor) -> Mixture:
-        """The gated sum of each row's experts, laid out once for the many passes of a generation.
-
-        The experts' leading dimensions must be ``[rows, K]``.
-
-        Args:
-            gates: ``[rows, K]``; a gate of 0 on finite weights takes an expert out.
-        """
-
-    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
-        """``Σ_k g_k · E_k(x)``, for every row its own experts: as `mixture`, called once."""
-        return self.mixture(gates)(x)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Experts:
         """Experts whose own tensors are ``change`` of these."""
@@ -64,7 +51,7 @@ class Experts(ABC):
     def __len__(self) -> int:
         return len(self.weights[0])
 
-    def __getitem__(self, index: Tensor | slice | int) -> Experts:
+    def __getitem__(self, index: Tensor | slice | int | tuple[slice | int, ...]) -> Experts:
         return self.map(lambda weight: weight[index])
 
     def unsqueeze(self, dim: int) -> Experts:
@@ -86,8 +73,31 @@ class Experts(ABC):
         return experts[0].with_weights(*(torch.stack(weights) for weights in own))
 
 
+class MLPExperts(Experts):
+    """Experts beside the MLP of one layer: functions of a token's state, which are added up."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """``d``, the width of what goes in and what comes out."""
+
+    @abstractmethod
+    def mixture(self, gates: Tensor) -> Mixture:
+        """The gated sum of each row's experts, laid out once for the many passes of a generation.
+
+        The experts' leading dimensions must be ``[rows, K]``.
+
+        Args:
+            gates: ``[rows, K]``; a gate of 0 on finite weights takes an expert out.
+        """
+
+    def mix(self, x: Tensor, gates: Tensor) -> Tensor:
+        """``Σ_k g_k · E_k(x)``, for every row its own experts: as `mixture`, called once."""
+        return self.mixture(gates)(x)
+
+
 @dataclass(frozen=True, eq=False)
-class DenseExperts(Experts):
+class DenseExperts(MLPExperts):
     """The paper's form, ``E(x) = W4 · W3 · ReLU(W2 · W1 · x)``.
 
     The weights are whole ones: the shared base is already added.
@@ -146,7 +156,7 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredExperts(Experts):
+class FactoredExperts(MLPExperts):
     """``E(x) = P_d · M_d · Q_d · ReLU(P_u · M_u · Q_u · x)``: two small cores each, everything of full width shared.
 
     Attributes:

@@ -23,7 +23,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.expert import Weights
 from genpoe_plugin.files import atomic_file
 
-PASSAGES = "passages"
+PASSAGES, UNITS = "passages", "units"
 
 
 class ExpertFiles:
@@ -38,15 +38,16 @@ class ExpertFiles:
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder) / fingerprint
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._places: dict[str, tuple[Path, int, int]] = {}  # file, first unit, number of units
         self._open: dict[Path, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._open[path] = file = safe_open(path, framework="pt")
                 names = json.loads(file.metadata()[PASSAGES])
+                units = json.loads(file.metadata().get(UNITS, "null")) or [1] * len(names)
             except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{path}: damaged experts ({error}); delete the file") from error
-            self._places.update((name, (path, number)) for number, name in enumerate(names))
+            self._add(path, names, units)
 
     def __contains__(self, passage: str) -> bool:
         return _name(passage) in self._places
@@ -55,11 +56,16 @@ class ExpertFiles:
         return len(self._places)
 
     def read(self, passages: Sequence[str]) -> Weights:
-        """The experts of passages that are all there, on the CPU; only their bytes are read."""
+        """The units of passages that are all there, one expert's after the other's, on the CPU.
+
+        Only their bytes are read.
+        """
         rows: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
-        for place, passage in enumerate(passages):
-            path, row = self._places[_name(passage)]
-            rows[path].append((place, row))
+        place = 0
+        for passage in passages:
+            path, first, units = self._places[_name(passage)]
+            rows[path] += zip(range(place, place + units), range(first, first + units), strict=True)
+            place += units
         found: Weights = ()
         for path, pairs in rows.items():
             if path not in self._open:
@@ -67,13 +73,17 @@ class ExpertFiles:
             places, numbers = (torch.tensor(column) for column in zip(*pairs, strict=True))
             # Mapped into memory, so that selecting reads no other rows.
             stored = [self._open[path].get_tensor(name) for name in sorted(self._open[path].keys())]
-            found = found or tuple(weight.new_empty((len(passages), *weight.shape[1:])) for weight in stored)
+            found = found or tuple(weight.new_empty((place, *weight.shape[1:])) for weight in stored)
             for weight, source in zip(found, stored, strict=True):
                 weight[places] = source[numbers]
         return found
 
-    def write(self, passages: Sequence[str], weights: Weights) -> None:
+    def write(self, passages: Sequence[str], weights: Weights, units: Sequence[int]) -> None:
         """Add experts.
+
+        Args:
+            weights: their units, one expert's after the other's.
+            units: how many each of them has.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -84,10 +94,16 @@ class ExpertFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
-                save_file(tensors, temporary, metadata={PASSAGES: json.dumps(names)})
+                save_file(tensors, temporary, metadata={PASSAGES: json.dumps(names), UNITS: json.dumps(list(units))})
         except (OSError, SafetensorError) as error:
             raise InputError(f"expert_store={self.folder.parent}: cannot be written ({error})") from error
-        self._places.update((name, (path, number)) for number, name in enumerate(names))
+        self._add(path, names, units)
+
+    def _add(self, path: Path, names: Sequence[str], units: Sequence[int]) -> None:
+        first = 0
+        for name, own in zip(names, units, strict=True):
+            self._places[name] = path, first, own
+            first += own
 
 
 def _name(passage: str) -> str:

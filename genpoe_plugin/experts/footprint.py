@@ -17,7 +17,8 @@ class Footprint:
     Attributes:
         parameters: numbers that are trained.
         base_numbers: numbers that are saved with them but stay as drawn.
-        expert_bytes: of one expert's own weights; what all experts share is among the parameters.
+        expert_bytes: of one expert's own weights; in the attention, of one of its units, which it has one of for each
+            token. What all experts share is among the parameters.
     """
 
     parameters: int
@@ -29,7 +30,7 @@ def footprint(config: HypernetworkConfig, dtype: torch.dtype = torch.float32) ->
     """The sizes of ``config``, with experts in ``dtype``; nothing of that size is allocated."""
     with torch.device("meta"):
         hypernetwork = Hypernetwork(config)
-        expert = hypernetwork(torch.empty(1, 1, config.hidden_size), torch.ones(1, 1, dtype=torch.bool))[0]
+        expert = hypernetwork(torch.empty(1, 1, hypernetwork.state_width), torch.ones(1, 1, dtype=torch.bool))[0]
     return Footprint(
         parameters=sum(parameter.numel() for parameter in hypernetwork.parameters()),
         base_numbers=sum(buffer.numel() for buffer in hypernetwork.buffers()),

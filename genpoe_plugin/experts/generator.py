@@ -7,17 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.device_memory import available_memory
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention import AttentionShape
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.decoder import find_attention, find_layer
 from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.injection import find_layer
-from genpoe_plugin.experts.states import hidden_states
+from genpoe_plugin.experts.states import hidden_states, keys_and_values
 from genpoe_plugin.language_model import embedding_table
-from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block
 
 MOST = 128  # passages at a time
 
@@ -38,42 +40,73 @@ class ExpertGenerator:
         self.hypernetwork = hypernetwork
         self.model = model
         self.tokenizer = tokenizer
-        self.contextual = hypernetwork.config.states == "contextual"
+        config = hypernetwork.config
+        self.attention = config.head == "attention"
+        self.contextual = config.states == "contextual" and not self.attention
         if self.contextual:
-            find_layer(model, hypernetwork.config.layer)
+            find_layer(model, config.layer)
+        if self.attention:
+            _check_heads(model, config)
         with embedding_table(model) as table:
             self.device = table.device
 
     def embed(self, passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token states ``[n, tokens, d]`` (float32, without gradients) and their mask ``[n, tokens]``.
+        """Token states ``[n, tokens, width]`` without gradients, and their mask ``[n, tokens]``.
 
-        Passages longer than 256 tokens are cut. No special tokens are added to what is only looked up; where the LLM
-        reads a passage it begins as the tokenizer begins any text, and the mask leaves those tokens out again.
+        The states are embeddings or hidden states (float32), or with the head ``attention`` the keys and values of all
+        its layers (in the LLM's dtype). Passages longer than 256 tokens are cut. No special tokens are added to what is
+        only looked up; where the LLM reads a passage it begins as the tokenizer begins any text, and the mask leaves
+        those tokens out again. For experts in the attention, the LLM reads a passage as it would stand in the prompt.
 
         Raises:
             InputError: a passage has no tokens.
         """
-        added = self.tokenizer.num_special_tokens_to_add() if self.contextual else 0
+        ids, real, mask = self._tokens(passages)
+        config = self.hypernetwork.config
+        if self.attention:
+            states = keys_and_values(self.model, config.layers, ids, real)
+            shape = AttentionShape.of(config)
+            return shape.join(states).to(self.device), mask
+        if self.contextual:
+            return hidden_states(self.model, config.layer, ids, real).to(self.device).float(), mask
+        with torch.no_grad():
+            return self.model.get_input_embeddings()(ids).float(), mask
+
+    def units(self, passages: Sequence[str]) -> list[int]:
+        """How many units the expert of each passage has: its tokens in the prompt with the head ``attention``, else 1.
+
+        Raises:
+            InputError: a passage has no tokens.
+        """
+        if not self.attention:
+            return [1] * len(passages)
+        return [special.count(0) for special in self._tokenise(passages)["special_tokens_mask"]]
+
+    def _tokenise(self, passages: Sequence[str]) -> BatchEncoding:
+        added = self.contextual or self.attention
+        texts, limit = list(passages), MAX_PASSAGE_TOKENS
+        limit += self.tokenizer.num_special_tokens_to_add() if added else 0
+        if self.attention:
+            # Cut before what the prompt puts around it.
+            texts = [knowledge_block([text]) if text else "" for text in cut_passages(texts, self.tokenizer)]
         rows = self.tokenizer(
-            list(passages),
-            add_special_tokens=self.contextual,
-            truncation=True,
-            max_length=MAX_PASSAGE_TOKENS + added,
+            texts,
+            add_special_tokens=added,
+            truncation=not self.attention,
+            max_length=None if self.attention else limit,
             return_attention_mask=True,
             return_special_tokens_mask=True,
         )
         for number, special in enumerate(rows["special_tokens_mask"]):
             if all(special):
                 raise InputError(f"passage {number} of {len(passages)} is empty; an expert needs text")
-        ids = self._padded(rows["input_ids"], 0)
-        mask = self._padded(rows["special_tokens_mask"], 1) == 0
-        if self.contextual:
-            real = self._padded(rows["attention_mask"], 0)
-            states = hidden_states(self.model, self.hypernetwork.config.layer, ids, real).to(self.device)
-        else:
-            with torch.no_grad():
-                states = self.model.get_input_embeddings()(ids)
-        return states.float(), mask
+        return rows
+
+    def _tokens(self, passages: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, which of them are real, and which are of the passage, each ``[n, tokens]``."""
+        rows = self._tokenise(passages)
+        real, special = self._padded(rows["attention_mask"], 0), self._padded(rows["special_tokens_mask"], 1)
+        return self._padded(rows["input_ids"], 0), real, special == 0
 
     def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
         tensors = [torch.tensor(row) for row in rows]
@@ -82,14 +115,40 @@ class ExpertGenerator:
     def batch_size(self) -> int:
         """How many passages at a time a quarter of the free memory has room for; beyond `MOST` nothing is gained."""
         one = 2 * footprint(self.hypernetwork.config).expert_bytes
+        if self.attention:
+            one = MAX_PASSAGE_TOKENS * one
         # States as they are and normalised; a layer of the LLM, with its MLP, has about 16 times as many numbers.
-        one += MAX_PASSAGE_TOKENS * self.hypernetwork.config.hidden_size * 4 * (20 if self.contextual else 4)
+        one += (
+            MAX_PASSAGE_TOKENS
+            * self.hypernetwork.config.hidden_size
+            * 4
+            * (4 if not (self.contextual or self.attention) else 20)
+        )
         return max(1, min(MOST, available_memory(str(self.device)) // 4 // one))
 
     def generate(self, passages: Sequence[str]) -> Experts:
-        """One expert a passage, in the hypernetwork's dtype."""
+        """One expert a passage, in the hypernetwork's dtype; see `Hypernetwork.forward`."""
         return self.hypernetwork(*self.embed(passages))
 
     def write(self, passages: Sequence[str], weights: Weights, rows: Tensor) -> None:
         """Generate experts into ``rows`` of ``weights``: see `Hypernetwork.write`."""
         self.hypernetwork.write(*self.embed(passages), weights, rows)
+
+
+def attention_dimensions(model: PreTrainedModel) -> dict[str, int]:
+    """The LLM's query heads, key-value heads and their width, as a configuration names them."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    return {
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_width": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+
+
+def _check_heads(model: PreTrainedModel, config: HypernetworkConfig) -> None:
+    for layer in config.layers:
+        find_attention(model, layer)
+    for name, here in attention_dimensions(model).items():
+        if (there := getattr(config, name)) != here:
+            raise InputError(f"hypernetwork {name} is {there}, the LLM's is {here}")

@@ -1,4 +1,7 @@
-"""The hypernetwork: token states of a passage -> a code, or what queries find -> the weights of an expert."""
+"""The hypernetwork: token states of a passage -> a code, or what queries find -> the weights of an expert.
+
+With the head ``attention`` the states are keys and values of the LLM's own attention, and they are the expert.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors, Weights
 
@@ -211,10 +215,35 @@ class MemoryHead(nn.Module):
         return FactoredExperts(Factors(self.read_up, self.write_up, self.read_down, self.write_down), up, down)
 
 
-HEADS = {"dense": DenseHead, "factored": FactoredHead, "memory": MemoryHead}
+class AttentionHead(nn.Module):
+    """Has nothing to generate: what the LLM's attention keeps of a passage's tokens is the expert.
+
+    What can be learned is a bias for each query head, on the logits of all experts' tokens; zero leaves them as they
+    are.
+    """
+
+    def __init__(self, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.shape = AttentionShape.of(config)
+        self.bias = nn.Parameter(torch.zeros(len(self.shape.layers), self.shape.num_heads))
+
+    def forward(self, units: Tensor) -> AttentionExperts:
+        return AttentionExperts(self.shape, self.bias, units)
+
+
+class AsItIs(nn.Module):
+    """No encoder: states stay as they are, those of padding as well."""
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        return states
+
+
+HEADS = {"dense": DenseHead, "factored": FactoredHead, "memory": MemoryHead, "attention": AttentionHead}
 
 
 def _encoder(config: HypernetworkConfig) -> nn.Module:
+    if config.head == "attention":
+        return AsItIs()
     if config.head == "memory":
         return Attention(config)
     return MeanEncoder(config) if config.encoder == "mean" else AttentionEncoder(config)
@@ -233,11 +262,11 @@ class Hypernetwork(nn.Module):
         """Generate experts.
 
         Args:
-            states: ``[n, tokens, d]``, what the LLM has for each token of ``n`` passages.
+            states: ``[n, tokens, width]``, what the LLM has for each token of ``n`` passages (see `state_width`).
             mask: ``[n, tokens]``, true on real tokens; at least one a passage.
 
         Returns:
-            ``n`` experts.
+            ``[n]`` experts; with the head ``attention``, units ``[n, tokens]``, arbitrary where there is padding.
         """
         return self.head(self.encoder(states, mask).to(self.head_dtype))
 
@@ -250,8 +279,12 @@ class Hypernetwork(nn.Module):
         Args:
             states, mask: as of `forward`.
             weights: tensors as those of the experts, ``[any number, ...]``, of any dtype.
-            rows: ``[n]``, which rows of them the experts become; no two are the same.
+            rows: which rows of them the experts become, ``[n]``, or ``[all real tokens]`` with the head ``attention``;
+                no two are the same.
         """
+        if self.config.head == "attention":
+            weights[0].index_copy_(0, rows, states[mask].to(weights[0].dtype))
+            return
         code = self.encoder(states, mask).to(self.head_dtype)
         if isinstance(self.head, DenseHead):
             self.head.write(code, weights, rows)
@@ -263,8 +296,14 @@ class Hypernetwork(nn.Module):
     def none(self) -> Experts:
         """No experts, and what all of them share."""
         some = next(self.parameters())
-        states = some.new_zeros(0, 1, self.config.hidden_size)
-        return self(states, torch.ones(0, 1, dtype=torch.bool, device=some.device))
+        states = some.new_zeros(0, 1, self.state_width)
+        experts = self(states, torch.ones(0, 1, dtype=torch.bool, device=some.device))
+        return experts[:, 0] if self.config.head == "attention" else experts
+
+    @property
+    def state_width(self) -> int:
+        """Numbers that it reads of each token: a hidden state, or the keys and values of all layers with experts."""
+        return self.head.shape.numbers if isinstance(self.head, AttentionHead) else self.config.hidden_size
 
     @property
     def head_dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The branch: a batch's experts beside the MLP of one decoder layer of a frozen LLM.
+"""The branch: a batch's experts inside a frozen LLM, beside the MLP of one layer or in the attention of several.
 
 Hooks put it there and take it away, so the model itself is never changed and any decoder family will do. The mask is
 decided by absolute positions alone (not by string lengths, not by the shape of a step), so the same rule holds for
@@ -8,7 +8,7 @@ left and right padding, cached decoding, chunked prefill and static caches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.expert import Experts, Mixture
+from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend
+from genpoe_plugin.experts.attention_interface import Call, Output, listening
+from genpoe_plugin.experts.decoder import find_decoder, find_mlp
+from genpoe_plugin.experts.expert import Experts, Mixture, MLPExperts
 
 # Else a model that was compiled (which transformers does by itself with a static cache) runs on without a look at the
 # hooks: of the batch that it was compiled with, or none.
@@ -34,7 +37,8 @@ class RowExperts:
     """What a batch needs, a row for each of its prompts.
 
     Attributes:
-        experts: weights with leading dimensions ``[served, K]``; where a row has fewer experts, zeros.
+        experts: weights with leading dimensions ``[served, K]``; where a row has fewer experts, zeros. With experts in
+            the attention, K counts units: the tokens of all passages of a row, side by side.
         gates: ``[served, K]``, 0 where there is no expert.
         start: ``[rows]``, the first position (of real tokens, padding not counted) that the experts act on.
         served: ``[served]``, the rows that have experts, in ascending order; None where all of them have.
@@ -60,52 +64,6 @@ class RowExperts:
         index = torch.arange(len(self.served), device=device).repeat_interleave(times)
         served = (self.served.unsqueeze(1) * times + torch.arange(times, device=device)).flatten()
         return RowExperts(self.experts[index], self.gates[index], self.start[every], served)
-
-
-def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder of a language model and the list of its layers, by structure.
-
-    Raises:
-        InputError: nothing in the model looks like a stack of decoder layers.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                return module, child
-    raise InputError(f"{type(model).__name__}: no list of {depth} decoder layers found, so experts have no place in it")
-
-
-def find_layer(model: PreTrainedModel, layer: int) -> nn.Module:
-    """Decoder layer ``layer``, counted from 0.
-
-    Raises:
-        InputError: the model has no such layer.
-    """
-    _, layers = find_decoder(model)
-    if not 0 <= layer < len(layers):
-        raise InputError(f"layer {layer} is not in {type(model).__name__}, which has layers 0 to {len(layers) - 1}")
-    return layers[layer]
-
-
-def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The MLP of decoder layer ``layer``: the one child made of other modules that is not the attention.
-
-    Modules and not weights are what tells: those of a quantised LLM may be packed, or no parameters at all.
-
-    Raises:
-        InputError: the model has no such layer, or the layer has no MLP of its own.
-    """
-    candidates = [
-        child
-        for name, child in find_layer(model, layer).named_children()
-        if "attn" not in name.lower() and "attention" not in name.lower() and any(True for _ in child.children())
-    ]
-    if len(candidates) != 1:
-        raise InputError(
-            f"layer {layer} of {type(model).__name__} has {len(candidates)} modules that could be its MLP, not one"
-        )
-    return candidates[0]
 
 
 def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, tokens: int) -> Tensor:
@@ -137,22 +95,26 @@ def branch_off() -> Iterator[None]:
 
 
 @contextmanager
-def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Iterator[None]:
-    """Add ``mask ⊙ Σ_k g_k · E_k(x)`` to the MLP of ``layer`` in every forward pass inside the block.
+def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts | None) -> Iterator[None]:
+    """Add a batch's experts to every forward pass inside the block.
 
-    A forward batch may be a multiple of the rows (beams); row ``i`` then serves that many neighbours. With ``rows``
-    None the model runs untouched.
+    Experts beside an MLP add ``mask ⊙ Σ_k g_k · E_k(x)`` to that of the one layer; experts in the attention join the
+    softmax of every layer given. A forward batch may be a multiple of the rows (beams); row ``i`` then serves that many
+    neighbours. With ``rows`` None the model runs untouched.
+
+    Args:
+        layers: one layer, or several (for experts in the attention: some or all of those that they are for).
 
     Raises:
-        InputError: the model has no such layer, or its width is not the experts'.
+        InputError: the model has no such layer, or its dimensions are not the experts'.
     """
     if rows is None:
         yield
         return
+    layers = (layers,) if isinstance(layers, int) else tuple(layers)
     decoder, _ = find_decoder(model)
-    mlp = find_mlp(model, layer)
     signature = inspect.signature(decoder.forward)
-    branch = _Branch(rows)
+    branch = _AttentionBranch(rows) if isinstance(rows.experts, AttentionExperts) else _MLPBranch(rows)
 
     def note_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _off.get():
@@ -162,12 +124,13 @@ def inject(model: PreTrainedModel, layer: int, rows: RowExperts | None) -> Itera
         # Asked before the layers run, since each of them adds this pass's tokens to the cache.
         branch.arguments = {**arguments, "past": 0 if cache is None else cache.get_seq_length()}
 
-    def add_experts(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output if _off.get() else branch.added(args[0], output)
-
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
-        hooks.callback(mlp.register_forward_hook(add_experts).remove)
+        if isinstance(branch, _AttentionBranch):
+            hooks.enter_context(listening(model, layers, branch.attended))
+        else:
+            (layer,) = layers
+            hooks.callback(find_mlp(model, layer).register_forward_hook(branch.beside_mlp).remove)
         yield
 
 
@@ -178,27 +141,86 @@ class _Branch:
         self.given = rows
         self.arguments: dict[str, Any] = {}
         self.rows: RowExperts | None = None
-        self.mixture: Mixture | None = None
 
-    def added(self, x: Tensor, output: Tensor) -> Tensor:
-        """``output``, and what the experts make of ``x``."""
+    def rows_for(self, batch: int, device: torch.device) -> RowExperts:
+        """The rows of a batch of this size there: laid out once a generation, and again where the size changes."""
+        if self.rows is None or len(self.rows.start) != batch or self.rows.start.device != device:
+            count = len(self.given.start)
+            if batch % count:
+                raise InputError(f"a batch of {batch} cannot be shared by the experts of {count} rows")
+            self.rows = self.given.to(device).repeat(batch // count)
+            self.lay_out(self.rows)
+        return self.rows
+
+    def lay_out(self, rows: RowExperts) -> None:
+        """Copy the weights into the order that the passes need."""
+        raise NotImplementedError
+
+
+class _MLPBranch(_Branch):
+    mixture: Mixture
+
+    def beside_mlp(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """``output``, and what the experts make of the MLP's input."""
+        if _off.get():
+            return output
+        x = args[0]
+        experts = self.given.experts
+        assert isinstance(experts, MLPExperts)
+        if x.shape[-1] != experts.width:
+            raise InputError(f"experts of width {experts.width} beside an MLP of width {x.shape[-1]}")
         batch, tokens = x.shape[:2]
-        if self.rows is None or len(self.rows.start) != batch or self.rows.start.device != x.device:
-            self._lay_out(x)
-        rows = self.rows
-        assert rows is not None and self.mixture is not None
+        rows = self.rows_for(batch, x.device)
         active = _active_positions(rows.start, self.arguments, batch, tokens)
         if rows.served is None:
             return output + self.mixture(x).to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
         mixed = self.mixture(x[rows.served]).to(x.dtype) * active[rows.served].unsqueeze(-1).to(x.dtype)
         return output.index_add(0, rows.served, mixed.to(output.dtype))  # which autocast may have made another
 
-    def _lay_out(self, x: Tensor) -> None:
-        """Once a generation, and again where the batch changes its size: this copies the experts' weights."""
-        width, count = self.given.experts.width, len(self.given.start)
-        if x.shape[-1] != width:
-            raise InputError(f"experts of width {width} beside an MLP of width {x.shape[-1]}")
-        if len(x) % count:
-            raise InputError(f"a batch of {len(x)} cannot be shared by the experts of {count} rows")
-        self.rows = self.given.to(x.device).repeat(len(x) // count)
-        self.mixture = self.rows.experts.mixture(self.rows.gates)
+    def lay_out(self, rows: RowExperts) -> None:
+        assert isinstance(rows.experts, MLPExperts)
+        self.mixture = rows.experts.mixture(rows.gates)
+
+
+class _AttentionBranch(_Branch):
+    def __init__(self, rows: RowExperts) -> None:
+        super().__init__(rows)
+        self.layers: dict[int, LayerExperts] = {}
+
+    def attended(self, call: Call) -> Output:
+        """What the layer attends to with the experts in its softmax."""
+        if _off.get():
+            return call.plain()
+        batch, _, tokens, _ = call.query.shape
+        rows = self.rows_for(batch, call.query.device)
+        active = _active_positions(rows.start, self.arguments, batch, tokens)
+        if rows.served is None:
+            return self._with_experts(call, active), None
+        # Rows without experts stay as the model computes them.
+        output = call.plain()[0].clone()
+        output[rows.served] = self._with_experts(call.rows(rows.served), active[rows.served])
+        return output, None
+
+    def _with_experts(self, call: Call, active: Tensor) -> Tensor:
+        assert self.rows is not None
+        if (experts := self.layers.get(call.layer)) is None:
+            experts = self._of_layer(call)
+        return attend(call, experts, active)
+
+    def _of_layer(self, call: Call) -> LayerExperts:
+        assert self.rows is not None and isinstance(self.rows.experts, AttentionExperts)
+        experts, shape = self.rows.experts, self.rows.experts.shape
+        ours = shape.num_heads, shape.num_kv_heads, shape.head_width
+        theirs = call.query.shape[1], call.key.shape[1], call.key.shape[3]
+        if call.layer not in shape.layers:
+            raise InputError(f"the experts have no keys and values for layer {call.layer}, only for {shape.layers}")
+        if ours != theirs:
+            raise InputError(
+                f"experts for {ours[0]} heads, {ours[1]} of keys and values of width {ours[2]}; "
+                f"layer {call.layer} has {theirs[0]}, {theirs[1]} and {theirs[2]}"
+            )
+        self.layers[call.layer] = found = experts.layer(call.layer, self.rows.gates)
+        return found
+
+    def lay_out(self, rows: RowExperts) -> None:
+        self.layers.clear()  # each is laid out when its layer is first run

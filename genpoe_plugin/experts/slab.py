@@ -1,4 +1,4 @@
-"""Experts side by side: one tensor for each of their weights, a slot for each expert."""
+"""Experts side by side: one tensor for each of their weights, a slot for each of an expert's units."""
 
 from __future__ import annotations
 
@@ -13,27 +13,34 @@ from genpoe_plugin.experts.expert import Weights
 
 
 class Slab:
-    """At most ``capacity`` experts on one device; those that were used longest ago make room for others.
+    """At most ``capacity`` units of experts on one device; those that were used longest ago make room for others.
 
-    It takes the memory of the experts that it has been given room for (`reserve`), not of its capacity.
+    An expert beside an MLP is one unit; one in the attention has a unit for each token. It takes the memory of the
+    units that it has been given room for (`reserve`), not of its capacity.
 
     Args:
-        capacity: experts.
-        form: the weights of any number of such experts, none included; for their shapes and dtype.
+        capacity: units.
+        form: the weights of any number of units, none included; for their shapes and dtype.
         device: where they are kept.
     """
 
     def __init__(self, capacity: int, form: Weights, device: torch.device) -> None:
         self.capacity, self.device = capacity, device
         self.weights: Weights = tuple(weight.new_empty((0, *weight.shape[1:]), device=device) for weight in form)
-        self._slots: OrderedDict[str, int] = OrderedDict()
+        self._slots: OrderedDict[str, list[int]] = OrderedDict()
         self._free: list[int] = []
 
     def __contains__(self, passage: str) -> bool:
         return passage in self._slots
 
     def __len__(self) -> int:
+        """The experts that are there."""
         return len(self._slots)
+
+    @property
+    def used(self) -> int:
+        """The units that are there."""
+        return len(self.weights[0]) - len(self._free)
 
     def use(self, passages: Sequence[str]) -> None:
         """The passages that are there count as just used, the last of them last."""
@@ -41,51 +48,70 @@ class Slab:
             if passage in self._slots:
                 self._slots.move_to_end(passage)
 
-    def slots(self, passages: Sequence[str]) -> list[int]:
-        """Where in ``weights`` the experts of passages are that are all there."""
+    def slots(self, passages: Sequence[str]) -> list[list[int]]:
+        """Where in ``weights`` the units of passages are that are all there."""
         return [self._slots[passage] for passage in passages]
 
     def select(self, passages: Sequence[str]) -> Weights:
-        """Copies of the experts of passages that are all there."""
-        index = torch.tensor(self.slots(passages), device=self.device)
+        """Copies of the units of passages that are all there, one expert's after the other's."""
+        index = torch.tensor([slot for slots in self.slots(passages) for slot in slots], device=self.device)
         return tuple(weight[index] for weight in self.weights)
 
     def oldest(self, count: int) -> list[str]:
-        """The passages whose experts make room if so many others come."""
-        leaving = max(0, len(self) + count - self.capacity)
-        return [passage for passage, _ in zip(self._slots, range(leaving), strict=False)]
+        """The passages whose experts make room if so many other units come."""
+        leaving: list[str] = []
+        over = self.used + count - self.capacity
+        for passage, slots in self._slots.items():
+            if over <= 0:
+                break
+            leaving.append(passage)
+            over -= len(slots)
+        return leaving
 
-    def put(self, passages: Sequence[str], weights: Weights) -> None:
-        """Keep experts that are not there yet, as just used; of more than the capacity the last ones."""
-        passages = passages[-self.capacity :] if self.capacity else []
-        if not passages:
-            return
-        with self.filling(passages) as index:
-            for kept, weight in zip(self.weights, weights, strict=True):
-                kept.index_copy_(0, index, weight[-len(passages) :].to(self.device))
-
-    @contextmanager
-    def filling(self, passages: Sequence[str]) -> Iterator[Tensor]:
-        """Where in ``weights`` experts go that are not there yet; they are there once the block ends without an error.
+    def put(self, passages: Sequence[str], weights: Weights, units: Sequence[int]) -> None:
+        """Keep experts that are not there yet, as just used; of more than the capacity the last ones.
 
         Args:
-            passages: theirs, at most as many as the capacity; they count as just used.
+            weights: their units, one expert's after the other's.
+            units: how many each of them has.
         """
-        for passage in self.oldest(len(passages)):
-            self._free.append(self._slots.pop(passage))
-        if (most := len(self) + len(passages)) > (before := len(self.weights[0])):
+        first, count = len(passages), 0
+        while first and count + units[first - 1] <= self.capacity:
+            first -= 1
+            count += units[first]
+        if not count:
+            return
+        with self.filling(passages[first:], units[first:]) as index:
+            for kept, weight in zip(self.weights, weights, strict=True):
+                kept.index_copy_(0, index, weight[-count:].to(self.device))
+
+    @contextmanager
+    def filling(self, passages: Sequence[str], units: Sequence[int]) -> Iterator[Tensor]:
+        """Where in ``weights`` units go that are not there yet; they are there once the block ends without an error.
+
+        Args:
+            passages: theirs; they count as just used.
+            units: how many each of them has, together at most the capacity.
+        """
+        count = sum(units)
+        for passage in self.oldest(count):
+            self._free += reversed(self._slots.pop(passage))
+        if (most := self.used + count) > (before := len(self.weights[0])):
             # Half as many again as there were, so that room is seldom made.
             self.reserve(max(most, before * 3 // 2))
-        taken = [self._free.pop() for _ in passages]
+        taken = [self._free.pop() for _ in range(count)]
         try:
             yield torch.tensor(taken, device=self.device)
         except BaseException:
             self._free += reversed(taken)
             raise
-        self._slots.update(zip(passages, taken, strict=True))
+        places = iter(taken)
+        self._slots.update(
+            (passage, [next(places) for _ in range(own)]) for passage, own in zip(passages, units, strict=True)
+        )
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` experts in all, or for the capacity."""
+        """Make room for ``count`` units in all, or for the capacity."""
         before, size = len(self.weights[0]), min(self.capacity, count)
         if size <= before:
             return

@@ -1,14 +1,17 @@
-"""What a frozen LLM makes of a text on the way up to one of its layers."""
+"""What a frozen LLM makes of a text: the states that enter a layer, and the keys and values of its attention."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from genpoe_plugin.experts.injection import branch_off, find_decoder, find_layer
+from genpoe_plugin.experts.attention_interface import Call, Output, listening
+from genpoe_plugin.experts.decoder import find_decoder, find_layer
+from genpoe_plugin.experts.injection import branch_off
 
 
 class _Reached(Exception):
@@ -48,3 +51,48 @@ def hidden_states(model: PreTrainedModel, layer: int, input_ids: Tensor, attenti
     finally:
         hook.remove()
     raise AssertionError(f"{type(decoder).__name__} does not run its layer {layer}")
+
+
+class _AllRead(Exception):
+    """The highest layer's keys and values are there; the rest of the pass is not wanted."""
+
+
+@torch.no_grad()
+def keys_and_values(
+    model: PreTrainedModel, layers: Sequence[int], input_ids: Tensor, attention_mask: Tensor
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values that the attention of some layers computes for a text, which ends right before position 0.
+
+    Keys are rotated to the positions ``-T ... -1``: rotary positions are relative, so to a prompt, which begins at 0,
+    the text stands right before it. Nothing above the highest of the layers runs, and no branch is heard.
+
+    Args:
+        model: the LLM, in evaluation mode.
+        layers: counted from 0, in ascending order.
+        input_ids: ``[n, tokens]``, padded on the right.
+        attention_mask: ``[n, tokens]``, true on real tokens.
+
+    Returns:
+        For each layer ``[n, KV heads, tokens, head width]`` twice, in the LLM's dtype and without gradients; arbitrary
+        where there is padding.
+
+    Raises:
+        InputError: the model has no such layer, or one of another attention.
+    """
+    decoder, _ = find_decoder(model)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(call: Call) -> Output:
+        found[call.layer] = call.key, call.value
+        if call.layer == layers[-1]:
+            raise _AllRead
+        return call.plain()
+
+    lengths = attention_mask.long().sum(1, keepdim=True)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device) - lengths
+    with branch_off(), listening(model, layers, note):
+        try:
+            decoder(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False)
+        except _AllRead:
+            return found
+    raise AssertionError(f"{type(decoder).__name__} does not run the attention of its layer {layers[-1]}")

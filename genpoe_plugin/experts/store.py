@@ -15,8 +15,10 @@ from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
 from genpoe_plugin.experts.slab import Slab
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
 ON_DEVICE, ON_HOST = 2 * 10**9, 8 * 10**9  # bytes, where nothing else is said
+MAX_EXPERT_UNITS = 2 * MAX_PASSAGE_TOKENS  # of one expert in the attention, what the prompt puts around it included
 
 
 class ExpertStore:
@@ -49,7 +51,7 @@ class ExpertStore:
         config = hypernetwork.config
         self.config = config
         self.tokenizer = tokenizer
-        self.layer = config.layer
+        self.layers = config.layers
         self._generator = ExpertGenerator(hypernetwork, model, tokenizer)
         self._files = files
         self._batch_size = batch_size
@@ -57,7 +59,9 @@ class ExpertStore:
         device = self._generator.device
         self._form = hypernetwork.none().to(self.dtype)
         form = self._form.weights
-        self._slab = Slab(max(1, device_bytes // one), form, device)
+        least = MAX_EXPERT_UNITS if config.head == "attention" else 1
+        self._units: dict[str, int] = {}
+        self._slab = Slab(max(least, device_bytes // one), form, device)
         self._host = Slab(0 if device.type == "cpu" else host_bytes // one, form, torch.device("cpu"))
 
     @property
@@ -69,25 +73,26 @@ class ExpertStore:
 
     def prepare(self, passages: Iterable[str], *, progress: bool = True) -> None:
         """Make the experts of ``passages`` ready ahead of their use, as many as the budget holds."""
-        wanted = list(dict.fromkeys(passages))[: self._slab.capacity + self._host.capacity]
+        wanted = self._that_fit(list(dict.fromkeys(passages)))
         # What is there already counts as used, or making room for the rest might drop it.
         self._host.use(wanted)
         self._slab.use(wanted)
         missing = [passage for passage in wanted if passage not in self._slab and passage not in self._host]
         missing.sort(key=len)  # for tight batches
         with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
-            self._slab.reserve(len(self._slab) + len(missing))
+            self._slab.reserve(self._slab.used + sum(self.units(missing)))
             for batch in self._bring(missing):
                 bar.update(len(batch))
 
     def experts(self, passages: Sequence[Sequence[str]]) -> list[Experts]:
-        """The experts of each of several groups of passages, with one leading dimension: that of the group."""
+        """The experts of each of several groups of passages, with one leading dimension: the units of the group."""
         unique = list(dict.fromkeys(passage for group in passages for passage in group))
         weights, places = self._fetch(unique)
         place = dict(zip(unique, places, strict=True))
         found: list[Experts] = []
         for group in passages:
-            index = torch.tensor([place[passage] for passage in group], device=self._generator.device)
+            slots = [slot for passage in group for slot in place[passage]]
+            index = torch.tensor(slots, device=self._generator.device)
             found.append(self._form.with_weights(*(weight[index] for weight in weights)))
         return found
 
@@ -102,23 +107,28 @@ class ExpertStore:
             start: for each row the first position that its experts act on.
 
         Returns:
-            Experts ``[served, K]`` with K the largest number of passages, or None if no row has any.
+            Experts ``[served, K]`` with K the largest number of passages (of units with experts in the attention), or
+            None if no row has any.
         """
         served = [number for number, row in enumerate(passages) if row]
         if not served:
             return None
-        most = max(map(len, passages))
         unique = list(dict.fromkeys(passage for row in passages for passage in row))
         weights, places = self._fetch(unique)
         place = dict(zip(unique, places, strict=True))
+        slots = [[slot for passage in passages[row] for slot in place[passage]] for row in served]
+        gated = [
+            [gate for passage, gate in zip(passages[row], gates[row], strict=True) for _ in place[passage]]
+            for row in served
+        ]
+        most = max(map(len, slots))
         index = torch.zeros(len(served), most, dtype=torch.long)
         gate = torch.zeros(len(served), most)
         none = torch.ones(len(served), most, dtype=torch.bool)
-        for number, row in enumerate(served):
-            own = len(passages[row])
-            index[number, :own] = torch.tensor([place[passage] for passage in passages[row]])
-            gate[number, :own] = torch.tensor(list(gates[row]), dtype=torch.float32)
-            none[number, :own] = False
+        for number, (own, own_gates) in enumerate(zip(slots, gated, strict=True)):
+            index[number, : len(own)] = torch.tensor(own)
+            gate[number, : len(own)] = torch.tensor(own_gates, dtype=torch.float32)
+            none[number, : len(own)] = False
         device = self._generator.device
         chosen = tuple(weight[index.to(device)] for weight in weights)
         if none.any():
@@ -131,12 +141,28 @@ class ExpertStore:
             None if len(served) == len(passages) else torch.tensor(served, device=device),
         )
 
-    def _fetch(self, unique: Sequence[str]) -> tuple[Weights, list[int]]:
-        """Tensors with the experts of distinct passages, and where in them each is."""
+    def units(self, passages: Sequence[str]) -> list[int]:
+        """How many units the expert of each passage has."""
+        if new := [passage for passage in passages if passage not in self._units]:
+            self._units.update(zip(new, self._generator.units(new), strict=True))
+        return [self._units[passage] for passage in passages]
+
+    def _that_fit(self, passages: Sequence[str]) -> list[str]:
+        """As many of the first passages as the budget holds."""
+        room, fitting = self._slab.capacity + self._host.capacity, []
+        for passage, units in zip(passages, self.units(passages), strict=True):
+            room -= units
+            if room < 0:
+                break
+            fitting.append(passage)
+        return fitting
+
+    def _fetch(self, unique: Sequence[str]) -> tuple[Weights, list[list[int]]]:
+        """Tensors with the units of distinct passages' experts, and where in them those of each are."""
         self._slab.use(unique)
         kept = [passage for passage in unique if passage in self._slab]
         missing = [passage for passage in unique if passage not in self._slab]
-        if len(unique) <= self._slab.capacity:
+        if sum(self.units(unique)) <= self._slab.capacity:
             for _ in self._bring(missing):
                 pass
             self._slab.use(unique)
@@ -145,18 +171,33 @@ class ExpertStore:
         parts = [(kept, self._slab.select(kept))] if kept else []
         parts += [(batch, self._slab.select(batch)) for batch in self._bring(missing)]
         names = [passage for batch, _ in parts for passage in batch]
-        place = {passage: number for number, passage in enumerate(names)}
+        place, first = {}, 0
+        for passage, units in zip(names, self.units(names), strict=True):
+            place[passage] = list(range(first, first + units))
+            first += units
         columns = zip(*(weights for _, weights in parts), strict=True)
         return tuple(map(torch.cat, columns)), [place[passage] for passage in unique]
+
+    def _batches(self, passages: Sequence[str]) -> Iterator[list[str]]:
+        """At most `batch_size` passages at a time, and no more units than the device's budget."""
+        batch: list[str] = []
+        room = self._slab.capacity
+        for passage, units in zip(passages, self.units(passages), strict=True):
+            if batch and (len(batch) == self.batch_size or units > room):
+                yield batch
+                batch, room = [], self._slab.capacity
+            batch.append(passage)
+            room -= units
+        if batch:
+            yield batch
 
     def _bring(self, passages: Sequence[str]) -> Iterator[list[str]]:
         """Put the experts of distinct passages on the device, from wherever they come soonest; yield them by batches.
 
         A batch is there until the next one is asked for.
         """
-        device, step = self._generator.device, min(self.batch_size, self._slab.capacity)
-        for begin in range(0, len(passages), step):
-            batch = list(passages[begin : begin + step])
+        device = self._generator.device
+        for batch in self._batches(passages):
             rest = batch
             if on_host := [passage for passage in rest if passage in self._host]:
                 self._keep(on_host, tuple(weight.to(device) for weight in self._host.select(on_host)))
@@ -169,17 +210,19 @@ class ExpertStore:
             yield batch
 
     def _generate(self, passages: list[str]) -> None:
-        self._spill(len(passages))
-        with self._slab.filling(passages) as slots, torch.inference_mode():
+        units = self.units(passages)
+        self._spill(sum(units))
+        with self._slab.filling(passages, units) as slots, torch.inference_mode():
             self._generator.write(passages, self._slab.weights, slots)
         if self._files is not None:
-            self._files.write(passages, self._slab.select(passages))
+            self._files.write(passages, self._slab.select(passages), units)
 
     def _keep(self, passages: list[str], weights: Weights) -> None:
-        self._spill(len(passages))
-        self._slab.put(passages, weights)
+        units = self.units(passages)
+        self._spill(sum(units))
+        self._slab.put(passages, weights, units)
 
-    def _spill(self, count: int) -> None:
-        """What has no room on the device once ``count`` others come goes to the host."""
-        if self._host.capacity and (leaving := [name for name in self._slab.oldest(count) if name not in self._host]):
-            self._host.put(leaving, self._slab.select(leaving))
+    def _spill(self, units: int) -> None:
+        """What has no room on the device once so many others come goes to the host."""
+        if self._host.capacity and (leaving := [name for name in self._slab.oldest(units) if name not in self._host]):
+            self._host.put(leaving, self._slab.select(leaving), self.units(leaving))

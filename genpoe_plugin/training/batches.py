@@ -26,16 +26,18 @@ class Batch:
     start: tuple[int, ...]
 
 
-def make_batch(examples: Sequence[DrawnExample], knowledge: bool, tokenizer: PreTrainedTokenizerBase) -> Batch:
+def make_batch(
+    examples: Sequence[DrawnExample], knowledge: bool, tokenizer: PreTrainedTokenizerBase, *, end: str = "\n"
+) -> Batch:
     """Tokenise examples, as RAG prompts with ``knowledge``.
 
-    The target is `` answer\\n``, its space put where the tokenizer itself puts it.
+    The target is `` answer`` and ``end``, its space put where the tokenizer itself puts it.
     """
     rows: list[tuple[list[int], int]] = []
     starts = []
     for example in examples:
         prompt = rag_prompt(example.question, example.passages if knowledge else [])
-        encoding = tokenizer(f"{prompt} {example.answer}\n", return_offsets_mapping=True)
+        encoding = tokenizer(f"{prompt} {example.answer}{end}", return_offsets_mapping=True)
         offsets = encoding["offset_mapping"]
         question_start = prompt.rindex("Question:") if knowledge else 0
         starts.append(first_token_at(offsets, question_start) if knowledge else 0)

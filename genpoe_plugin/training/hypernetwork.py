@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genpoe_plugin.checkpoint import write_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.decoder import find_mlp
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.injection import find_mlp, inject
+from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, divergences, make_batch, mean_over_targets, token_losses

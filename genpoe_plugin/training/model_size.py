@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.injection import find_decoder
+from genpoe_plugin.experts.decoder import find_decoder
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

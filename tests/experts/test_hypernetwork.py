@@ -233,11 +233,13 @@ def test_wrong_configurations_are_named(field, value):
 
 def test_a_memory_needs_queries():
     with pytest.raises(InputError, match="head 'memory' needs encoder 'attention'"):
-        HypernetworkConfig(hidden_size=32, layer=1, expert_width=16, head="memory", encoder="mean")
+        HypernetworkConfig(hidden_size=32, layers=(1,), expert_width=16, head="memory", encoder="mean")
 
 
 def test_configuration_round_trip():
-    config = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, head="factored", states="contextual")
+    config = HypernetworkConfig(
+        hidden_size=32, layers=(1,), rank=4, expert_width=16, head="factored", states="contextual"
+    )
     assert HypernetworkConfig.from_dict(config.to_dict()) == config
     with pytest.raises(InputError, match="missing or unknown field expert_width"):
         HypernetworkConfig.from_dict({key: value for key, value in config.to_dict().items() if key != "expert_width"})

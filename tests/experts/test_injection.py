@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.injection import RowExperts, find_mlp, inject
+from genpoe_plugin.experts.decoder import find_mlp
+from genpoe_plugin.experts.injection import RowExperts, inject
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "gpt2")
 LAYER = 1

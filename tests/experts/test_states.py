@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.injection import RowExperts, find_decoder, inject
+from genpoe_plugin.experts.decoder import find_decoder
+from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.states import hidden_states
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "gpt2")

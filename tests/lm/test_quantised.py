@@ -14,7 +14,7 @@ from torch import nn
 
 from genpoe_plugin.checkpoint import llm_identity
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.injection import find_mlp
+from genpoe_plugin.experts.decoder import find_mlp
 
 
 class Rounded(nn.Module):

@@ -9,15 +9,17 @@ from transformers import PreTrainedTokenizerFast
 from genpoe_plugin.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.injection import find_mlp
+from genpoe_plugin.experts.decoder import find_mlp
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, draw_passages
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner, train_hypernetwork
 
-CONFIGURATION = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random", generator_gain=1.0)
-FACTORED = HypernetworkConfig(hidden_size=32, layer=1, head="factored", core_size=4, expert_width=16, base="random")
+CONFIGURATION = HypernetworkConfig(
+    hidden_size=32, layers=(1,), rank=4, expert_width=16, base="random", generator_gain=1.0
+)
+FACTORED = HypernetworkConfig(hidden_size=32, layers=(1,), head="factored", core_size=4, expert_width=16, base="random")
 EXAMPLES = [
     TrainingExample("who wrote the opera", "Gioachino Rossini", "Rossini: Gioachino Rossini wrote an opera."),
     TrainingExample("where is it?", "Canberra", "Canberra: The capital is Canberra, founded in 1913, they say."),
@@ -92,7 +94,7 @@ def test_nothing_is_kept_of_the_layers_below_the_branch(make_llm, tokenizer):
 
     def kept(layers, layer):
         model = make_llm("llama", num_hidden_layers=layers)
-        config = HypernetworkConfig(hidden_size=32, layer=layer, rank=4, expert_width=16)
+        config = HypernetworkConfig(hidden_size=32, layers=(layer,), rank=4, expert_width=16)
         learner = HypernetworkLearner(config, HypernetworkTraining(), EXAMPLES, model, tokenizer)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
@@ -164,7 +166,7 @@ def test_wrong_settings_are_named(wrong):
 def test_nothing_to_learn_and_a_wrong_width_write_nothing(make_llm, tokenizer, tmp_path):
     with pytest.raises(InputError, match="no training example"):
         train_hypernetwork(CONFIGURATION, HypernetworkTraining(), [], make_llm("llama"), tokenizer, tmp_path / "out")
-    wide = HypernetworkConfig(hidden_size=64, layer=1, rank=4, expert_width=16)
+    wide = HypernetworkConfig(hidden_size=64, layers=(1,), rank=4, expert_width=16)
     with pytest.raises(InputError, match="hidden_size is 64, the LLM's is 32"):
         train_hypernetwork(wide, HypernetworkTraining(), EXAMPLES, make_llm("llama"), tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()

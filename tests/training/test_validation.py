@@ -18,7 +18,7 @@ from genpoe_plugin.passages import Passage
 from genpoe_plugin.questions import Question, RetrievedPassage
 from genpoe_plugin.training.validation import MAX_NEW_TOKENS, Validation
 
-CONFIG = HypernetworkConfig(hidden_size=32, layer=1, rank=4, expert_width=16, base="random", generator_gain=1.0)
+CONFIG = HypernetworkConfig(hidden_size=32, layers=(1,), rank=4, expert_width=16, base="random", generator_gain=1.0)
 
 
 def retrieved(number: int, text: str, score: float) -> RetrievedPassage:

@@ -87,7 +87,7 @@ def expected_tokens(llm, store, request, with_experts: bool = True) -> list[int]
     """One prompt at a time, every step from its beginning: no cache, no padding."""
     rows = store.rows([request.passages], [request.gates], [request.start]) if with_experts else None
     ids = list(request.prompt)
-    with inject(llm, store.layer, rows):
+    with inject(llm, store.layers, rows):
         for _ in range(6):
             ids.append(int(llm(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(request.prompt) :]

@@ -51,7 +51,7 @@ def test_an_architecture_without_a_class(make_vllm, make_llm, tokenizer, make_hy
     from genpoe_plugin.experts.config import HypernetworkConfig
     from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
-    config = HypernetworkConfig(hidden_size=64, layer=1, expert_width=16, core_size=6, head="factored")
+    config = HypernetworkConfig(hidden_size=64, layers=(1,), expert_width=16, core_size=6, head="factored")
     llm = AutoModelForCausalLM.from_pretrained(tmp_path)
     save_hypernetwork(tmp_path / "hypernetwork", Hypernetwork(config), llm, tokenizer, {})
     with pytest.raises(InputError, match="is a GPTNeoXForCausalLM; on vLLM, experts stand beside Llama, Qwen2"):

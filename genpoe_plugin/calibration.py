@@ -1,0 +1,363 @@
+"""Which layers of an LLM, and which of their key-value heads, do the reading of a passage: found by measurement.
+
+Experts of the form ``attention`` in all layers are taken away part by part (a part is a layer, or one key-value head of
+a layer). What counts is the loss of held questions' answers with their passage as expert: first with each part left out
+alone, then greedily, the part that costs least first. Every measurement is kept in a file as soon as it is made, so a
+calibration that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin.checkpoint import llm_identity
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.prompts import cut_passages
+from genpoe_plugin.questions import read_questions
+from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
+from genpoe_plugin.training.examples import DrawnExample, TrainingExample, training_examples
+
+CURVE, PICTURE = "calibration.csv", "calibration.png"
+TRIED = 6  # parts whose loss is measured again before one is left out
+
+Part = tuple[tuple[int, int], ...]
+"""Pairs of layer and key-value head that are left out together."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How small the experts have to be; at least one of the three.
+
+    Attributes:
+        max_layers: at most so many layers.
+        max_bytes: at most so many bytes an expert, of a passage of mean length.
+        keep: at least this share of what experts in all layers gain over closed-book answering; the smallest such
+            experts are taken, where without it those of least loss are.
+    """
+
+    max_layers: int | None = None
+    max_bytes: int | None = None
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_layers is None and self.max_bytes is None and self.keep is None:
+            raise InputError("calibration needs a limit: max_layers, max_bytes or keep")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Experts with some of the parts, and how well questions are answered with them.
+
+    Attributes:
+        config: has their layers and heads.
+        nats: the loss, per token of the answer.
+        kept: share of what experts in all layers gain over closed-book answering.
+        bytes: of one expert, of a passage of mean length.
+    """
+
+    config: HypernetworkConfig
+    nats: float
+    kept: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All points, from all parts down to one, and what they are to be compared with.
+
+    Attributes:
+        points: from the largest experts to the smallest.
+        chosen: the one that fits the limits.
+        closed_book, prompt: nats without the passage, and with it in the prompt.
+        questions: how many were asked.
+    """
+
+    points: tuple[Point, ...]
+    chosen: Point
+    closed_book: float
+    prompt: float
+    questions: int
+
+
+class AnswerLoss:
+    """The loss of questions' answers, in nats per token, with the questions' passages as experts of any parts.
+
+    Args:
+        examples: questions with an answer and the passage that states it.
+        model, tokenizer: the LLM.
+        config: of experts in all layers, with all heads.
+        batch_size: questions at a time.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[TrainingExample],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: HypernetworkConfig,
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        passages = cut_passages([example.passage for example in examples], tokenizer)
+        drawn = [
+            DrawnExample(example.question, example.answer, (passage,), (1.0,))
+            for example, passage in zip(examples, passages, strict=True)
+        ]
+        drawn.sort(key=lambda example: len(example.question) + len(example.answer))
+        self._batches = [drawn[begin : begin + batch_size] for begin in range(0, len(drawn), batch_size)]
+        hypernetwork = Hypernetwork(config).to(model.device).eval().requires_grad_(False)
+        self._store = ExpertStore(hypernetwork, model, tokenizer, device_bytes=2**62)
+        self._store.prepare(passages)
+        units = self._store.units(passages)
+        self.mean_tokens = sum(units) / len(units)
+
+    def without_experts(self, knowledge: bool) -> float:
+        """Closed-book, or with the passage in the prompt (``knowledge``)."""
+        return self._mean(lambda batch: self._losses(batch, knowledge, None))
+
+    def with_experts(self, config: HypernetworkConfig) -> float:
+        """With the experts of ``config``, which has some of the layers and heads."""
+        return self._mean(lambda batch: self._losses(batch, False, config))
+
+    def _mean(self, losses: Callable[[list[DrawnExample]], list[float]]) -> float:
+        found = [loss for batch in self._batches for loss in losses(batch)]
+        return sum(found) / len(found)
+
+    @torch.no_grad()
+    def _losses(self, examples: list[DrawnExample], knowledge: bool, config: HypernetworkConfig | None) -> list[float]:
+        batch = make_batch(examples, knowledge, self.tokenizer, end="")
+        rows = None
+        if config is not None:
+            rows = self._store.rows([e.passages for e in examples], [e.gates for e in examples], batch.start)
+            assert rows is not None and isinstance(rows.experts, AttentionExperts)
+            rows = replace(rows, experts=rows.experts.part(AttentionShape.of(config)))
+        with inject(self.model, config.layers if config else (), rows):
+            logits = answer_logits(self.model, batch, self.model.device)
+        labels = batch.labels.to(logits.device)
+        return mean_over_targets(token_losses(logits, labels), labels).tolist()
+
+
+def calibrate_on(
+    file: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HypernetworkConfig,
+    limits: Limits,
+    progress: Path,
+    *,
+    heads: bool = False,
+    num_questions: int = 100,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Calibration:
+    """Calibrate on questions of a file that come with passages, drawn by ``seed``.
+
+    Args:
+        config: of experts in all layers.
+        progress: as of `calibrate`; it is removed once all is measured.
+
+    Raises:
+        InputError: as of `calibrate`; or no question has a passage with one of its answers.
+    """
+    examples = training_examples(read_questions(file), titles=True)
+    if not examples:
+        raise InputError(f"{file}: no question has a passage that contains one of its answers")
+    drawn = random.Random(seed).sample(examples, min(num_questions, len(examples)))
+    identity = {
+        "llm": llm_identity(model),
+        "dtype": str(model.dtype),
+        "questions": hashlib.sha256(json.dumps([asdict(example) for example in drawn]).encode()).hexdigest(),
+        "heads": heads,
+    }
+    loss = AnswerLoss(drawn, model, tokenizer, config, batch_size)
+    calibration = calibrate(loss, limits, progress, identity, heads=heads)
+    progress.unlink()
+    return calibration
+
+
+def calibrate(
+    loss: AnswerLoss, limits: Limits, progress: Path, identity: dict[str, Any], *, heads: bool = False
+) -> Calibration:
+    """Find the parts that carry the reading.
+
+    Args:
+        loss: measures; its configuration has all parts.
+        limits: what is chosen in the end.
+        progress: JSON Lines file of all measurements so far, which is made, read and added to.
+        identity: of LLM, questions and everything else that decides a measurement.
+        heads: a part is one key-value head of a layer instead of a layer.
+
+    Raises:
+        InputError: nothing fits the limits, or ``progress`` is of another calibration.
+    """
+    measured = _Measurements(progress, identity)
+    whole = AttentionShape.of(loss.config)
+    parts = [
+        tuple((layer, head) for head in own)
+        for layer, kept in zip(whole.layers, whole.kv_heads, strict=True)
+        for own in ([(head,) for head in kept] if heads else [kept])
+    ]
+    closed = measured("closed_book", lambda: loss.without_experts(False))
+    prompt = measured("prompt", lambda: loss.without_experts(True))
+
+    def nats(some: Sequence[Part]) -> float:
+        config = with_parts(loss.config, some)
+        return measured(_name(config), lambda: loss.with_experts(config))
+
+    points = []
+    full = nats(parts)
+    for some, value in tqdm(_shrinking(parts, nats), desc="Leaving out", total=len(parts), unit="part"):
+        config = with_parts(loss.config, some)
+        unit = footprint(config, loss.model.dtype).expert_bytes
+        points.append(Point(config, value, (closed - value) / (closed - full), round(unit * loss.mean_tokens)))
+    questions = sum(map(len, loss._batches))
+    return Calibration(tuple(points), choose(points, limits), closed, prompt, questions)
+
+
+def _shrinking(parts: Sequence[Part], nats: Callable[[Sequence[Part]], float]) -> Iterator[tuple[list[Part], float]]:
+    """All parts, then ever fewer of them, and the loss of each selection.
+
+    While more than half are there, two are left out at a time: at first most parts cost next to nothing.
+    """
+    kept, now = list(parts), nats(parts)
+    yield list(kept), now
+    # What each part's absence was last seen to cost.
+    cost = {part: nats([other for other in kept if other is not part]) - now for part in tqdm(kept, "Leaving one out")}
+    while len(kept) > 1:
+        without = {}
+        for part in sorted(kept, key=lambda part: cost[part])[:TRIED]:
+            without[part] = nats([other for other in kept if other is not part])
+            cost[part] = without[part] - now
+        cheapest = sorted(without, key=lambda part: without[part])
+        leaving = cheapest[: 2 if len(kept) - 2 >= len(parts) / 2 else 1]
+        kept = [part for part in kept if part not in leaving]
+        now = nats(kept)
+        yield list(kept), now
+
+
+def choose(points: Sequence[Point], limits: Limits) -> Point:
+    """The point that fits the limits: the smallest that keeps enough, or the one of least loss.
+
+    Raises:
+        InputError: none fits.
+    """
+    fitting = [
+        point
+        for point in points
+        if (limits.max_layers is None or len(point.config.layers) <= limits.max_layers)
+        and (limits.max_bytes is None or point.bytes <= limits.max_bytes)
+        and (limits.keep is None or point.kept >= limits.keep)
+    ]
+    if not fitting:
+        smallest = min(point.bytes for point in points)
+        raise InputError(
+            f"no choice of layers keeps within the limits ({limits}); the smallest expert has {smallest:,} bytes, "
+            "and experts in all layers keep 1"
+        )
+    if limits.keep is not None:
+        return min(fitting, key=lambda point: (point.bytes, point.nats))
+    return min(fitting, key=lambda point: (point.nats, point.bytes))
+
+
+def with_parts(config: HypernetworkConfig, parts: Sequence[Part]) -> HypernetworkConfig:
+    """``config`` with the layers and heads of ``parts`` alone."""
+    pairs = sorted(pair for part in parts for pair in part)
+    layers = tuple(sorted({layer for layer, _ in pairs}))
+    kept = tuple(tuple(head for own, head in pairs if own == layer) for layer in layers)
+    every = all(len(heads) == config.num_kv_heads for heads in kept)
+    return replace(config, layers=layers, kv_heads=None if every else kept)
+
+
+def write_calibration(directory: Path, calibration: Calibration) -> None:
+    """Write the curve as CSV and as a picture."""
+    with atomic_file(directory / CURVE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layers", "kv_heads", "bytes", "nats", "kept", "chosen"])
+        writer.writerow(["", "closed_book", 0, calibration.closed_book, 0.0, False])
+        for point in calibration.points:
+            kv_heads = point.config.kv_heads
+            heads = "" if kv_heads is None else " ".join("+".join(map(str, own)) for own in kv_heads)
+            chosen = point is calibration.chosen
+            layers = " ".join(map(str, point.config.layers))
+            writer.writerow([layers, heads, point.bytes, point.nats, point.kept, chosen])
+        writer.writerow(["", "prompt", "", calibration.prompt, _kept_by_prompt(calibration), False])
+    figure = _draw(calibration)
+    with atomic_file(directory / PICTURE) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _kept_by_prompt(calibration: Calibration) -> float:
+    gain = calibration.closed_book - calibration.points[0].nats
+    return (calibration.closed_book - calibration.prompt) / gain
+
+
+def _draw(calibration: Calibration) -> Figure:
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = calibration.points
+    axes.plot([p.bytes / 1000 for p in points], [p.kept for p in points], "o-", label="experts")
+    axes.plot(calibration.chosen.bytes / 1000, calibration.chosen.kept, "o", ms=12, mfc="none", label="chosen")
+    axes.axhline(_kept_by_prompt(calibration), color="C1", linestyle="--", label="passage in the prompt")
+    axes.axhline(0, color="grey", linewidth=1, label="closed-book")
+    for point in points:
+        axes.annotate(
+            str(len(point.config.layers)), (point.bytes / 1000, point.kept), (0, 6), textcoords="offset points"
+        )
+    axes.set_xlabel("kilobytes an expert (numbers: layers)")
+    axes.set_ylabel("share of the gain over closed-book")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _name(config: HypernetworkConfig) -> str:
+    return json.dumps([config.layers, config.kv_heads])
+
+
+class _Measurements:
+    """A file of what was measured, a line each; its first line says of what."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.known: dict[str, float] = {}
+        if not path.is_file():
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+            return
+        first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+        if first != json.dumps(identity):
+            raise InputError(f"{path}: measurements of another calibration; delete the file, or give another --out")
+        for line in lines:
+            try:
+                name, value = json.loads(line)
+            except ValueError:  # the last line of a run that was killed as it wrote
+                break
+            self.known[name] = value
+
+    def __call__(self, name: str, measure: Callable[[], float]) -> float:
+        if name not in self.known:
+            self.known[name] = measure()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, self.known[name]]) + "\n")
+        return self.known[name]

@@ -1,0 +1,250 @@
+"""Experts in the LLM's own attention: a passage's keys and values beside those of the prompt, in one softmax.
+
+At a chosen layer, with ``q`` the query of a token at or after the start, the logits are those of the own context, and
+``s · q · K_kt + log(g_k / max g) + b_h`` for token ``t`` of expert ``k`` and head ``h``. One softmax over all of them
+is a mixture of experts (the own context is one of them), whose router is the attention's mass times the gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention_interface import Call
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.expert import Experts
+
+MOST_LOGITS = 2**22
+"""Up to so many logits, attention is computed by plain products, which copy no keys; beyond, by a fused kernel."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Where in a unit, which is a flat vector, the keys and values of each layer are.
+
+    Attributes:
+        layers: those that have experts, in ascending order.
+        kv_heads: for each of them the key-value heads that an expert has.
+        num_heads, num_kv_heads, head_width: the LLM's.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: tuple[tuple[int, ...], ...]
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+
+    @classmethod
+    def of(cls, config: HypernetworkConfig) -> AttentionShape:
+        """The shape of a configuration whose head is ``attention``."""
+        assert config.num_heads and config.num_kv_heads and config.head_width
+        every = tuple(range(config.num_kv_heads))
+        kv_heads = config.kv_heads or (every,) * len(config.layers)
+        return cls(config.layers, kv_heads, config.num_heads, config.num_kv_heads, config.head_width)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in a unit: a token's keys and values in all layers."""
+        return 2 * self.head_width * sum(map(len, self.kv_heads))
+
+    def part(self, units: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each ``[..., heads, head width]``, of units ``[..., numbers]``."""
+        place = self.layers.index(layer)
+        begin = 2 * self.head_width * sum(map(len, self.kv_heads[:place]))
+        heads = len(self.kv_heads[place])
+        own = units[..., begin : begin + 2 * self.head_width * heads]
+        keys, values = own.unflatten(-1, (2, heads, self.head_width)).unbind(-3)
+        return keys, values
+
+    def join(self, states: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """Units ``[n, tokens, numbers]`` from keys and values ``[n, KV heads, tokens, width]`` of all layers."""
+        parts = []
+        for layer, heads in zip(self.layers, self.kv_heads, strict=True):
+            index = list(heads)
+            parts += [state[:, index].transpose(1, 2).flatten(2) for state in states[layer]]
+        return torch.cat(parts, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionExperts(Experts):
+    """Keys and values of passages' tokens: a unit a token, so an expert is as many units as its passage has tokens.
+
+    Attributes:
+        shape: what is where in a unit.
+        bias: ``b``, ``[layers, heads]``: added to the logits of all experts' tokens; shared by all experts.
+        units: ``[..., numbers]``.
+    """
+
+    shape: AttentionShape
+    bias: Tensor
+    units: Tensor
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return (self.units,)
+
+    def with_weights(self, *weights: Tensor) -> AttentionExperts:
+        return replace(self, units=weights[0])
+
+    def to(self, target: torch.device | torch.dtype) -> AttentionExperts:
+        return replace(self, bias=self.bias.to(target), units=self.units.to(target))
+
+    def part(self, shape: AttentionShape) -> AttentionExperts:
+        """Experts with some of the layers and heads of these; the bias is that of these."""
+        index: list[int] = []
+        rows: list[int] = []
+        for layer, heads in zip(shape.layers, shape.kv_heads, strict=True):
+            place = self.shape.layers.index(layer)
+            rows.append(place)
+            begin = 2 * shape.head_width * sum(map(len, self.shape.kv_heads[:place]))
+            own = self.shape.kv_heads[place]
+            for half in (0, 1):
+                for head in heads:
+                    first = begin + (half * len(own) + own.index(head)) * shape.head_width
+                    index += range(first, first + shape.head_width)
+        return AttentionExperts(shape, self.bias[rows], self.units[..., index])
+
+    def layer(self, layer: int, gates: Tensor) -> LayerExperts:
+        """The experts of a batch in one layer, laid out for the passes of a generation.
+
+        The leading dimensions must be ``[rows, units]``, the units of all experts of a row side by side.
+
+        Args:
+            layer: one of those that have experts.
+            gates: ``[rows, units]``, for each unit that of its expert; 0 takes it out.
+        """
+        shape = self.shape
+        place = shape.layers.index(layer)
+        kept = list(shape.kv_heads[place])
+        keys, values = (part.transpose(1, 2) for part in shape.part(self.units, layer))
+        most = gates.amax(1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        logits = (gates / most).log().to(self.bias.dtype)
+        # [rows, KV heads, query heads of each, tokens, units]
+        bias = logits[:, None, None, None] + self.bias[place].view(1, shape.num_kv_heads, -1, 1, 1)
+        if len(kept) < shape.num_kv_heads:
+            rows, _, units, width = keys.shape
+            every = keys.new_zeros(2, rows, shape.num_kv_heads, units, width)
+            every[0, :, kept], every[1, :, kept] = keys, values
+            keys, values = every
+            missing = torch.ones(shape.num_kv_heads, dtype=torch.bool, device=bias.device)
+            missing[kept] = False
+            bias = bias.masked_fill(missing.view(1, -1, 1, 1, 1), -torch.inf)
+        return LayerExperts(keys.contiguous(), values.contiguous(), bias)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerExperts:
+    """The experts of a batch's rows in one layer.
+
+    Attributes:
+        keys, values: ``[rows, KV heads, units, head width]``.
+        bias: ``[rows, KV heads, query heads of each, 1, units]``, added to their logits; minus infinity where a row has
+            no expert.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+
+def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
+    """Attention over the own context and the experts, in one softmax.
+
+    Args:
+        call: of the layer's attention.
+        experts: of the call's rows.
+        active: ``[rows, tokens]``, which tokens see the experts.
+
+    Returns:
+        ``[rows, tokens, heads, width]``.
+
+    Raises:
+        InputError: the layer adds something of its own to the softmax.
+    """
+    for name in ("s_aux", "position_bias"):
+        if call.options.get(name) is not None:
+            raise InputError(f"{type(call.module).__name__} adds {name} to its softmax, which experts cannot join yet")
+    seen = experts.bias.masked_fill(~active[:, None, None, :, None], -torch.inf)
+    if call.base == "flex_attention":
+        return _beside_flex(call, experts, seen)
+    tokens, context = call.query.shape[2], call.key.shape[2]
+    own = _additive(call.mask, tokens, context, call.query)
+    if call.softcap is None and seen.numel() > MOST_LOGITS:
+        return _fused(call, experts, seen, own)
+    both = torch.cat([_logits(call, experts.keys) + seen.to(own.dtype), _logits(call, call.key) + own.unsqueeze(1)], -1)
+    weights = both.softmax(-1, dtype=_exact(both.dtype)).to(both.dtype)
+    units = experts.keys.shape[2]
+    return _weighted(weights[..., :units], experts.values, weights[..., units:], call.value)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _logits(call: Call, keys: Tensor) -> Tensor:
+    """``[rows, KV heads, query heads of each, tokens, keys]``: heads that share keys side by side, none is repeated."""
+    rows, heads, tokens, width = call.query.shape
+    kv_heads = keys.shape[1]
+    query = call.query.reshape(rows, kv_heads, heads // kv_heads * tokens, width) * call.scaling
+    logits = (query @ keys.mT).view(rows, kv_heads, heads // kv_heads, tokens, keys.shape[2])
+    return logits if call.softcap is None else call.softcap * torch.tanh(logits / call.softcap)
+
+
+def _weighted(*pairs: Tensor) -> Tensor:
+    """The sum of values, weighted, over pairs of weights and values; ``[rows, tokens, heads, width]``."""
+    output = sum(weights.flatten(2, 3) @ values for weights, values in zip(pairs[::2], pairs[1::2], strict=True))
+    rows, kv_heads, groups, tokens, _ = pairs[0].shape
+    return output.view(rows, kv_heads * groups, tokens, -1).transpose(1, 2).contiguous()  # type: ignore[union-attr]
+
+
+def _additive(mask: Tensor | None, tokens: int, context: int, like: Tensor) -> Tensor:
+    """The mask as something to add to logits, finite, so that a padding token that sees nothing makes no NaN."""
+    least = torch.finfo(like.dtype).min / 2  # half, so that no logit beside it reaches minus infinity
+    if mask is None:
+        # As transformers has it: without a mask one token sees everything, and several see what is not after them.
+        mask = torch.ones(1, 1, tokens, context, dtype=torch.bool, device=like.device)
+        if tokens > 1:
+            mask = mask.tril()
+    mask = mask[..., :context]
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, least)
+    return mask.to(like.dtype).clamp_min(least)
+
+
+def _fused(call: Call, experts: LayerExperts, seen: Tensor, own: Tensor) -> Tensor:
+    """The same by a fused kernel over experts and context side by side."""
+    rows, heads = call.query.shape[:2]
+    repeat = heads // call.key.shape[1]
+    keys = torch.cat([experts.keys, call.key], 2).repeat_interleave(repeat, 1)
+    values = torch.cat([experts.values, call.value], 2).repeat_interleave(repeat, 1)
+    bias = seen.to(own.dtype).flatten(1, 2)
+    both = torch.cat([bias, own.expand(rows, heads, -1, -1)], -1)
+    scaling = call.scaling
+    output = functional.scaled_dot_product_attention(call.query, keys, values, attn_mask=both, scale=scaling)
+    return output.transpose(1, 2).contiguous()
+
+
+def _beside_flex(call: Call, experts: LayerExperts, seen: Tensor) -> Tensor:
+    """The own context by flex attention, which tells the mass of its logits, and the experts beside it."""
+    output, mass = call.plain()
+    assert mass is not None
+    logits = _logits(call, experts.keys).to(_exact(call.query.dtype)) + seen
+    # Where a token sees no expert, what follows is finite and has no share.
+    other_mass = logits.logsumexp(-1)
+    weights = (logits - other_mass.nan_to_num(neginf=0).unsqueeze(-1)).exp().to(call.query.dtype)
+    return merge(output, mass, _weighted(weights, experts.values), other_mass.flatten(1, 2))
+
+
+def merge(output: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> Tensor:
+    """One attention over two contexts from an attention over each.
+
+    Args:
+        output, other: ``[rows, tokens, heads, width]``.
+        mass, other_mass: ``[rows, heads, tokens]``, the logarithm of the sum of the exponentials of the logits.
+    """
+    share = torch.sigmoid(mass - other_mass).transpose(1, 2).unsqueeze(-1)
+    return (output * share + other * (1 - share)).to(output.dtype)

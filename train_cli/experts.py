@@ -1,0 +1,127 @@
+"""``genpoe experts``: checkpoints of experts that need no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from genpoe_plugin.errors import InputError
+from train_cli.index import Size
+
+
+class Layers(click.ParamType):
+    """Layer numbers with commas between them."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(sorted({int(number) for number in str(value).split(",")}))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of layers such as 5,11,12", param, ctx)
+
+
+@click.group()
+def experts() -> None:
+    """Make a checkpoint of experts that need no training."""
+
+
+@experts.command()
+@click.option("--llm", required=True, help="The frozen LLM: directory or hub name.")
+@click.option(
+    "--preset",
+    type=click.Choice(["attention"]),
+    default="attention",
+    show_default=True,
+    help="attention: passages as keys and values in the LLM's own attention.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
+@click.option("--layers", type=Layers(), help="Layers with experts, such as 5,11,12.  [default: all]")
+@click.option("--calibrate", help="Questions with passages to choose layers with: DPR results, or ours; .gz.")
+@click.option("--max-layers", type=click.IntRange(1), help="At most so many layers.")
+@click.option("--max-bytes", type=Size(), help="At most so large an expert, such as 200KB, of a mean passage.")
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The smallest experts that keep this share of the gain of experts in all layers.",
+)
+@click.option("--heads", is_flag=True, help="Choose key-value heads, not whole layers.")
+@click.option(
+    "--num-questions", default=100, show_default=True, type=click.IntRange(1), help="Questions to calibrate with."
+)
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions at a time.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the draw of questions.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def create(
+    llm: str,
+    preset: str,
+    out: Path,
+    layers: tuple[int, ...] | None,
+    calibrate: str | None,
+    max_layers: int | None,
+    max_bytes: int | None,
+    keep: float | None,
+    heads: bool,
+    num_questions: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+) -> None:
+    """Write an untrained checkpoint: experts in all layers, in those named, or in those that calibration finds.
+
+    An interrupted calibration continues with the same command.
+    """
+    limited = max_layers is not None or max_bytes is not None or keep is not None
+    if calibrate and layers:
+        raise InputError("--layers names the layers that --calibrate would choose; give one of the two")
+    if not calibrate and (limited or heads):
+        raise InputError("--max-layers, --max-bytes, --keep and --heads need --calibrate QUESTIONS")
+    if calibrate and not limited:
+        raise InputError("--calibrate needs --max-layers, --max-bytes or --keep")
+
+    from genpoe_plugin.checkpoint import is_checkpoint
+    from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+    from genpoe_plugin.experts.footprint import footprint
+    from genpoe_plugin.files import check_replaceable
+    from genpoe_plugin.language_model import load_language_model
+
+    check_replaceable(out, is_checkpoint, "a checkpoint")
+    model, tokenizer = load_language_model(llm, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = attention_config(model, layers)
+    calibration = None
+    if calibrate:
+        from genpoe_plugin.calibration import Limits, calibrate_on
+
+        calibration = calibrate_on(
+            calibrate,
+            model,
+            tokenizer,
+            config,
+            Limits(max_layers, max_bytes, keep),
+            out.with_name(f"{out.name}.calibration.jsonl"),
+            heads=heads,
+            num_questions=num_questions,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        config = calibration.chosen.config
+        chosen, every = calibration.chosen, calibration.points[0]
+        click.echo(f"nats per answer token, {calibration.questions} questions:")
+        click.echo(f"  {calibration.closed_book:.3f} closed-book")
+        click.echo(f"  {calibration.prompt:.3f} with the passage in the prompt")
+        click.echo(f"  {every.nats:.3f} with experts in all {len(every.config.layers)} layers")
+        click.echo(f"  {chosen.nats:.3f} with the experts chosen, which keep {chosen.kept:.0%} of that gain")
+    create_attention_experts(out, config, model, tokenizer, calibration)
+    size = footprint(config, model.dtype).expert_bytes
+    click.echo(
+        f"{out}: experts in {len(config.layers)} layers ({','.join(map(str, config.layers))}), "
+        f"{size:,} bytes a token of a passage"
+    )
