@@ -65,8 +65,8 @@ class GenPoEArguments:
             )
         if self.uses_experts and not self.hypernetwork:
             raise InputError(
-                f"mode={self.mode} needs hypernetwork=DIRECTORY; `genpoe train hypernetwork` makes one "
-                "(or choose mode=rag or mode=closed_book)"
+                f"mode={self.mode} needs hypernetwork=DIRECTORY; `genpoe train hypernetwork` makes one, and "
+                "`genpoe experts create` one that needs no training (or choose mode=rag or mode=closed_book)"
             )
         if self.needs_index and not Path(str(self.index)).is_dir():
             raise InputError(f"index={self.index}: no such directory; `genpoe index build` makes one")

@@ -128,11 +128,11 @@ def resolve_checkpoint(name: str | Path) -> Path:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(
                 f"hypernetwork {name}: neither a directory nor a repository of the hub within reach; "
-                "`genpoe train hypernetwork` makes one"
+                "`genpoe train hypernetwork` or `genpoe experts create` makes one"
             ) from error
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
-            raise InputError(f"hypernetwork {name}: {file} is missing; `genpoe train hypernetwork` writes both")
+            raise InputError(f"hypernetwork {name}: {file} is missing; the command that made it writes both")
     return directory
 
 
@@ -184,7 +184,7 @@ def load_hypernetwork(
     if difference := _difference(there, here, getattr(model, "is_quantized", False)):
         raise InputError(
             f"hypernetwork {name} was trained for {there['name']}, this is {here['name']} ({difference}); "
-            "use that LLM, or train another with `genpoe train hypernetwork`"
+            "use that LLM, or make another with `genpoe train hypernetwork` or `genpoe experts create`"
         )
     if record["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise InputError(

@@ -78,17 +78,18 @@ class ExpertFiles:
                 weight[places] = source[numbers]
         return found
 
-    def write(self, passages: Sequence[str], weights: Weights, units: Sequence[int]) -> None:
+    def write(self, passages: Sequence[str], weights: Weights, units: Sequence[int] | None = None) -> None:
         """Add experts.
 
         Args:
             weights: their units, one expert's after the other's.
-            units: how many each of them has.
+            units: how many each of them has; without it, one.
 
         Raises:
             InputError: the folder cannot be written to.
         """
         names = [_name(passage) for passage in passages]
+        units = units or [1] * len(names)
         path = self.folder / f"{uuid4().hex}.safetensors"
         tensors = {f"weight{number}": weight.detach().cpu().contiguous() for number, weight in enumerate(weights)}
         try:

@@ -68,13 +68,14 @@ class Slab:
             over -= len(slots)
         return leaving
 
-    def put(self, passages: Sequence[str], weights: Weights, units: Sequence[int]) -> None:
+    def put(self, passages: Sequence[str], weights: Weights, units: Sequence[int] | None = None) -> None:
         """Keep experts that are not there yet, as just used; of more than the capacity the last ones.
 
         Args:
             weights: their units, one expert's after the other's.
-            units: how many each of them has.
+            units: how many each of them has; without it, one.
         """
+        units = units or [1] * len(passages)
         first, count = len(passages), 0
         while first and count + units[first - 1] <= self.capacity:
             first -= 1
@@ -86,13 +87,14 @@ class Slab:
                 kept.index_copy_(0, index, weight[-count:].to(self.device))
 
     @contextmanager
-    def filling(self, passages: Sequence[str], units: Sequence[int]) -> Iterator[Tensor]:
+    def filling(self, passages: Sequence[str], units: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Where in ``weights`` units go that are not there yet; they are there once the block ends without an error.
 
         Args:
             passages: theirs; they count as just used.
-            units: how many each of them has, together at most the capacity.
+            units: how many each of them has, together at most the capacity; without it, one.
         """
+        units = units or [1] * len(passages)
         count = sum(units)
         for passage in self.oldest(count):
             self._free += reversed(self._slots.pop(passage))

@@ -73,6 +73,11 @@ def load_makers(
         InputError: either cannot be loaded, or they do not belong together.
     """
     config = HypernetworkConfig.from_dict(read_record(resolve_checkpoint(hypernetwork))["hypernetwork"])
+    if config.head == "attention":
+        raise InputError(
+            f"hypernetwork {hypernetwork} makes experts in the LLM's attention, which do not run on vLLM yet; "
+            "use --model genpoe"
+        )
     layers = config.layer + 1 if config.states == "contextual" else 1
     model, depth = load_lower_layers(pretrained, layers, device=device, dtype=dtype, revision=revision)
     words = load_tokenizer(tokenizer or pretrained)

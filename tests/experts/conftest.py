@@ -25,7 +25,7 @@ def make_hypernetwork() -> Callable[..., Hypernetwork]:
         values |= {"num_queries": 3, "base": "random", "generator_gain": 4.0}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Hypernetwork(HypernetworkConfig(**{**values, **overrides})).eval().requires_grad_(False)
+            return Hypernetwork(HypernetworkConfig.from_dict({**values, **overrides})).eval().requires_grad_(False)
 
     return make
 

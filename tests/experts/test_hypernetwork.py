@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
+from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
 
 ENCODERS = [{"encoder": "mean"}, {"encoder": "attention"}, {"encoder": "attention", "value_size": 5}]
@@ -200,7 +200,8 @@ def test_paper_size():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recommended_size(dtype):
     paper, recommended = (
-        footprint(HypernetworkConfig.preset(name, hidden_size=4096, layer=11), dtype) for name in PRESETS
+        footprint(HypernetworkConfig.preset(name, hidden_size=4096, layer=11), dtype)
+        for name in ("paper", "recommended")
     )
     assert recommended.parameters * 100 <= paper.parameters
     assert recommended.expert_bytes * 500 <= paper.expert_bytes
@@ -222,13 +223,14 @@ def test_the_footprint_is_that_of_what_is_built(make_hypernetwork, head, encoder
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("rank", 0), ("core_size", 0), ("value_size", 0), ("layer", -1), ("hidden_size", 1.5)),
+        *(("rank", 0), ("core_size", 0), ("value_size", 0), ("hidden_size", 1.5)),
+        *(("layers", (-1,)), ("layers", ()), ("layers", (2, 1)), ("layers", (0, 1))),
         *(("encoder", "max"), ("base", "none"), ("head", "sparse"), ("states", "hidden")),
     ],
 )
 def test_wrong_configurations_are_named(field, value):
     with pytest.raises(InputError, match=field):
-        HypernetworkConfig(**{"hidden_size": 32, "layer": 1, "rank": 4, "expert_width": 16, field: value})
+        HypernetworkConfig(**{"hidden_size": 32, "layers": (1,), "rank": 4, "expert_width": 16, field: value})
 
 
 def test_a_memory_needs_queries():
@@ -252,6 +254,7 @@ def test_a_configuration_from_before_there_were_two_heads():
     older |= {"code_size": 128, "normalise": False, "head": "dense", "base": "random", "generator_gain": 1.0}
     config = HypernetworkConfig.from_dict(older)
     assert (config.head, config.states, config.rank) == ("dense", "embeddings", 4)
+    assert config.layers == (older.pop("layer"),)
     assert {name: config.to_dict()[name] for name in older} == older
 
 

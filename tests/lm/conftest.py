@@ -87,7 +87,7 @@ def make_hypernetwork_dir(tmp_path_factory, llm, tokenizer) -> Callable[..., Pat
 
     def make(**form: Any) -> Path:
         values = {"hidden_size": 32, "layer": LAYER, "rank": 4, "core_size": 6, "expert_width": 16, "code_size": 16}
-        config = HypernetworkConfig(**{**values, "base": "random", "generator_gain": 3.0, **form})
+        config = HypernetworkConfig.from_dict({**values, "base": "random", "generator_gain": 3.0, **form})
         torch.manual_seed(5)
         directory = tmp_path_factory.mktemp("checkpoint") / "hypernetwork"
         save_hypernetwork(directory, Hypernetwork(config), llm, tokenizer, {})

@@ -112,7 +112,7 @@ class HypernetworkRun:
         sizes = {"rows": 6, "num_experts": 2, "tokens": 40, "answer_tokens": 4, "passage_tokens": 50}
         sizes |= {"teacher_tokens": 0}
         form |= {name: changes.pop(name) for name in form if name in changes}
-        config = HypernetworkConfig(hidden_size=model.config.hidden_size, **form)
+        config = HypernetworkConfig.from_dict({"hidden_size": model.config.hidden_size, **form})
         torch.manual_seed(0)
         self.model = model.requires_grad_(False)
         self.hypernetwork = Hypernetwork(config)

@@ -33,7 +33,7 @@ def make_parts(make_llm, tokenizer, tmp_path):
         values = {"hidden_size": 64, "layer": 1, "rank": 4, "core_size": 6, "expert_width": 16, "code_size": 16}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            config = HypernetworkConfig(**{**values, "base": "random", "generator_gain": 3.0, **form})
+            config = HypernetworkConfig.from_dict({**values, "base": "random", "generator_gain": 3.0, **form})
             network = Hypernetwork(config).eval().requires_grad_(False)
         paths = {name: tmp_path / name for name in ("llm", "tokenizer", "hypernetwork")}
         llm.save_pretrained(paths["llm"])
