@@ -1,13 +1,15 @@
-"""``python -m benchmarks NAME [--quick] [--out DIR] [--json FILE]``."""
+"""``python -m benchmarks NAME [--quick] [--out DIR] [--json FILE]``, and the group ``python -m benchmarks real-llm``."""
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import click
 
 from benchmarks.options import Options
+from benchmarks.real_llm.main import real_llm
 from benchmarks.row import Row, table, write
 from genpoe_plugin.errors import InputError
 
@@ -39,4 +41,6 @@ def main(name: str, path: Path | None, quick: bool, out: Path | None, data: Path
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["real-llm"]:
+        real_llm(sys.argv[2:], prog_name="python -m benchmarks real-llm")
     main(prog_name="python -m benchmarks")

@@ -1,0 +1,1 @@
+"""What experts do in real, pretrained LLMs: `python -m benchmarks real-llm`."""
