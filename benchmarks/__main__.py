@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME [--quick] [--out DIR] [--json FILE]``, and the group ``python -m benchmarks real-llm``."""
+"""``python -m benchmarks NAME [--quick] [--out DIR] [--json FILE]``, and ``python -m benchmarks real-llm COMMAND``."""
 
 from __future__ import annotations
 
