@@ -40,8 +40,8 @@ def _facts(study: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in study["machine"].items() if value is not None)
     return "\n".join(
         [
-            f"- {study['depth']} layers; `{study['settings']['limit']}` questions of each data set, "
-            f"`{study['settings']['limit_curve']}` in rows on layers and distractors.",
+            f"- {study['depth']} layers; {study['settings']['limit']} questions of each data set, "
+            f"{study['settings']['limit_curve']} in rows on layers and distractors.",
             f"- Rows without a number of layers have experts in {len(main)}: {' '.join(map(str, main))}.",
             f"- A passage has {study['passage_tokens']:.0f} tokens on average (at most 256).",
             f"- The passage that MiniLM finds first has an answer: {retrieved}.",

@@ -47,8 +47,9 @@ def table(
     """
     shape = Shape.of(llm)
     study = Study(
-        llm=llm,
-        out=out,
+        # Rows are known again by their command, however these are spelt.
+        llm=str(Path(llm).resolve()) if Path(llm).is_dir() else llm,
+        out=out.resolve(),
         files=find_files(data, questions),
         sets=read_layers(layers_file, shape.depth),
         shape=shape,
