@@ -17,9 +17,9 @@ import torch
 from click.testing import CliRunner
 from scipy import stats
 
+from benchmarks.__main__ import main
 from benchmarks.real_llm import questions
 from benchmarks.real_llm.layers import Shape, main_layers, read_layers
-from benchmarks.real_llm.main import real_llm
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.questions import PURPOSES, file_of, find_files, purposes, sample, with_gold, write_files
 from benchmarks.real_llm.results import records
@@ -340,9 +340,20 @@ def run(data, letters, lm_eval, llm_dir, tmp_path):
     layers.write_text(json.dumps({size: list(layers) for size, layers in SETS.items()}))
 
     def command(*more: str):
-        words = ["table", "--llm", llm_dir, "--layers-file", layers, "--data", data, "--out", tmp_path / "study"]
+        words = [
+            "real-llm",
+            "table",
+            "--llm",
+            llm_dir,
+            "--layers-file",
+            layers,
+            "--data",
+            data,
+            "--out",
+            tmp_path / "study",
+        ]
         words += ["--limit", LIMIT, "--limit-curve", CURVE, *more]
-        return CliRunner().invoke(real_llm, list(map(str, words)))
+        return CliRunner().invoke(main, list(map(str, words)))
 
     return command
 
@@ -377,7 +388,7 @@ def test_a_study_from_its_first_row_to_the_report(run, lm_eval, llm_dir, tmp_pat
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * 17 and all(line["em_value"] for line in lines)
 
-    report = CliRunner().invoke(real_llm, ["report", str(out), "--out", str(tmp_path / "docs" / "REAL.md")])
+    report = CliRunner().invoke(main, ["real-llm", "report", str(out), "--out", str(tmp_path / "docs" / "REAL.md")])
     assert report.exit_code == 0, report.output
     text = (tmp_path / "docs" / "REAL.md").read_text()
     assert f"## {llm_dir.name}" in text and "| genpoe | 2 | 16 | 75.0 (" in text and str(tmp_path) not in text
@@ -436,7 +447,7 @@ def test_a_folder_has_one_study(run, tmp_path):
     assert run("--rows", "closed_book").exit_code == 0
     other = run("--rows", "closed_book", "--max-tokens", "9")
     assert other.exit_code == 2 and "has a study with max_tokens 16, not 9; give another --out" in other.output
-    nothing = CliRunner().invoke(real_llm, ["report", str(tmp_path), "--out", str(tmp_path / "REAL.md")])
+    nothing = CliRunner().invoke(main, ["real-llm", "report", str(tmp_path), "--out", str(tmp_path / "REAL.md")])
     assert nothing.exit_code == 2 and "no study (table.json cannot be read)" in nothing.output
 
 
