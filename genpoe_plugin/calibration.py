@@ -158,7 +158,7 @@ class AnswerLoss:
 
 
 def calibrate_on(
-    file: str,
+    files: Sequence[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: HypernetworkConfig,
@@ -170,19 +170,22 @@ def calibrate_on(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Calibration:
-    """Calibrate on questions of a file that come with passages, drawn by ``seed``.
+    """Calibrate on questions that come with passages, drawn by ``seed``.
 
     Args:
+        files: of questions; as many are drawn from each.
         config: of experts in all layers.
         progress: as of `calibrate`; it is removed once all is measured.
 
     Raises:
-        InputError: as of `calibrate`; or no question has a passage with one of its answers.
+        InputError: as of `calibrate`; or no question of a file has a passage with one of its answers.
     """
-    examples = training_examples(read_questions(file), titles=True)
-    if not examples:
-        raise InputError(f"{file}: no question has a passage that contains one of its answers")
-    drawn = random.Random(seed).sample(examples, min(num_questions, len(examples)))
+    drawn: list[TrainingExample] = []
+    for file in files:
+        examples = training_examples(read_questions(file), titles=True)
+        if not examples:
+            raise InputError(f"{file}: no question has a passage that contains one of its answers")
+        drawn += random.Random(seed).sample(examples, min(-(-num_questions // len(files)), len(examples)))
     identity = {
         "llm": llm_identity(model),
         "dtype": str(model.dtype),
