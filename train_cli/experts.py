@@ -44,7 +44,7 @@ def experts() -> None:
 @click.option(
     "--calibrate",
     multiple=True,
-    help="Questions with passages to choose layers with: DPR results, or ours; .gz. Several files share --num-questions.",
+    help="Questions with passages to choose layers with: DPR results, or ours; .gz. As many of each file.",
 )
 @click.option("--max-layers", type=click.IntRange(1), help="At most so many layers.")
 @click.option("--max-bytes", type=Size(), help="At most so large an expert, such as 200KB, of a mean passage.")

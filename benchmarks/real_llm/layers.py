@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
 from genpoe_plugin.errors import InputError
 
 Layers = tuple[int, ...]
+SIZES = (1, 2, 3, 4, 6, 9, 12)  # sets of so many layers are rows of the table
 BYTES = 2  # of a number, in 16 bits
 
 
@@ -55,15 +58,23 @@ class Shape:
 def read_layers(path: Path, depth: int) -> dict[int, Layers]:
     """The layer sets of a JSON file, ``{"3": [5, 11, 12], ...}``, by their size, smallest first.
 
+    A ``calibration.csv`` of `genpoe experts create --calibrate` has them as well; of it those of `SIZES` are taken.
+
     Raises:
         InputError: the file is not of that form, or names layers that an LLM of ``depth`` layers has not.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = [[int(layer) for layer in row["layers"].split()] for row in csv.DictReader(file)]
+            wanted = {*SIZES, depth // 2, depth // 4}
+            given: Any = {str(len(row)): row for row in rows if len(row) in wanted}
+        else:
+            given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path}: neither JSON nor a calibration ({error})") from error
     if not isinstance(given, dict) or not given:
         raise InputError(f'{path}: give an object of numbers of layers and lists of layers, {{"3": [5, 11, 12]}}')
     found: dict[int, Layers] = {}
@@ -75,15 +86,15 @@ def read_layers(path: Path, depth: int) -> dict[int, Layers]:
     return dict(sorted(found.items()))
 
 
-def main_layers(sets: dict[int, Layers], depth: int) -> Layers:
-    """The largest set with at most half of the LLM's layers, which is what all rows but those on layers use.
+def largest_set(sets: dict[int, Layers], most: int) -> Layers:
+    """The largest set with at most so many layers.
 
     Raises:
         InputError: there is none.
     """
-    fitting = [layers for size, layers in sets.items() if 2 * size <= depth]
+    fitting = [layers for size, layers in sets.items() if size <= most]
     if not fitting:
-        raise InputError(f"--layers-file: no set of at most {depth // 2} layers, half of the LLM's {depth}")
+        raise InputError(f"--layers-file: no set of at most {most} layers")
     return max(fitting, key=len)
 
 

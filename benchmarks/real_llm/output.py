@@ -87,12 +87,12 @@ def _draw(found: dict[str, Any], folder: Path) -> None:
 
 def _table_lines(found: Sequence[Record]) -> Iterable[list[Any]]:
     columns = [*MEASURES, *(f"recovered_{measure}" for measure in RECOVERED)]
-    yield ["row", "questions", "layers", "n", *(f"{name}_{end}" for name in columns for end in _ENDS)]
+    yield ["row", "questions", "layers", "n", "n_nats", *(f"{name}_{end}" for name in columns for end in _ENDS)]
     for record in found:
         shares = record.get("recovered") or {}
         intervals = [record[measure] for measure in MEASURES] + [shares.get(measure) for measure in RECOVERED]
         values = [interval[end] if interval else "" for interval in intervals for end in _ENDS]
-        yield [record["row"], record["questions"], record["layers"], record["n"], *values]
+        yield [record["row"], record["questions"], record["layers"], record["n"], record["n_nats"], *values]
 
 
 def _difference_lines(found: Sequence[Record]) -> Iterable[list[Any]]:

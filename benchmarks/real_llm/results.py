@@ -40,17 +40,17 @@ def records(rows: Sequence[StudyRow], scores: Mapping[str, Scores], names: Seque
 
 
 def _record(row: StudyRow, label: str, together: Sequence[str], scores: Mapping[str, Scores]) -> Record:
-    own = paired([scores[row.name]], together, MEASURES)
-    record: Record = {"row": row.name, "questions": label, "n": len(own), "layers": named(row.layers)}
-    for place, measure in enumerate(MEASURES):
-        record[measure] = asdict(mean(own[:, place], share=measure != "nats"))
+    own = {measure: paired([scores[row.name]], together, (measure,))[:, 0] for measure in MEASURES}
+    record: Record = {"row": row.name, "questions": label, "n": len(own["f1"]), "n_nats": len(own["nats"])}
+    record["layers"] = named(row.layers)
+    for measure, column in own.items():
+        record[measure] = asdict(mean(column, share=measure != "nats"))
     record["differences"] = {}
     for other in row.against:
         if other in scores:
-            both = Paired(paired([scores[row.name], scores[other]], together, COMPARED))
-            count = len(COMPARED)
-            differences = {name: asdict(both.difference(at, at + count)) for at, name in enumerate(COMPARED)}
-            record["differences"][other] = differences | {"n": len(both.columns)}
+            both = {name: Paired(paired([scores[row.name], scores[other]], together, (name,))) for name in COMPARED}
+            differences = {name: asdict(columns.difference(0, 1)) for name, columns in both.items()}
+            record["differences"][other] = differences | {"n": len(both["f1"].columns)}
     if row.reads_gold and {"closed_book", "rag"} <= scores.keys():
         record["recovered"] = _recovered(row.name, together, scores)
     return record
@@ -58,10 +58,8 @@ def _record(row: StudyRow, label: str, together: Sequence[str], scores: Mapping[
 
 def _recovered(row: str, together: Sequence[str], scores: Mapping[str, Scores], most: int | None = None) -> Record:
     three = [scores[name] for name in (row, "closed_book", "rag")]
-    columns = Paired(paired(three, together, RECOVERED, most))
-    count = len(RECOVERED)
     found: dict[str, Interval | None] = {
-        name: columns.recovered(at, at + count, at + 2 * count) for at, name in enumerate(RECOVERED)
+        name: Paired(paired(three, together, (name,), most)).recovered(0, 1, 2) for name in RECOVERED
     }
     return {name: share and asdict(share) for name, share in found.items()}
 

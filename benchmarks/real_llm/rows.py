@@ -40,6 +40,7 @@ MEANINGS = {
     "closed_book": "the LLM alone",
     "rag": "the right passage in the prompt",
     "genpoe": "the right passage as experts",
+    "genpoe_quarter": "the same in at most a quarter of the layers",
     "genpoe_all_layers": "the right passage as experts in all layers",
     "genpoe_shuffled": "another question's passage as experts",
     "genpoe_rag": "the right passage in the prompt and as experts",
@@ -58,18 +59,21 @@ MEANINGS = {
 """What each row is; an LLM has as many `layers_N` as it has sets of layers."""
 
 
-def study_rows(sets: dict[int, Layers], main: Layers, everything: Layers) -> list[StudyRow]:
+def study_rows(sets: dict[int, Layers], main: Layers, quarter: Layers, everything: Layers) -> list[StudyRow]:
     """All rows of a study.
 
     Args:
         sets: layers by their number.
         main: the layers of all rows but those on layers.
+        quarter: of the row that names it.
         everything: all layers of the LLM.
     """
 
-    def experts(name: str, passages: str = "retrieved", *, purpose: str = "gold", against: str = "") -> StudyRow:
+    def experts(
+        name: str, passages: str = "retrieved", *, purpose: str = "gold", curve: bool = False, against: str = ""
+    ) -> StudyRow:
         against_all = ("closed_book", *against.split())
-        return StudyRow(name, "genpoe", purpose, passages, layers=main, against=against_all)
+        return StudyRow(name, "genpoe", purpose, passages, layers=main, curve=curve, against=against_all)
 
     def four(name: str, *, purpose: str = "hard", gates: str = "softmax") -> StudyRow:
         against = ("rag_four", "genpoe") if name == "genpoe_four" else ("rag_four", "genpoe_four")
@@ -80,23 +84,37 @@ def study_rows(sets: dict[int, Layers], main: Layers, everything: Layers) -> lis
         StudyRow("closed_book", "closed_book", against=()),
         StudyRow("rag", "rag"),
         experts("genpoe", against="rag genpoe_shuffled"),
-        StudyRow("genpoe_all_layers", "genpoe", layers=everything, against=("closed_book", "rag", "genpoe")),
+        StudyRow("genpoe_quarter", "genpoe", layers=quarter, against=("closed_book", "rag", "genpoe")),
         experts("genpoe_shuffled", "shuffled"),
-        StudyRow("genpoe_rag", "genpoe_rag", layers=main, against=("rag", "genpoe")),
-        StudyRow("rag_retrieved", "rag", "retrieved"),
-        experts("genpoe_retrieved", purpose="retrieved", against="rag_retrieved"),
         experts("genpoe_random", "random"),
         experts("genpoe_constant", "constant"),
-        experts("genpoe_none", "none"),
-        StudyRow("genpoe_rag_shuffled", "genpoe_rag", passages="shuffled", layers=main, against=("closed_book", "rag")),
+        StudyRow("genpoe_rag", "genpoe_rag", layers=main, curve=True, against=("rag", "genpoe")),
         StudyRow("rag_four", "rag", "hard", num_passages=DISTRACTORS + 1, curve=True, against=("closed_book", "rag")),
         four("genpoe_four"),
         four("genpoe_four_equal", gates="uniform"),
         four("genpoe_four_wrong_first", purpose="wrong_first"),
     ]
     rows += [
+        StudyRow(
+            "genpoe_all_layers", "genpoe", layers=everything, curve=True, against=("closed_book", "rag", "genpoe")
+        ),
+        StudyRow("rag_retrieved", "rag", "retrieved", curve=True),
+        experts("genpoe_retrieved", purpose="retrieved", curve=True, against="rag_retrieved"),
+        experts("genpoe_none", "none", curve=True),
+        StudyRow(
+            "genpoe_rag_shuffled",
+            "genpoe_rag",
+            passages="shuffled",
+            layers=main,
+            curve=True,
+            against=("closed_book", "rag"),
+        ),
+    ]
+    if quarter == main:
+        rows = [row for row in rows if row.name != "genpoe_quarter"]
+    rows += [
         StudyRow(f"layers_{size}", "genpoe", layers=layers, curve=True, against=("closed_book", "rag"))
         for size, layers in sets.items()
-        if layers not in (main, everything)  # `genpoe` and `genpoe_all_layers`
+        if layers not in (main, quarter, everything)  # which have rows of their own
     ]
     return rows

@@ -23,9 +23,9 @@ Tokens = Callable[[str, str], int]
 """How many tokens a continuation of a context has."""
 
 
-def tasks_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks of lm_eval for data sets: their answers, and how likely the right ones are."""
-    return tuple(f"genpoe_{name}{kind}" for name in names for kind in ("", NATS))
+def tasks_of(names: Sequence[str], kind: str) -> tuple[str, ...]:
+    """The tasks of lm_eval for data sets: those that are answered, or (`NATS`) how likely the right answers are."""
+    return tuple(f"genpoe_{name}{kind}" for name in names)
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -37,26 +37,24 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Tokens:
     return lambda context, continuation: max(1, count(context + continuation) - count(context))
 
 
-def read_scores(folder: Path, names: Sequence[str], tokens: Tokens) -> Scores:
-    """The scores of the row that lm_eval wrote to ``folder``.
+def read_scores(folders: Sequence[Path], names: Sequence[str], tokens: Tokens) -> Scores:
+    """The scores of the row that lm_eval wrote to ``folders``.
 
     ``nats`` are those of the first accepted answer, divided by its tokens.
 
     Raises:
         InputError: results of a data set are missing, broken, or not of its first questions.
     """
-    runs, left_out = read_runs([folder], QuestionBook())
+    runs, left_out = read_runs(folders, QuestionBook())
     if left_out:
         raise InputError(f"{left_out[0].path}: {left_out[0].reason}")
     by_task = {run.task: run for run in runs}
-    if missing := [task for task in tasks_of(names) if task not in by_task]:
-        raise InputError(f"{folder}: no results of {missing[0]}")
+    if missing := [task for kind in ("", NATS) for task in tasks_of(names, kind) if task not in by_task]:
+        raise InputError(f"{folders[0]}: no results of {missing[0]}")
     scores: Scores = {}
     for name in names:
         asked, scored = by_task[f"genpoe_{name}"], by_task[f"genpoe_{name}{NATS}"]
         scores[name] = _generated(asked) | {"nats": _nats(scored, tokens)}
-        if len({len(column) for column in scores[name].values()}) > 1:
-            raise InputError(f"{folder}: {asked.task} and {scored.task} have other numbers of questions")
     return scores
 
 

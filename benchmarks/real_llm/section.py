@@ -40,8 +40,8 @@ def _facts(study: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in study["machine"].items() if value is not None)
     return "\n".join(
         [
-            f"- {study['depth']} layers; {study['settings']['limit']} questions of each data set, "
-            f"{study['settings']['limit_curve']} in rows on layers and distractors.",
+            f"- {study['depth']} layers; n counts the questions of an answer's scores; nats are of the first "
+            f"{study['settings']['limit_nats']} of each data set.",
             f"- Rows without a number of layers have experts in {len(main)}: {' '.join(map(str, main))}.",
             f"- A passage has {study['passage_tokens']:.0f} tokens on average (at most 256).",
             f"- The passage that MiniLM finds first has an answer: {retrieved}.",
@@ -54,7 +54,7 @@ def _facts(study: Mapping[str, Any]) -> str:
 def _answers(records: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for record in records:
-        cells = [_told(record[measure], _FACTORS[measure]) for measure in MEASURES]
+        cells = [_with_interval(record[measure], _FACTORS[measure]) for measure in MEASURES]
         recovered = record.get("recovered")
         cells += [_share(recovered[measure]) if recovered else "" for measure in RECOVERED]
         lines.append([record["row"], record["layers"], record["n"], *cells])
@@ -64,7 +64,12 @@ def _answers(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        [record["row"], other, found["n"], *(_told(found[measure], _FACTORS[measure], "+") for measure in COMPARED)]
+        [
+            record["row"],
+            other,
+            found["n"],
+            *(_with_interval(found[measure], _FACTORS[measure], "+") for measure in COMPARED),
+        ]
         for record in records
         for other, found in record["differences"].items()
     ]
@@ -87,7 +92,7 @@ def _curve(study: Mapping[str, Any]) -> str:
     return _table(["number", "layers", "bytes a passage token", "KB a passage", "n", *names], lines)
 
 
-def _told(interval: Mapping[str, float], factor: float, sign: str = "") -> str:
+def _with_interval(interval: Mapping[str, float], factor: float, sign: str = "") -> str:
     digits = f"{sign}.{1 if factor == 100 else 2}f"
     value, low, high = (format(factor * interval[name], digits) for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
@@ -98,5 +103,5 @@ def _share(interval: Mapping[str, float] | None) -> str:
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    told = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in told)
+    lines = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

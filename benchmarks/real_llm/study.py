@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_llm.layers import Layers, Shape, main_layers
+from benchmarks.real_llm.layers import Layers, Shape, largest_set
 from benchmarks.real_llm.questions import file_of, write_files
 from benchmarks.real_llm.rows import StudyRow, study_rows
-from benchmarks.real_llm.scores import Scores, read_scores, tasks_of, token_counter
+from benchmarks.real_llm.scores import NATS, Scores, read_scores, tasks_of, token_counter
 from genpoe_plugin.comparison.matrix import Cell, Matrix, is_finished, run_matrix
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
@@ -33,7 +33,8 @@ class Study:
         out: folder of all that the study writes.
         files: of questions, by data set.
         sets: layers by their number.
-        limit, limit_curve: questions of each data set, the latter in rows on layers and distractors.
+        limit, limit_curve, limit_nats: questions of each data set; the second in rows on layers, distractors and
+            retrieval, the third where the likelihood of answers is scored.
         max_tokens: of an answer.
 
     Raises:
@@ -47,25 +48,28 @@ class Study:
     shape: Shape
     limit: int
     limit_curve: int
+    limit_nats: int
     dtype: str = "auto"
     batch_size: int = 16
     max_tokens: int = 16
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.limit_curve > self.limit:
-            raise InputError(f"--limit-curve {self.limit_curve}: more than --limit {self.limit}, of which it is a part")
+        for name, part in (("curve", self.limit_curve), ("nats", self.limit_nats)):
+            if part > self.limit:
+                raise InputError(f"--limit-{name} {part}: more than --limit {self.limit}, of which it is a part")
         for value in (self.llm, str(self.out)):
             if "," in value:
                 raise InputError(f"{value}: has a comma, at which lm_eval would split it; give another directory")
 
     @cached_property
     def main(self) -> Layers:
-        return main_layers(dict(self.sets), self.shape.depth)
+        return largest_set(dict(self.sets), self.shape.depth // 2)
 
     @cached_property
     def rows(self) -> list[StudyRow]:
-        return study_rows(dict(self.sets), self.main, self.shape.all)
+        quarter = largest_set(dict(self.sets), max(1, self.shape.depth // 4))
+        return study_rows(dict(self.sets), self.main, quarter, self.shape.all)
 
     def chosen(self, names: str | None) -> list[StudyRow]:
         """The rows of these names, separated by commas, in their order; without names all of them.
@@ -91,8 +95,8 @@ class Study:
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             if different := [name for name in settings if found.get(name) != settings[name]]:
-                told = ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
-                raise InputError(f"{self.out}: has a study with {told}; give another --out, or delete it")
+                others = ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
+                raise InputError(f"{self.out}: has a study with {others}; give another --out, or delete it")
         else:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -104,6 +108,7 @@ class Study:
             "llm": Path(self.llm).name,
             "limit": self.limit,
             "limit_curve": self.limit_curve,
+            "limit_nats": self.limit_nats,
             "dtype": self.dtype,
             "batch_size": self.batch_size,
             "max_tokens": self.max_tokens,
@@ -112,8 +117,12 @@ class Study:
             "questions": {name: {"file": path.name, "sha256": file_digest(path)} for name, path in self.files.items()},
         }
 
-    def _matrix(self, row: StudyRow) -> Matrix:
-        """The run of lm_eval that a row is."""
+    def _matrices(self, row: StudyRow) -> tuple[Matrix, Matrix]:
+        """The two runs of lm_eval that a row is: answers, and the likelihood of the right ones."""
+        limit = self.limit_curve if row.curve else self.limit
+        return self._matrix(row, "", limit), self._matrix(row, NATS, min(limit, self.limit_nats))
+
+    def _matrix(self, row: StudyRow, kind: str, limit: int) -> Matrix:
         arguments: dict[str, Any] = {"pretrained": self.llm, "dtype": self.dtype, "mode": row.mode, "seed": SEED}
         if row.mode != "closed_book":
             arguments |= {"passages": row.passages, "num_passages": row.num_passages}
@@ -123,14 +132,14 @@ class Study:
         options = {
             "batch_size": self.batch_size,
             "device": self.device,
-            "limit": self.limit_curve if row.curve else self.limit,
-            "gen_kwargs": f"max_gen_toks={self.max_tokens}",
+            "limit": limit,
+            **({} if kind else {"gen_kwargs": f"max_gen_toks={self.max_tokens}"}),
             "metadata": {
                 "genpoe_data": {f"genpoe_{name}": str(file_of(self.out, name, row.purpose)) for name in self.files}
             },
         }
-        cell = Cell(row.name, "genpoe", {name: str(value) for name, value in arguments.items()})
-        return Matrix(self.out / "rows", tasks_of(list(self.files)), options, (cell,))
+        cell = Cell(row.name + kind, "genpoe", {name: str(value) for name, value in arguments.items()})
+        return Matrix(self.out / "rows", tasks_of(list(self.files), kind), options, (cell,))
 
     def _checkpoint(self, layers: Layers) -> Path:
         return self.out / "checkpoints" / "-".join(map(str, layers))
@@ -143,7 +152,8 @@ class Study:
         """
         if row.layers and not self._checkpoint(row.layers).is_dir():
             self._create(row.layers)
-        run_matrix(self._matrix(row))
+        for matrix in self._matrices(row):
+            run_matrix(matrix)
 
     def _create(self, layers: Layers) -> None:
         """Write the checkpoint of experts in these layers."""
@@ -159,11 +169,20 @@ class Study:
         Raises:
             InputError: a row's folder has another run than the settings say.
         """
-        return [row for row in self.rows if is_finished(matrix := self._matrix(row), matrix.cells[0])]
+        return [
+            row
+            for row in self.rows
+            if all(is_finished(matrix, cell) for matrix in self._matrices(row) for cell in matrix.cells)
+        ]
 
     def scores(self) -> dict[str, Scores]:
         """Of all finished rows, by name."""
         tokens = token_counter(load_tokenizer(self.llm))
         return {
-            row.name: read_scores(self.out / "rows" / row.name, list(self.files), tokens) for row in self.finished()
+            row.name: read_scores(
+                [matrix.folder(cell) for matrix in self._matrices(row) for cell in matrix.cells],
+                list(self.files),
+                tokens,
+            )
+            for row in self.finished()
         }

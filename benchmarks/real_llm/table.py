@@ -16,12 +16,20 @@ from genpoe_plugin.errors import InputError
 
 @click.command()
 @click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
-@click.option("--layers-file", required=True, type=click.Path(path_type=Path), help='JSON: {"3": [5, 11, 12], ...}.')
+@click.option(
+    "--layers-file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The calibration.csv of a checkpoint, or JSON.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
 @click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Folder with NQ and SQuAD.")
 @click.option("--questions", multiple=True, metavar="NAME=FILE", help="A file as nq or squad; repeatable.")
 @click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions of each data set.")
-@click.option("--limit-curve", type=click.IntRange(2), help="In rows on layers and distractors.  [default: all]")
+@click.option(
+    "--limit-curve", type=click.IntRange(2), help="In rows on layers, distractors and retrieval.  [default: all]"
+)
+@click.option("--limit-nats", type=click.IntRange(2), help="Where likelihoods are scored.  [default: all]")
 @click.option("--rows", metavar="NAME,...", help="Run only these rows now, in this order.  [default: all]")
 @click.option("--dtype", default="auto", show_default=True, help="Of the LLM: auto, float32, bfloat16, float16.")
 @click.option("--device", help="Of the LLM.  [default: lm_eval's]")
@@ -35,6 +43,7 @@ def table(
     questions: tuple[str, ...],
     limit: int,
     limit_curve: int | None,
+    limit_nats: int | None,
     rows: str | None,
     dtype: str,
     device: str | None,
@@ -55,6 +64,7 @@ def table(
         shape=shape,
         limit=limit,
         limit_curve=limit if limit_curve is None else limit_curve,
+        limit_nats=limit if limit_nats is None else limit_nats,
         dtype=dtype,
         batch_size=batch_size,
         max_tokens=max_tokens,
@@ -80,6 +90,7 @@ def _command(study: Study, layers_file: Path) -> str:
     """What makes the whole study again, with names in the place of this machine's paths."""
     words = ["python", "-m", "benchmarks", "real-llm", "table", "--llm", Path(study.llm).name]
     words += ["--layers-file", layers_file.name, "--data", "DATA", "--out", study.out.name]
-    words += ["--limit", str(study.limit), "--limit-curve", str(study.limit_curve), "--dtype", study.dtype]
+    words += ["--limit", str(study.limit), "--limit-curve", str(study.limit_curve)]
+    words += ["--limit-nats", str(study.limit_nats), "--dtype", study.dtype]
     words += ["--batch-size", str(study.batch_size), "--max-tokens", str(study.max_tokens)]
     return shlex.join(words + (["--device", study.device] if study.device else []))

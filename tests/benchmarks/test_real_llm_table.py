@@ -19,7 +19,7 @@ from scipy import stats
 
 from benchmarks.__main__ import main
 from benchmarks.real_llm import questions
-from benchmarks.real_llm.layers import Shape, main_layers, read_layers
+from benchmarks.real_llm.layers import Shape, largest_set, read_layers
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.questions import PURPOSES, file_of, find_files, purposes, sample, with_gold, write_files
 from benchmarks.real_llm.results import records
@@ -33,7 +33,7 @@ from genpoe_plugin.pipeline import Pipeline
 from genpoe_plugin.questions import Question, RetrievedPassage, read_questions
 
 COUNT = 12  # questions of a data set
-LIMIT, CURVE = 8, 5
+LIMIT, CURVE, NATS = 8, 5, 4
 SETS = {1: (2,), 2: (0, 2)}
 
 
@@ -166,9 +166,23 @@ def test_sets_of_layers_are_read_and_the_main_one_is_at_most_half(tmp_path):
     file.write_text('{"4": [9, 1, 2, 3], "1": [5], "3": [1, 2, 3]}')
     sets = read_layers(file, 10)
     assert sets == {1: (5,), 3: (1, 2, 3), 4: (1, 2, 3, 9)} and list(sets) == [1, 3, 4]
-    assert main_layers(sets, 10) == (1, 2, 3, 9) and main_layers(sets, 7) == (1, 2, 3) and main_layers(sets, 2) == (5,)
+    assert largest_set(sets, 5) == (1, 2, 3, 9) and largest_set(sets, 3) == (1, 2, 3) and largest_set(sets, 1) == (5,)
     with pytest.raises(InputError, match="no set of at most 0 layers"):
-        main_layers(sets, 1)
+        largest_set(sets, 0)
+
+
+def test_a_calibration_has_sets_of_layers(tmp_path):
+    file = tmp_path / "calibration.csv"
+    rows = [
+        "layers,kv_heads,nats",
+        ",closed_book,3.5",
+        *(" ".join(map(str, range(n))) + ",,2.0" for n in range(20, 0, -1)),
+    ]
+    file.write_text("\n".join(rows) + "\n")
+    assert list(read_layers(file, 20)) == [1, 2, 3, 4, 5, 6, 9, 10, 12]
+    file.write_text("nats\n2.0\n")
+    with pytest.raises(InputError, match="neither JSON nor a calibration"):
+        read_layers(file, 20)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +196,13 @@ def test_what_is_no_set_of_layers(tmp_path, text):
 
 
 def test_rows_are_all_explained_and_compared_with_rows_that_are_there():
-    rows = study_rows({1: (2,), 2: (0, 2), 4: (0, 1, 2, 3)}, (0, 2), (0, 1, 2, 3))
+    rows = study_rows({1: (2,), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2, 3)}, (0, 2), (2,), (0, 1, 2, 3))
     names = [row.name for row in rows]
     assert len(set(names)) == len(names) and names[:3] == ["closed_book", "rag", "genpoe"]
     assert {name for row in rows for name in row.against} <= set(names)
     assert {"layers_N" if name.startswith("layers_") else name for name in names} == set(MEANINGS)
-    assert [name for name in names if name.startswith("layers_")] == ["layers_1"]
-    assert [row.name for row in rows if row.reads_gold] == ["genpoe", "genpoe_all_layers", "layers_1"]
+    assert [name for name in names if name.startswith("layers_")] == ["layers_3"]
+    assert [row.name for row in rows if row.reads_gold] == ["genpoe", "genpoe_quarter", "genpoe_all_layers", "layers_3"]
     assert all(row.layers == (0, 2) for row in rows if row.mode.startswith("genpoe") and row.passages != "retrieved")
 
 
@@ -212,16 +226,16 @@ def write_results(folder: Path, task: str, docs: list[dict], value, second: int)
 
 def test_scores_are_in_the_order_of_the_file_and_nats_are_for_each_token(tmp_path, tokenizer):
     docs = [{"question": f"q{number}", "answers": ["Rossini" * (1 + number)]} for number in range(4)]
-    answers, likelihood = tasks_of(["nq"])
-    write_results(tmp_path, answers, docs, lambda number: number % 2, 0)
-    write_results(tmp_path, likelihood, docs, lambda number: 2.0 + number, 1)
-    scores = read_scores(tmp_path, ["nq"], token_counter(tokenizer))["nq"]
+    folders = [tmp_path / "answers", tmp_path / "likelihood"]
+    write_results(folders[0], *tasks_of(["nq"], ""), docs, lambda number: number % 2, 0)
+    write_results(folders[1], *tasks_of(["nq"], "_nats"), docs, lambda number: 2.0 + number, 1)
+    scores = read_scores(folders, ["nq"], token_counter(tokenizer))["nq"]
     tokens = [len(tokenizer.tokenize(f" {doc['answers'][0]}")) for doc in docs]
     assert len(set(tokens)) > 1
     assert scores["em"].tolist() == [0, 1, 0, 1]
     assert scores["nats"].tolist() == pytest.approx([(2 + number) / tokens[number] for number in range(4)])
     with pytest.raises(InputError, match="no results of genpoe_squad"):
-        read_scores(tmp_path, ["nq", "squad"], token_counter(tokenizer))
+        read_scores(folders, ["nq", "squad"], token_counter(tokenizer))
 
 
 def test_pairs_are_over_the_questions_that_all_rows_have_of_each_data_set():
@@ -290,7 +304,7 @@ class LmEval:
     """Stands in for the commands that a study starts: writes results by mode, and keeps count."""
 
     def __init__(self) -> None:
-        self.rows: list[str] = []
+        self.runs: list[str] = []
         self.created: list[str] = []
         self.fails: set[str] = set()
         self.interrupts: set[str] = set()
@@ -303,7 +317,7 @@ class LmEval:
             return SimpleNamespace(returncode=0)
         given = dict(pairwise(words))
         folder = Path(given["--output_path"])
-        self.rows.append(folder.name)
+        self.runs.append(folder.name)
         if folder.name in self.fails:
             return SimpleNamespace(returncode=1)
         arguments = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
@@ -316,6 +330,10 @@ class LmEval:
                 next(folder.rglob("samples_*")).unlink()  # they are written after the results
                 raise KeyboardInterrupt
         return SimpleNamespace(returncode=0)
+
+    @property
+    def rows(self) -> list[str]:
+        return [run for run in self.runs if not run.endswith("_nats")]
 
     @staticmethod
     def value(task: str, arguments):
@@ -352,7 +370,7 @@ def run(data, letters, lm_eval, llm_dir, tmp_path):
             "--out",
             tmp_path / "study",
         ]
-        words += ["--limit", LIMIT, "--limit-curve", CURVE, *more]
+        words += ["--limit", LIMIT, "--limit-curve", CURVE, "--limit-nats", NATS, *more]
         return CliRunner().invoke(main, list(map(str, words)))
 
     return command
@@ -372,6 +390,7 @@ def test_a_study_from_its_first_row_to_the_report(run, lm_eval, llm_dir, tmp_pat
     assert study["layers"] == [2]
     found = {(record["row"], record["questions"]): record for record in study["records"]}
     assert found["genpoe", "both"]["n"] == 2 * LIMIT and found["layers_2", "squad"]["n"] == CURVE
+    assert found["genpoe", "both"]["n_nats"] == 2 * NATS
     # Of 8 questions, 2 have a number that 4 divides; closed-book answers none and the prompt all.
     assert found["genpoe", "nq"]["recovered"]["f1"]["value"] == pytest.approx(6 / 8)
     assert found["genpoe", "nq"]["recovered"]["nats"]["value"] == pytest.approx((3.5 - 8) / (2 - 8))
@@ -426,9 +445,13 @@ def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
         "hypernetwork": str(study / "checkpoints" / "2"),
         "expert_store": str(study / "experts"),
     }
-    assert given["--tasks"] == "genpoe_nq,genpoe_nq_nats,genpoe_squad,genpoe_squad_nats"
+    assert given["--tasks"] == "genpoe_nq,genpoe_squad"
     assert given["--limit"] == str(CURVE) and given["--gen_kwargs"] == "max_gen_toks=16"
     assert json.loads(given["--metadata"])["genpoe_data"]["genpoe_nq"] == str(study / "questions" / "nq-hard.jsonl")
+    likelihood = json.loads((study / "rows" / "genpoe_four_equal_nats" / "cell.json").read_text())["command"]
+    given = dict(zip(likelihood[1::2], likelihood[2::2], strict=False))
+    assert given["--tasks"] == "genpoe_nq_nats,genpoe_squad_nats" and given["--limit"] == str(NATS)
+    assert "--gen_kwargs" not in given
 
 
 @pytest.mark.parametrize(
@@ -436,6 +459,7 @@ def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
     [
         (["--rows", "genpoe,other"], "--rows other: not one of closed_book, rag"),
         (["--limit-curve", "9"], "--limit-curve 9: more than --limit 8"),
+        (["--limit-nats", "9"], "--limit-nats 9: more than --limit 8"),
     ],
 )
 def test_bad_input_is_one_line(run, more, message):
