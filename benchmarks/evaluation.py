@@ -2,7 +2,8 @@
 
 - `benchmarks.naive_flow` is the paper's method question by question; both give the same tokens, or there are no rows.
 - Ours is the lm-eval class in the mode ``genpoe``, ``cold`` with an empty expert store (a new object, its
-  hypernetwork loaded ahead) and ``warm`` when asked the same again; the paper's form, and the recommended one.
+  hypernetwork loaded ahead) and ``warm`` when asked the same again; the paper's form, the recommended one, and experts
+  in the attention of a quarter of the layers.
 - Closed-book answering, and RAG with the same passages in the prompt, are lm-eval's own HFLM.
 
 Passages and their rerank scores come with the docs, and no two are alike. All answers have the same number of tokens.
@@ -34,6 +35,7 @@ from benchmarks.rates import product, product_flops, reading, seconds
 from benchmarks.row import Row
 from genpoe_plugin.checkpoint import write_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.lm import GenPoELM
@@ -42,7 +44,7 @@ from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
 BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
 PRODUCT = 2048  # side of the square product
 RATES = ("product", "read")  # works that are no answering
-FORMS = ("paper", "recommended")
+FORMS = ("paper", "recommended", "attention")
 PICTURE = "cost_per_question.png"
 
 Rounds = dict[str, list[float]]
@@ -89,9 +91,15 @@ def questions(count: int, passages: int = PASSAGES, words: int = WORDS, seed: in
     ]
 
 
-def requests(docs: Sequence[dict[str, Any]], *, passages: int = 0) -> list[Instance]:
+def reading_layers(layers: int) -> tuple[int, ...]:
+    """A quarter of the layers, where pretrained LLMs read: from a third to two thirds of the way up."""
+    count, low, high = max(1, layers // 4), layers // 3, 2 * layers // 3
+    return tuple(sorted({high - step * (high - low) // max(1, count - 1) for step in range(count)}))
+
+
+def requests(docs: Sequence[dict[str, Any]], *, passages: int = 0, new_tokens: int = NEW_TOKENS) -> list[Instance]:
     """What lm-eval asks of a model for these docs, with the best ``passages`` in the prompts."""
-    gen_kwargs = {"until": ["\n"], "max_gen_toks": NEW_TOKENS, "do_sample": False}
+    gen_kwargs = {"until": ["\n"], "max_gen_toks": new_tokens, "do_sample": False}
 
     def prompt(doc: dict[str, Any]) -> str:
         best = sorted(doc["ctxs"], key=lambda ctx: -ctx["rerank_score"])[:passages]
@@ -122,10 +130,13 @@ class Models:
         self.configs: dict[str, HypernetworkConfig] = {}
         self.checkpoints: dict[str, Path] = {}
         for form in FORMS:
-            changes: dict[str, Any] = {"rank": sizes.rank} if form == "paper" else {"base": "random"}
-            self.configs[form] = HypernetworkConfig.preset(
-                form, hidden_size=sizes.width, layer=sizes.layers // 3, **changes
-            )
+            if form == "attention":
+                self.configs[form] = attention_config(self.model, reading_layers(sizes.layers))
+            else:
+                changes: dict[str, Any] = {"rank": sizes.rank} if form == "paper" else {"base": "random"}
+                self.configs[form] = HypernetworkConfig.preset(
+                    form, hidden_size=sizes.width, layer=sizes.layers // 3, **changes
+                )
             self.checkpoints[form] = folder / form
             self._write(form)
 
@@ -211,6 +222,10 @@ def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, roun
                 lm = models.ours(form, batch)
                 for state in ("cold", "warm"):
                     note(f"{form}_{state}_{batch}", asked, lambda lm=lm, asked=asked: answers(lm, asked), number)
+                if form == "attention" and batch == BATCH:
+                    first = requests(part, new_tokens=1)
+                    note("attention_first", first, lambda lm=lm, first=first: answers(lm, first), number)
+                    note("closed_book_first", first, lambda first=first: answers(plain[BATCH], first), number)
                 # Beside each, for these are the times that are compared most closely.
                 note(f"closed_book_{batch}_by_{form}", asked, lambda b=batch, a=asked: answers(plain[b], a), number)
         asked = requests(docs, passages=PASSAGES)
@@ -248,6 +263,24 @@ def ratio_rows(times: Rounds) -> list[Row]:
         ),
         Row("evaluation.recommended_closed_book_time_ratio_cold", ratio(times, small, beside), "x"),
         Row("evaluation.recommended_rag_speedup", ratio(times, f"rag_{BATCH}", small), "x"),
+        *_attention_rows(times),
+    ]
+
+
+def _attention_rows(times: Rounds) -> list[Row]:
+    closed, rag = f"closed_book_{BATCH}_by_attention", f"rag_{BATCH}"
+    cold, warm = f"attention_cold_{BATCH}", f"attention_warm_{BATCH}"
+    return [
+        Row("evaluation.attention_closed_book_time_ratio_cached", ratio(times, warm, closed), "x", "<= 1.25"),
+        Row("evaluation.attention_closed_book_time_ratio_cold", ratio(times, cold, closed), "x", "<= 2"),
+        Row("evaluation.attention_rag_speedup_cached", ratio(times, rag, warm), "x", ">= 3"),
+        Row("evaluation.attention_rag_speedup_cold", ratio(times, rag, cold), "x"),
+        Row(
+            "evaluation.attention_first_token_ratio",
+            ratio(times, "attention_first", "closed_book_first"),
+            "x",
+            "<= 1.3",
+        ),
     ]
 
 
@@ -265,7 +298,9 @@ class Floors:
         flops_rate, bytes_rate: a second, of a square product, and read by a matrix times a vector: the best round's,
             for nothing can be faster than that.
         body, head: numbers in the decoder layers, and in the output layer, which speaks for one position of each row.
-        expert: numbers in an expert.
+        expert: numbers in an expert of the paper's form.
+        unit: numbers that experts in the attention have for each token of a passage.
+        reading: share of the layers that read a passage for them.
         generator: numbers in the hypernetwork.
     """
 
@@ -274,6 +309,8 @@ class Floors:
     body: int
     head: int
     expert: int
+    unit: int
+    reading: float
     generator: int
 
     @classmethod
@@ -287,6 +324,8 @@ class Floors:
             body=sum(weight.numel() for weight in models.model.parameters()) - head,
             head=head,
             expert=size.expert_bytes // 4,
+            unit=footprint(models.configs["attention"]).expert_bytes // 4,
+            reading=models.configs["attention"].layers[-1] / models.model.config.num_hidden_layers,
             generator=size.parameters,
         )
 
@@ -305,11 +344,24 @@ class Floors:
         flops = 2 * passages * self.generator
         return max(flops / self.flops_rate, 4 * (self.generator + passages * self.expert) / self.bytes_rate)
 
+    def attending(self, rows: int, tokens: int, units: int) -> float:
+        """Seconds of a batch's answers with so many units of experts in the attention of each row."""
+        flops = 2 * rows * units * self.unit
+        extra = max(4 * rows * units * self.unit / self.bytes_rate, flops / self.flops_rate)
+        return self.answering(rows, tokens) + NEW_TOKENS * extra
+
+    def reading_passages(self, tokens: int) -> float:
+        """Seconds of the LLM's pass over so many tokens of passages, up to the highest layer with experts."""
+        return 2 * tokens * self.reading * self.body / self.flops_rate
+
     def rows(self) -> list[Row]:
         tokens = QUESTION_WORDS + 5  # those of the prompt's own words
         closed, warm = self.answering(BATCH, tokens), self.answering(BATCH, tokens, PASSAGES)
         cold = warm + self.generating(BATCH * PASSAGES)
         rag = self.answering(BATCH, tokens + 1 + PASSAGES * (WORDS + 1))
+        units = PASSAGES * (WORDS + 3)  # with "Knowledge:" and two line breaks
+        attending = self.attending(BATCH, tokens, units)
+        reading = attending + self.reading_passages(BATCH * units)
         return [
             Row("evaluation.matmul_rate", self.flops_rate / 1e9, "GFLOP/s"),
             Row("evaluation.read_rate", self.bytes_rate / 1e9, "GB/s"),
@@ -319,6 +371,9 @@ class Floors:
             ),
             Row("evaluation.closed_book_time_ratio_cached_floor", warm / closed, "x"),
             Row("evaluation.closed_book_time_ratio_cold_floor", cold / closed, "x"),
+            Row("evaluation.attention_closed_book_time_ratio_cached_floor", attending / closed, "x"),
+            Row("evaluation.attention_closed_book_time_ratio_cold_floor", reading / closed, "x"),
+            Row("evaluation.attention_expert_bytes", 4 * self.unit * (WORDS + 3), "bytes"),
         ]
 
 

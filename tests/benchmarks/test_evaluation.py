@@ -55,6 +55,10 @@ def test_every_work_is_timed_in_every_round_and_gives_the_rows(models, docs, mon
         "evaluation.closed_book_time_ratio_cached": "<= 1.15",
         "evaluation.closed_book_time_ratio_cold": "<= 1.5",
         "evaluation.rag_speedup": ">= 3",
+        "evaluation.attention_closed_book_time_ratio_cached": "<= 1.25",
+        "evaluation.attention_closed_book_time_ratio_cold": "<= 2",
+        "evaluation.attention_rag_speedup_cached": ">= 3",
+        "evaluation.attention_first_token_ratio": "<= 1.3",
     }
     floors = evaluation.Floors.at_rates_of(times, models)
     head = models.model.get_output_embeddings().weight
@@ -68,10 +72,14 @@ def test_a_ratio_is_the_median_of_those_of_the_rounds():
 
 
 def test_floors_are_the_greater_of_arithmetic_and_reading():
-    floors = evaluation.Floors(flops_rate=100, bytes_rate=10, body=30, head=20, expert=5, generator=40)
+    floors = evaluation.Floors(
+        flops_rate=100, bytes_rate=10, body=30, head=20, expert=5, unit=8, reading=0.5, generator=40
+    )
     # 2 rows of 3 tokens through 30 + 4 * 5 numbers, and 2 positions through 20; 30 + 20 + 2 * 4 * 5 numbers to read.
     assert floors.one_pass(2, 3, 4) == max(2 * (6 * 50 + 2 * 20) / 100, 4 * 90 / 10)
     assert floors.one_pass(1000, 1000, 0) == 2 * 1000 * (1000 * 30 + 20) / 100
+    assert floors.attending(2, 3, 6) == floors.answering(2, 3) + 10 * max(4 * 2 * 6 * 8 / 10, 2 * 2 * 6 * 8 / 100)
+    assert floors.reading_passages(7) == 2 * 7 * 0.5 * 30 / 100
     assert floors.generating(2) == max(2 * 2 * 40 / 100, 4 * (40 + 2 * 5) / 10)
 
 
