@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.store import ON_DEVICE
 from genpoe_plugin.pipeline import GATES
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
@@ -25,6 +27,8 @@ class GenPoEArguments:
         num_retrieved, num_passages: at most how many passages before and after reranking.
         gates: ``softmax`` of the rerank scores, or ``uniform``.
         passages: ``retrieved``, or one of the controls (`genpoe_plugin.controls`).
+        expert_layers: of the checkpoint's layers those that are used, as ``5+11+12``; all of them without it. For
+            experts in the attention.
         question_field: where a doc holds its question; the prompt's last question where a doc does not.
         expert_store: folder that keeps experts for later runs.
         expert_gb: budget for the experts kept beside what makes them.
@@ -43,6 +47,7 @@ class GenPoEArguments:
     num_passages: int = 4
     gates: str = "softmax"
     passages: str = "retrieved"
+    expert_layers: str | int | None = None
     question_field: str = "question"
     expert_store: str | None = None
     expert_gb: float = ON_DEVICE / 10**9
@@ -63,6 +68,10 @@ class GenPoEArguments:
             raise InputError(
                 f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"
             )
+        if self.expert_layers is not None and not re.fullmatch(r"\d+(\+\d+)*", str(self.expert_layers)):
+            raise InputError(
+                f"expert_layers={self.expert_layers}: give layer numbers with + between them, such as 5+11+12"
+            )
         if self.uses_experts and not self.hypernetwork:
             raise InputError(
                 f"mode={self.mode} needs hypernetwork=DIRECTORY; `genpoe train hypernetwork` makes one, and "
@@ -70,6 +79,24 @@ class GenPoEArguments:
             )
         if self.needs_index and not Path(str(self.index)).is_dir():
             raise InputError(f"index={self.index}: no such directory; `genpoe index build` makes one")
+
+    def layers_of(self, config: HypernetworkConfig) -> tuple[int, ...]:
+        """The layers of a checkpoint that are used, in ascending order.
+
+        Raises:
+            InputError: ``expert_layers`` has others than the checkpoint, or the experts stand beside an MLP.
+        """
+        if self.expert_layers is None:
+            return config.layers
+        wanted = tuple(sorted({int(number) for number in str(self.expert_layers).split("+")}))
+        if config.head != "attention":
+            raise InputError("expert_layers is for experts in the attention; those of this checkpoint are in one layer")
+        if missing := sorted(set(wanted) - set(config.layers)):
+            raise InputError(
+                f"expert_layers={self.expert_layers}: the checkpoint has no experts in layer {missing[0]}, "
+                f"only in {'+'.join(map(str, config.layers))}"
+            )
+        return wanted
 
     @property
     def uses_experts(self) -> bool:

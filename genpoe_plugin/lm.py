@@ -56,6 +56,7 @@ class GenPoELM(PassageRequests, HFLM):
         num_passages: int = 4,
         gates: str = "softmax",
         passages: str = "retrieved",
+        expert_layers: str | int | None = None,
         question_field: str = "question",
         expert_store: str | None = None,
         expert_gb: float = ON_DEVICE / 10**9,
@@ -72,6 +73,7 @@ class GenPoELM(PassageRequests, HFLM):
             num_passages=num_passages,
             gates=gates,
             passages=passages,
+            expert_layers=expert_layers,
             question_field=question_field,
             expert_store=expert_store,
             expert_gb=expert_gb,
@@ -98,6 +100,7 @@ class GenPoELM(PassageRequests, HFLM):
         self._start_requests(self._llm_facts(hf_arguments), str(self.device))
         if arguments.uses_experts:
             self.store = self._expert_store(network, self.model, self.tokenizer)
+            self._layers = arguments.layers_of(network.config)
         self._rows: RowExperts | None = None
         self._inputs: list[list[int]] | None = None
         self._probing = False
@@ -190,7 +193,7 @@ class GenPoELM(PassageRequests, HFLM):
         if self._probing:
             rows = self._expert_rows([self._widest] * batch, [0] * batch) if self._widest else None
         assert rows is None or len(rows.start) == batch, "a batch has other rows than its experts"
-        with inject(self.model, self.store.layers, rows):
+        with inject(self.model, self._layers, rows):
             yield
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:

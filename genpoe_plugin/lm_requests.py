@@ -175,6 +175,8 @@ class PassageRequests(TemplateLM):
         if arguments.uses_experts:
             assert arguments.hypernetwork is not None
             facts["hypernetwork"] = checkpoint_fingerprint(arguments.hypernetwork)
+            if arguments.expert_layers is not None:
+                facts["expert_layers"] = str(arguments.expert_layers)
         if arguments.mode != "closed_book":
             facts |= {
                 "index": pipeline.retriever and pipeline.retriever.fingerprint,

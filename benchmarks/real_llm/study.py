@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ class Study:
         limit, limit_curve, limit_nats: questions of each data set; the second in rows on layers, distractors and
             retrieval, the third where the likelihood of answers is scored.
         max_tokens: of an answer.
+        expert_gb: gigabytes of memory for experts, which are all on disk.
 
     Raises:
         InputError: settings that cannot be.
@@ -53,6 +54,7 @@ class Study:
     batch_size: int = 16
     max_tokens: int = 16
     device: str | None = None
+    expert_gb: float = 2.0
 
     def __post_init__(self) -> None:
         for name, part in (("curve", self.limit_curve), ("nats", self.limit_nats)):
@@ -117,32 +119,39 @@ class Study:
             "questions": {name: {"file": path.name, "sha256": file_digest(path)} for name, path in self.files.items()},
         }
 
-    def _matrices(self, row: StudyRow) -> tuple[Matrix, Matrix]:
-        """The two runs of lm_eval that a row is: answers, and the likelihood of the right ones."""
+    def _matrices(self, row: StudyRow) -> list[Matrix]:
+        """The runs of lm_eval that a row is: answers, and likelihoods of the right ones; one run if for as many."""
         limit = self.limit_curve if row.curve else self.limit
-        return self._matrix(row, "", limit), self._matrix(row, NATS, min(limit, self.limit_nats))
+        if limit <= self.limit_nats:
+            return [self._matrix(row, "", ("", NATS), limit)]
+        return [self._matrix(row, "", ("",), limit), self._matrix(row, NATS, (NATS,), self.limit_nats)]
 
-    def _matrix(self, row: StudyRow, kind: str, limit: int) -> Matrix:
+    def _matrix(self, row: StudyRow, suffix: str, kinds: Sequence[str], limit: int) -> Matrix:
         arguments: dict[str, Any] = {"pretrained": self.llm, "dtype": self.dtype, "mode": row.mode, "seed": SEED}
         if row.mode != "closed_book":
             arguments |= {"passages": row.passages, "num_passages": row.num_passages}
         if row.layers:
-            arguments |= {"hypernetwork": self._checkpoint(row.layers), "gates": row.gates}
-            arguments["expert_store"] = self.out / "experts"
+            # One checkpoint for all sets of layers, so that every passage is read once for all rows.
+            arguments |= {"hypernetwork": self._checkpoint, "gates": row.gates}
+            arguments |= {"expert_store": self.out / "experts", "expert_gb": self.expert_gb}
+            if row.layers != self.shape.all:
+                arguments["expert_layers"] = "+".join(map(str, row.layers))
         options = {
             "batch_size": self.batch_size,
             "device": self.device,
             "limit": limit,
-            **({} if kind else {"gen_kwargs": f"max_gen_toks={self.max_tokens}"}),
+            **({"gen_kwargs": f"max_gen_toks={self.max_tokens}"} if "" in kinds else {}),
             "metadata": {
                 "genpoe_data": {f"genpoe_{name}": str(file_of(self.out, name, row.purpose)) for name in self.files}
             },
         }
-        cell = Cell(row.name + kind, "genpoe", {name: str(value) for name, value in arguments.items()})
-        return Matrix(self.out / "rows", tasks_of(list(self.files), kind), options, (cell,))
+        cell = Cell(row.name + suffix, "genpoe", {name: str(value) for name, value in arguments.items()})
+        tasks = [task for kind in kinds for task in tasks_of(list(self.files), kind)]
+        return Matrix(self.out / "rows", tuple(tasks), options, (cell,))
 
-    def _checkpoint(self, layers: Layers) -> Path:
-        return self.out / "checkpoints" / "-".join(map(str, layers))
+    @property
+    def _checkpoint(self) -> Path:
+        return self.out / "checkpoint"
 
     def run(self, row: StudyRow) -> None:
         """Carry out a row, unless its results are there.
@@ -150,15 +159,14 @@ class Study:
         Raises:
             InputError: it failed, or its folder has another run.
         """
-        if row.layers and not self._checkpoint(row.layers).is_dir():
-            self._create(row.layers)
+        if row.layers and not self._checkpoint.is_dir():
+            self._create()
         for matrix in self._matrices(row):
             run_matrix(matrix)
 
-    def _create(self, layers: Layers) -> None:
-        """Write the checkpoint of experts in these layers."""
-        words = ["experts", "create", "--llm", self.llm, "--preset", "attention"]
-        words += ["--layers", ",".join(map(str, layers)), "--out", str(self._checkpoint(layers))]
+    def _create(self) -> None:
+        """Write the checkpoint of experts in all layers."""
+        words = ["experts", "create", "--llm", self.llm, "--preset", "attention", "--out", str(self._checkpoint)]
         done = subprocess.run([sys.executable, "-m", "train_cli", *words], stdin=subprocess.DEVNULL)
         if done.returncode:
             raise InputError(f"genpoe {' '.join(words)}: stopped with status {done.returncode}")

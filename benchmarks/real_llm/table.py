@@ -35,6 +35,7 @@ from genpoe_plugin.errors import InputError
 @click.option("--device", help="Of the LLM.  [default: lm_eval's]")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
+@click.option("--expert-gb", default=2.0, show_default=True, help="Memory for experts; all of them are kept on disk.")
 def table(
     llm: str,
     layers_file: Path,
@@ -49,6 +50,7 @@ def table(
     device: str | None,
     batch_size: int,
     max_tokens: int,
+    expert_gb: float,
 ) -> None:
     """One LLM in every mode, with controls, distractors and sets of layers: a run of lm_eval for each row.
 
@@ -69,6 +71,7 @@ def table(
         batch_size=batch_size,
         max_tokens=max_tokens,
         device=device,
+        expert_gb=expert_gb,
     )
     chosen = study.chosen(rows)
     study.prepare()
