@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 
 from genpoe_plugin import hub_questions as hub
-from genpoe_plugin.answers import contains_answer, exact_match, f1, rouge_l
+from genpoe_plugin.answers import contains, exact_match, f1, popqa_accuracy, rouge_l
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.questions import Question, read_questions
@@ -93,23 +93,27 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """EM and F1 of the first line of the generation."""
-    prediction = _first_line(results)
-    return {"em": exact_match(prediction, doc["answers"]), "f1": f1(prediction, doc["answers"])}
+    """EM, F1, and whether an answer is contained: of the first line of the generation that is not empty."""
+    prediction, answers = _answer(results), doc["answers"]
+    return {
+        "em": exact_match(prediction, answers),
+        "f1": f1(prediction, answers),
+        "contains": contains(prediction, answers),
+    }
 
 
 def process_popqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Beside EM and F1, PopQA's own accuracy: whether the first line contains an answer."""
-    return {**process_results(doc, results), "acc": contains_answer(_first_line(results), doc["answers"])}
+    """Besides, PopQA's own accuracy: whether an answer is a substring, in few forms of its letters."""
+    return {**process_results(doc, results), "acc": popqa_accuracy(_answer(results), doc["answers"])}
 
 
 def process_narrativeqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Beside EM and F1, the ROUGE-L of the first line, since answers are free text."""
-    return {**process_results(doc, results), "rouge_l": rouge_l(_first_line(results), doc["answers"])}
+    """Besides, ROUGE-L, since answers are free text."""
+    return {**process_results(doc, results), "rouge_l": rouge_l(_answer(results), doc["answers"])}
 
 
 def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Beside EM and F1, which case the question is of and whether it is right, for `any_of_a_case`."""
+    """Besides, which case the question is of and whether it is right, for `any_of_a_case`."""
     scores = process_results(doc, results)
     return {**scores, "multihop_acc": [doc.get("case") or doc["question"], scores["em"]]}
 
@@ -122,8 +126,9 @@ def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
     return fmean(cases.values())
 
 
-def _first_line(results: Sequence[str]) -> str:
-    return results[0].split("\n", 1)[0]
+def _answer(results: Sequence[str]) -> str:
+    """The first line that is not empty: some LLMs begin their answer on a new line. Empty if there is none."""
+    return results[0].strip().partition("\n")[0].strip()
 
 
 def _local(task: str, data: Any) -> Splits | None:

@@ -25,10 +25,13 @@ QUESTIONS = [
     ("who wrote the hobbit", ["J.R.R. Tolkien", "Tolkien"], "JRR Tolkien\nmore text"),
     ("where is the gateway arch?", ["St. Louis", "St. Louis, Missouri"], " St. Louis."),
     ("when was rome founded", ["753 BC"], "in 753 BC"),
-    ("Who sings it", ["The Beatles"], "\nThe Beatles"),
+    ("Who sings it", ["The Beatles"], "\n \n The Beatles \nwho else"),  # an answer may begin on a new line
+    ("how long is it", ["9 km"], " \n\t\n"),
+    ("is there more", ["More"], "No.\nMore"),
 ]
-EM = [1.0, 1.0, 0.0, 0.0]
-F1 = [1.0, 1.0, 0.8, 0.0]
+EM = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+F1 = [1.0, 1.0, 0.8, 1.0, 0.0, 0.0]
+CONTAINS = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 CTXS = [{"id": "7", "title": "Hobbit", "text": "By Tolkien.", "score": "81.5", "has_answer": True}]
 
 
@@ -100,6 +103,7 @@ def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, name: str) -> 
     assert scores["f1,none"] == pytest.approx(statistics.mean(F1))
     # The standard error of a mean, in closed form.
     assert scores["em_stderr,none"] == pytest.approx(statistics.stdev(EM) / len(EM) ** 0.5)
+    assert scores["contains,none"] == pytest.approx(statistics.mean(CONTAINS))
     assert scores["f1_stderr,none"] == pytest.approx(statistics.stdev(F1) / len(F1) ** 0.5)
     assert [request.doc["question"] for request in model.requests] == [question for question, _, _ in QUESTIONS]
 
@@ -112,7 +116,9 @@ def test_prompt_and_generation_arguments(questions: Path) -> None:
         "Question: When was rome founded?\nAnswer:",
         "Question: Who sings it?\nAnswer:",
     ]
-    assert model.requests[0].args[1] == {"until": ["\n"], "do_sample": False, "max_gen_toks": 32}
+    assert model.requests[0].args[1] == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 32}
+        "Question: How long is it?\nAnswer:",
+        "Question: Is there more?\nAnswer:",
 
 
 def test_passages_of_the_file_reach_the_model(tmp_path: Path) -> None:
@@ -150,7 +156,7 @@ def test_the_group_is_the_plain_mean(tmp_path: Path) -> None:
 def test_the_normalisation_is_named_in_the_results(questions: Path) -> None:
     results, _ = evaluate(["genpoe_demo"], str(questions), log_samples=True)
     assert results["configs"]["genpoe_demo"]["metadata"]["answer_normalisation"] == "SQuAD v1.1"
-    assert results["versions"]["genpoe_demo"] == 1.0
+    assert results["versions"]["genpoe_demo"] == 2.0
     assert results["samples"]["genpoe_demo"][0]["target"] == QUESTIONS[0][1]
 
 
@@ -207,5 +213,5 @@ def test_the_real_nq_questions() -> None:
     assert len(docs) == 1800
     assert all(doc["ctxs"][0]["has_answer"] for doc in docs)
     gold = [task.process_results(doc, [f" {doc['answers'][0]}\n"]) for doc in docs]
-    assert all(scores == {"em": 1.0, "f1": 1.0} for scores in gold if scores["f1"])
+    assert all(scores == {"em": 1.0, "f1": 1.0, "contains": 1.0} for scores in gold if scores["f1"])
     assert sum(scores["em"] for scores in gold) >= 1795  # a few answers have nothing but articles and punctuation
