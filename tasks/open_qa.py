@@ -8,7 +8,7 @@ argument::
     --metadata '{"genpoe_data": {"genpoe_nq": "FILE", "genpoe_tqa": "FILE"}}'   task by task
 
 in any form that ``genpoe_plugin.questions`` reads: the authors' own files, the hub's Parquet files, DPR result JSON or
-JSONL, qas TSV, nq_open JSONL; text also as .gz.
+JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task that is not named reads the file of its task.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ HUB = {  # task: data set and split
     "genpoe_2wiki": (hub.TWO_WIKI, "validation"),
     "genpoe_mquake": (hub.MQUAKE, "CF3k"),
 }
-TASKS = (*HUB, "genpoe_demo")
+_NATS = "_nats"  # what ends the name of a task that scores the answers of another
+TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", "genpoe_demo")
 Splits = dict[str, datasets.Dataset]
 
 # The `custom_dataset` of each task, which lm-eval calls with all of its metadata and model arguments.
@@ -74,6 +75,14 @@ def genpoe_2wiki(genpoe_data: Any = None, **_: Any) -> Splits:
 
 def genpoe_mquake(genpoe_data: Any = None, **_: Any) -> Splits:
     return _local("genpoe_mquake", genpoe_data) or _hub("genpoe_mquake")
+
+
+def genpoe_nq_nats(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_nq_nats", genpoe_data) or _hub("genpoe_nq_nats")
+
+
+def genpoe_squad_nats(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_squad_nats", genpoe_data) or _hub("genpoe_squad_nats")
 
 
 def genpoe_demo(genpoe_data: Any = None, **_: Any) -> Splits:
@@ -118,6 +127,16 @@ def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, 
     return {**scores, "multihop_acc": [doc.get("case") or doc["question"], scores["em"]]}
 
 
+def first_answer(doc: Mapping[str, Any]) -> str:
+    """What the tasks of likelihood score after the prompt."""
+    return f" {doc['answers'][0]}"
+
+
+def process_nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Minus the log-likelihood of the first answer, all of its tokens together; lm-eval logs the answer beside it."""
+    return {"nats": -results[0][0]}
+
+
 def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
     """MQuAKE's multi-hop accuracy: the share of cases of which a question, whatever its wording, is answered."""
     cases: defaultdict[str, float] = defaultdict(float)
@@ -136,7 +155,7 @@ def _local(task: str, data: Any) -> Splits | None:
     if isinstance(data, Mapping):
         if unknown := sorted(set(data) - set(TASKS)):
             raise InputError(f"genpoe_data: {unknown[0]!r} is no task that reads files; these do: {', '.join(TASKS)}")
-        data = data.get(task)
+        data = data.get(task, data.get(task.removesuffix(_NATS)))
     if data is None:
         return None
     if not isinstance(data, str | Path):
@@ -150,7 +169,7 @@ def _local(task: str, data: Any) -> Splits | None:
 
 def _hub(task: str) -> Splits:
     try:
-        return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task])])
+        return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task.removesuffix(_NATS)])])
     except InputError as error:
         raise InputError(
             f"""{task}: {error}; a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""

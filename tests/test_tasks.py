@@ -47,8 +47,10 @@ class SetAnswers(LM):
         self.requests += requests
         return [self.answers[re.findall(r"Question: (.*)\nAnswer:", r.args[0])[-1]] for r in requests]
 
-    def loglikelihood(self, requests: list[Instance]) -> Any:
-        raise NotImplementedError
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """A nat for each character."""
+        self.requests += requests
+        return [(-float(len(request.args[1])), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> Any:
         raise NotImplementedError
@@ -101,9 +103,9 @@ def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, name: str) -> 
     scores = results["results"]["genpoe_nq"]
     assert scores["em,none"] == pytest.approx(statistics.mean(EM))
     assert scores["f1,none"] == pytest.approx(statistics.mean(F1))
+    assert scores["contains,none"] == pytest.approx(statistics.mean(CONTAINS))
     # The standard error of a mean, in closed form.
     assert scores["em_stderr,none"] == pytest.approx(statistics.stdev(EM) / len(EM) ** 0.5)
-    assert scores["contains,none"] == pytest.approx(statistics.mean(CONTAINS))
     assert scores["f1_stderr,none"] == pytest.approx(statistics.stdev(F1) / len(F1) ** 0.5)
     assert [request.doc["question"] for request in model.requests] == [question for question, _, _ in QUESTIONS]
 
@@ -115,10 +117,10 @@ def test_prompt_and_generation_arguments(questions: Path) -> None:
         "Question: Where is the gateway arch?\nAnswer:",
         "Question: When was rome founded?\nAnswer:",
         "Question: Who sings it?\nAnswer:",
-    ]
-    assert model.requests[0].args[1] == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 32}
         "Question: How long is it?\nAnswer:",
         "Question: Is there more?\nAnswer:",
+    ]
+    assert model.requests[0].args[1] == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 32}
 
 
 def test_passages_of_the_file_reach_the_model(tmp_path: Path) -> None:
@@ -151,6 +153,32 @@ def test_the_group_is_the_plain_mean(tmp_path: Path) -> None:
     assert results["results"]["genpoe_tqa"]["em,none"] == 1.0
     assert results["groups"]["genpoe"]["em,none"] == pytest.approx((statistics.mean(EM) + 1) / 2)
     assert results["groups"]["genpoe"]["f1,none"] == pytest.approx((statistics.mean(F1) + 1) / 2)
+    assert results["groups"]["genpoe"]["contains,none"] == pytest.approx((statistics.mean(CONTAINS) + 1) / 2)
+
+
+@pytest.mark.parametrize("task", ["genpoe_nq", "genpoe_squad"])
+@pytest.mark.parametrize("named", [None, "task", "nats", "both"])
+def test_nats_are_those_of_the_first_answer(tmp_path: Path, task: str, named: str | None) -> None:
+    """After the prompt that generates it, from the task's file, or one of their own."""
+    file, other = str(write_questions(tmp_path / "dpr.json", ctxs=CTXS)), str(tmp_path / "missing")
+    data = {None: file, "task": {task: file}, "nats": {f"{task}_nats": file}}
+    results, model = evaluate(
+        [f"{task}_nats"], data.get(named, {task: other, f"{task}_nats": file}), num_fewshot=2, log_samples=True
+    )
+    _, generating = evaluate([task], file, num_fewshot=2)
+    assert [request.args[0] for request in model.requests] == [request.args[0] for request in generating.requests]
+    assert [request.args[1] for request in model.requests] == [f" {answers[0]}" for _, answers, _ in QUESTIONS]
+    assert model.requests[0].doc["ctxs"]
+    lengths = [1 + len(answers[0]) for _, answers, _ in QUESTIONS]
+    scores = results["results"][f"{task}_nats"]
+    assert scores["nats,none"] == pytest.approx(statistics.mean(lengths))
+    assert scores["nats_stderr,none"] == pytest.approx(statistics.stdev(lengths) / len(lengths) ** 0.5)
+    assert results["higher_is_better"][f"{task}_nats"] == {"nats": False}
+    # What nats per token need, whatever the tokenizer.
+    for sample, (_, answers, _), length in zip(results["samples"][f"{task}_nats"], QUESTIONS, lengths, strict=True):
+        assert sample["target"] == sample["arguments"][0][1] == f" {answers[0]}"
+        assert sample["filtered_resps"] == [(-length, False)]
+        assert sample["nats"] == length
 
 
 def test_the_normalisation_is_named_in_the_results(questions: Path) -> None:
