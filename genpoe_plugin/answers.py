@@ -41,8 +41,17 @@ def _bag_f1(predicted: list[str], gold: list[str]) -> float:
     return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
 
 
-def contains_answer(prediction: str, answers: Iterable[str]) -> float:
-    """1.0 if ``prediction`` has any of ``answers`` in it, as a substring, else 0.0: PopQA's accuracy.
+def contains(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 if the normalised words of any of ``answers`` stand in a row in those of ``prediction``, else 0.0.
+
+    An answer that has no word left after normalisation is not looked for.
+    """
+    words = f" {normalize_answer(prediction)} "
+    return float(any(f" {normalized} " in words for answer in answers if (normalized := normalize_answer(answer))))
+
+
+def popqa_accuracy(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 if ``prediction`` has any of ``answers`` in it, as a substring, else 0.0.
 
     An answer is looked for as it is, in lower case, and with the first letter alone in upper case. An empty one is not
     looked for.

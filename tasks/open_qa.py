@@ -8,7 +8,7 @@ argument::
     --metadata '{"genpoe_data": {"genpoe_nq": "FILE", "genpoe_tqa": "FILE"}}'   task by task
 
 in any form that ``genpoe_plugin.questions`` reads: the authors' own files, the hub's Parquet files, DPR result JSON or
-JSONL, qas TSV, nq_open JSONL; text also as .gz.
+JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task that is not named reads the file of its task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 
 from genpoe_plugin import hub_questions as hub
-from genpoe_plugin.answers import contains_answer, exact_match, f1, rouge_l
+from genpoe_plugin.answers import contains, exact_match, f1, popqa_accuracy, rouge_l
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.questions import Question, read_questions
@@ -38,7 +38,8 @@ HUB = {  # task: data set and split
     "genpoe_2wiki": (hub.TWO_WIKI, "validation"),
     "genpoe_mquake": (hub.MQUAKE, "CF3k"),
 }
-TASKS = (*HUB, "genpoe_demo")
+_NATS = "_nats"  # what ends the name of a task that scores the answers of another
+TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", "genpoe_demo")
 Splits = dict[str, datasets.Dataset]
 
 # The `custom_dataset` of each task, which lm-eval calls with all of its metadata and model arguments.
@@ -76,6 +77,14 @@ def genpoe_mquake(genpoe_data: Any = None, **_: Any) -> Splits:
     return _local("genpoe_mquake", genpoe_data) or _hub("genpoe_mquake")
 
 
+def genpoe_nq_nats(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_nq_nats", genpoe_data) or _hub("genpoe_nq_nats")
+
+
+def genpoe_squad_nats(genpoe_data: Any = None, **_: Any) -> Splits:
+    return _local("genpoe_squad_nats", genpoe_data) or _hub("genpoe_squad_nats")
+
+
 def genpoe_demo(genpoe_data: Any = None, **_: Any) -> Splits:
     """The demo has no data but a local file's."""
     splits = _local("genpoe_demo", genpoe_data)
@@ -93,25 +102,39 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """EM and F1 of the first line of the generation."""
-    prediction = _first_line(results)
-    return {"em": exact_match(prediction, doc["answers"]), "f1": f1(prediction, doc["answers"])}
+    """EM, F1, and whether an answer is contained: of the first line of the generation that is not empty."""
+    prediction, answers = _answer(results), doc["answers"]
+    return {
+        "em": exact_match(prediction, answers),
+        "f1": f1(prediction, answers),
+        "contains": contains(prediction, answers),
+    }
 
 
 def process_popqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Beside EM and F1, PopQA's own accuracy: whether the first line contains an answer."""
-    return {**process_results(doc, results), "acc": contains_answer(_first_line(results), doc["answers"])}
+    """Besides, PopQA's own accuracy: whether an answer is a substring, in few forms of its letters."""
+    return {**process_results(doc, results), "acc": popqa_accuracy(_answer(results), doc["answers"])}
 
 
 def process_narrativeqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Beside EM and F1, the ROUGE-L of the first line, since answers are free text."""
-    return {**process_results(doc, results), "rouge_l": rouge_l(_first_line(results), doc["answers"])}
+    """Besides, ROUGE-L, since answers are free text."""
+    return {**process_results(doc, results), "rouge_l": rouge_l(_answer(results), doc["answers"])}
 
 
 def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Beside EM and F1, which case the question is of and whether it is right, for `any_of_a_case`."""
+    """Besides, which case the question is of and whether it is right, for `any_of_a_case`."""
     scores = process_results(doc, results)
     return {**scores, "multihop_acc": [doc.get("case") or doc["question"], scores["em"]]}
+
+
+def first_answer(doc: Mapping[str, Any]) -> str:
+    """What the tasks of likelihood score after the prompt."""
+    return f" {doc['answers'][0]}"
+
+
+def process_nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Minus the log-likelihood of the first answer, all of its tokens together; lm-eval logs the answer beside it."""
+    return {"nats": -results[0][0]}
 
 
 def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
@@ -122,8 +145,9 @@ def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
     return fmean(cases.values())
 
 
-def _first_line(results: Sequence[str]) -> str:
-    return results[0].split("\n", 1)[0]
+def _answer(results: Sequence[str]) -> str:
+    """The first line that is not empty: some LLMs begin their answer on a new line. Empty if there is none."""
+    return results[0].strip().partition("\n")[0].strip()
 
 
 def _local(task: str, data: Any) -> Splits | None:
@@ -131,7 +155,7 @@ def _local(task: str, data: Any) -> Splits | None:
     if isinstance(data, Mapping):
         if unknown := sorted(set(data) - set(TASKS)):
             raise InputError(f"genpoe_data: {unknown[0]!r} is no task that reads files; these do: {', '.join(TASKS)}")
-        data = data.get(task)
+        data = data.get(task, data.get(task.removesuffix(_NATS)))
     if data is None:
         return None
     if not isinstance(data, str | Path):
@@ -145,7 +169,7 @@ def _local(task: str, data: Any) -> Splits | None:
 
 def _hub(task: str) -> Splits:
     try:
-        return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task])])
+        return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task.removesuffix(_NATS)])])
     except InputError as error:
         raise InputError(
             f"""{task}: {error}; a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""

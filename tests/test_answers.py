@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
-from genpoe_plugin.answers import contains_answer, exact_match, f1, has_answer, normalize_answer, rouge_l
+from genpoe_plugin.answers import contains, exact_match, f1, has_answer, normalize_answer, popqa_accuracy, rouge_l
 
 SQUAD = Path(__file__).parents[2] / "shared" / "data" / "squad" / "squad-v1.1-part.json.gz"
 
@@ -171,8 +171,33 @@ def test_f1_counts_words_of_a_bag() -> None:
         ("", ["actor"], False),
     ],
 )
-def test_contains_answer_is_popqas_accuracy(prediction: str, answers: list[str], right: bool) -> None:
-    assert contains_answer(prediction, answers) == right
+def test_popqa_accuracy(prediction: str, answers: list[str], right: bool) -> None:
+    assert popqa_accuracy(prediction, answers) == right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "right"),
+    [
+        ("It was written by J.R.R. Tolkien.", ["JRR Tolkien"], True),  # normalised
+        ("the answer is The  Beatles, of course", ["a beatles"], True),
+        ("politicians", ["politician"], False),  # whole words
+        ("Tolkien J.R.R.", ["JRR Tolkien"], False),  # in their order
+        ("New old York", ["New York"], False),  # with nothing between them
+        ("in 1969", ["July 1969", "1969"], True),  # any answer
+        ("1969", ["in 1969"], False),  # the whole answer
+        ("The Who", ["The", "?"], False),  # nothing of these is left
+        ("", ["1969"], False),
+        ("1969", [], False),
+    ],
+)
+def test_contains(prediction: str, answers: list[str], right: bool) -> None:
+    assert contains(prediction, answers) == right
+
+
+@given(st.text(), st.lists(st.text(), max_size=3))
+def test_an_exact_match_contains_the_answer(prediction: str, answers: list[str]) -> None:
+    if normalize_answer(prediction):
+        assert contains(prediction, answers) >= exact_match(prediction, answers)
 
 
 SHORT = st.lists(st.sampled_from(["a", "bb", "ccc", "d4"]), max_size=8)  # words that stemming leaves alone

@@ -39,10 +39,10 @@ def test_from_the_hub(hub: Path, name: str) -> None:
     gold = [answers[-1] for _, answers, _ in EXPECTED[name]]
     scores, model = ask(name, None, gold)
     check_docs(name, model)
-    for metric in ["em", "f1", *METRICS.get(name, [])]:
+    for metric in ["em", "f1", "contains", *METRICS.get(name, [])]:
         assert scores[f"{metric},none"] == pytest.approx(1.0), metric
     metrics = {key.split(",")[0] for key in scores if key.endswith(",none") and "stderr" not in key}
-    assert metrics == {"em", "f1", *METRICS.get(name, [])}
+    assert metrics == {"em", "f1", "contains", *METRICS.get(name, [])}
 
 
 @pytest.mark.parametrize("name", ORIGINALS)

@@ -25,10 +25,13 @@ QUESTIONS = [
     ("who wrote the hobbit", ["J.R.R. Tolkien", "Tolkien"], "JRR Tolkien\nmore text"),
     ("where is the gateway arch?", ["St. Louis", "St. Louis, Missouri"], " St. Louis."),
     ("when was rome founded", ["753 BC"], "in 753 BC"),
-    ("Who sings it", ["The Beatles"], "\nThe Beatles"),
+    ("Who sings it", ["The Beatles"], "\n \n The Beatles \nwho else"),  # an answer may begin on a new line
+    ("how long is it", ["9 km"], " \n\t\n"),
+    ("is there more", ["More"], "No.\nMore"),
 ]
-EM = [1.0, 1.0, 0.0, 0.0]
-F1 = [1.0, 1.0, 0.8, 0.0]
+EM = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+F1 = [1.0, 1.0, 0.8, 1.0, 0.0, 0.0]
+CONTAINS = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 CTXS = [{"id": "7", "title": "Hobbit", "text": "By Tolkien.", "score": "81.5", "has_answer": True}]
 
 
@@ -44,8 +47,10 @@ class SetAnswers(LM):
         self.requests += requests
         return [self.answers[re.findall(r"Question: (.*)\nAnswer:", r.args[0])[-1]] for r in requests]
 
-    def loglikelihood(self, requests: list[Instance]) -> Any:
-        raise NotImplementedError
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """A nat for each character."""
+        self.requests += requests
+        return [(-float(len(request.args[1])), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> Any:
         raise NotImplementedError
@@ -98,6 +103,7 @@ def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, name: str) -> 
     scores = results["results"]["genpoe_nq"]
     assert scores["em,none"] == pytest.approx(statistics.mean(EM))
     assert scores["f1,none"] == pytest.approx(statistics.mean(F1))
+    assert scores["contains,none"] == pytest.approx(statistics.mean(CONTAINS))
     # The standard error of a mean, in closed form.
     assert scores["em_stderr,none"] == pytest.approx(statistics.stdev(EM) / len(EM) ** 0.5)
     assert scores["f1_stderr,none"] == pytest.approx(statistics.stdev(F1) / len(F1) ** 0.5)
@@ -111,8 +117,10 @@ def test_prompt_and_generation_arguments(questions: Path) -> None:
         "Question: Where is the gateway arch?\nAnswer:",
         "Question: When was rome founded?\nAnswer:",
         "Question: Who sings it?\nAnswer:",
+        "Question: How long is it?\nAnswer:",
+        "Question: Is there more?\nAnswer:",
     ]
-    assert model.requests[0].args[1] == {"until": ["\n"], "do_sample": False, "max_gen_toks": 32}
+    assert model.requests[0].args[1] == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 32}
 
 
 def test_passages_of_the_file_reach_the_model(tmp_path: Path) -> None:
@@ -145,12 +153,38 @@ def test_the_group_is_the_plain_mean(tmp_path: Path) -> None:
     assert results["results"]["genpoe_tqa"]["em,none"] == 1.0
     assert results["groups"]["genpoe"]["em,none"] == pytest.approx((statistics.mean(EM) + 1) / 2)
     assert results["groups"]["genpoe"]["f1,none"] == pytest.approx((statistics.mean(F1) + 1) / 2)
+    assert results["groups"]["genpoe"]["contains,none"] == pytest.approx((statistics.mean(CONTAINS) + 1) / 2)
+
+
+@pytest.mark.parametrize("task", ["genpoe_nq", "genpoe_squad"])
+@pytest.mark.parametrize("named", [None, "task", "nats", "both"])
+def test_nats_are_those_of_the_first_answer(tmp_path: Path, task: str, named: str | None) -> None:
+    """After the prompt that generates it, from the task's file, or one of their own."""
+    file, other = str(write_questions(tmp_path / "dpr.json", ctxs=CTXS)), str(tmp_path / "missing")
+    data = {None: file, "task": {task: file}, "nats": {f"{task}_nats": file}}
+    results, model = evaluate(
+        [f"{task}_nats"], data.get(named, {task: other, f"{task}_nats": file}), num_fewshot=2, log_samples=True
+    )
+    _, generating = evaluate([task], file, num_fewshot=2)
+    assert [request.args[0] for request in model.requests] == [request.args[0] for request in generating.requests]
+    assert [request.args[1] for request in model.requests] == [f" {answers[0]}" for _, answers, _ in QUESTIONS]
+    assert model.requests[0].doc["ctxs"]
+    lengths = [1 + len(answers[0]) for _, answers, _ in QUESTIONS]
+    scores = results["results"][f"{task}_nats"]
+    assert scores["nats,none"] == pytest.approx(statistics.mean(lengths))
+    assert scores["nats_stderr,none"] == pytest.approx(statistics.stdev(lengths) / len(lengths) ** 0.5)
+    assert results["higher_is_better"][f"{task}_nats"] == {"nats": False}
+    # What nats per token need, whatever the tokenizer.
+    for sample, (_, answers, _), length in zip(results["samples"][f"{task}_nats"], QUESTIONS, lengths, strict=True):
+        assert sample["target"] == sample["arguments"][0][1] == f" {answers[0]}"
+        assert sample["filtered_resps"] == [(-length, False)]
+        assert sample["nats"] == length
 
 
 def test_the_normalisation_is_named_in_the_results(questions: Path) -> None:
     results, _ = evaluate(["genpoe_demo"], str(questions), log_samples=True)
     assert results["configs"]["genpoe_demo"]["metadata"]["answer_normalisation"] == "SQuAD v1.1"
-    assert results["versions"]["genpoe_demo"] == 1.0
+    assert results["versions"]["genpoe_demo"] == 2.0
     assert results["samples"]["genpoe_demo"][0]["target"] == QUESTIONS[0][1]
 
 
@@ -207,5 +241,5 @@ def test_the_real_nq_questions() -> None:
     assert len(docs) == 1800
     assert all(doc["ctxs"][0]["has_answer"] for doc in docs)
     gold = [task.process_results(doc, [f" {doc['answers'][0]}\n"]) for doc in docs]
-    assert all(scores == {"em": 1.0, "f1": 1.0} for scores in gold if scores["f1"])
+    assert all(scores == {"em": 1.0, "f1": 1.0, "contains": 1.0} for scores in gold if scores["f1"])
     assert sum(scores["em"] for scores in gold) >= 1795  # a few answers have nothing but articles and punctuation

@@ -45,3 +45,26 @@ def test_both_tasks_in_every_mode(make_lm, docs, by_hand, expected_row, tmp_path
             assert gap > 1e-4, "a near tie; choose another document"
             assert record["resps"][0][0] == answer
         assert results["results"][task]["em,none"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("mode", ["closed_book", "rag", "genpoe", "genpoe_rag"])
+def test_nats_in_every_mode(make_lm, docs, by_hand, expected_row, tmp_path, mode):
+    data = tmp_path / "docs.json"
+    data.write_text(json.dumps(docs))
+    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata={"genpoe_data": str(data)})
+    results = lm_eval.simple_evaluate(
+        model=make_lm(mode), tasks=["genpoe_nq_nats"], task_manager=manager, log_samples=True
+    )
+    records = sorted(results["samples"]["genpoe_nq_nats"], key=lambda record: record["doc_id"])
+    for doc, record in zip(docs, records, strict=True):
+        strings, gates = expected_row(doc)
+        prompt, start = closed_book_prompt(doc["question"]), 0
+        if "rag" in mode and strings:
+            prompt = rag_prompt(doc["question"], strings)
+            start = len(by_hand.tokenizer(prompt[: prompt.index("Question:")])["input_ids"])
+        if "genpoe" not in mode:
+            strings = gates = ()
+        expected = by_hand.score(prompt, f" {doc['answers'][0]}", strings, gates, start)
+        assert record["nats"] == pytest.approx(-expected, abs=1e-3)
+    mean = sum(record["nats"] for record in records) / len(docs)
+    assert results["results"]["genpoe_nq_nats"]["nats,none"] == pytest.approx(mean)

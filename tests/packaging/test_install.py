@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 GROUPS = {"genpoe", "genpoe_all"}
 TASKS = {
     f"genpoe_{name}" for name in ("nq", "tqa", "popqa", "squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "demo")
-}
+} | {"genpoe_nq_nats", "genpoe_squad_nats"}
 Run = Callable[..., str]
 
 
