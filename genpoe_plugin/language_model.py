@@ -22,12 +22,21 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.gguf_files import begin_as_stored, check_gguf, gguf_path
 
 
 def load_language_model(
-    name: str, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An LLM from a directory or the hub, without gradients and in evaluation mode, and its tokenizer.
+
+    Args:
+        gguf_file: in that directory or repository, which both are read from.
 
     Raises:
         InputError: it cannot be loaded, or its tokenizer cannot tell which characters a token covers; there is no such
@@ -35,9 +44,11 @@ def load_language_model(
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
@@ -73,19 +84,25 @@ def load_lower_layers(
     return to_device(model, device).eval().requires_grad_(False), depth
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of an LLM in a directory or on the hub.
+def load_tokenizer(
+    name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of an LLM in a directory or on the hub, or in a GGUF file there.
 
     Raises:
         InputError: it cannot be loaded, or cannot tell which characters a token covers.
     """
+    check_gguf(name, gguf_file)
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **gguf)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
     if not tokenizer.is_fast:
         raise InputError(f"LLM {name}: its tokenizer gives no character offsets; one of the fast kind is needed")
+    if gguf_file is not None:
+        begin_as_stored(tokenizer, gguf_path(name, gguf_file))
     return tokenizer
 
 

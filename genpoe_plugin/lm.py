@@ -21,6 +21,7 @@ from genpoe_plugin.checkpoint import load_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
+from genpoe_plugin.gguf_files import begin_as_stored, check_gguf, gguf_path
 from genpoe_plugin.lm_requests import PassageRequests, options
 from genpoe_plugin.pipeline import Selection
 from genpoe_plugin.provenance import peak_memory
@@ -77,6 +78,8 @@ class GenPoELM(PassageRequests, HFLM):
             trace=trace,
             seed=seed,
         )
+        if isinstance(pretrained, str):
+            check_gguf(pretrained, hf_arguments.get("gguf_file"), hf_arguments.get("subfolder") or "")
         super().__init__(pretrained, **hf_arguments)
         if self.world_size == 1 and hasattr(self, "accelerator"):
             # Processes without several GPUs, which HFLM has all do the same work.
@@ -114,6 +117,14 @@ class GenPoELM(PassageRequests, HFLM):
             self._documents.join(self.gather_object(self._documents.seen))
             if self._trace is not None:
                 self._trace.join(self.gather_object(self._trace.lines))
+
+    def _create_tokenizer(self, pretrained: str | PreTrainedModel, tokenizer: Any, **options: Any) -> None:
+        """As HFLM, and that of a GGUF file begins a text as the file says."""
+        super()._create_tokenizer(pretrained, tokenizer, **options)
+        if options.get("gguf_file") is not None and not tokenizer and isinstance(pretrained, str):
+            revision, subfolder = options.get("revision"), options.get("subfolder") or ""
+            path = gguf_path(pretrained, options["gguf_file"], revision=revision, subfolder=subfolder)
+            begin_as_stored(self.tokenizer, path)
 
     @property
     def _llm_name(self) -> str:

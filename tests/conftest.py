@@ -44,6 +44,10 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
     "qwen2": ("Qwen2", {"intermediate_size": 48, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
     "gemma": ("Gemma", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": ("Gemma2", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
+    "gemma3": ("Gemma3", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
+    "phi": ("Phi", {"intermediate_size": 48}),
+    "phi3": ("Phi3", {"intermediate_size": 48, "num_key_value_heads": 2}),
     "gpt_neox": ("GPTNeoX", {"intermediate_size": 48}),
     "gpt2": ("GPT2", {"n_inner": 48}),
 }
@@ -119,7 +123,8 @@ def make_llm(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMode
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        config = getattr(transformers, f"{name}Config")(**{**shared, **sizes, **overrides})
+        config_name = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
+        config = getattr(transformers, config_name)(**{**shared, **sizes, **overrides})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model_class = "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"

@@ -41,7 +41,11 @@ def experts() -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
 @click.option("--layers", type=Layers(), help="Layers with experts, such as 5,11,12.  [default: all]")
-@click.option("--calibrate", help="Questions with passages to choose layers with: DPR results, or ours; .gz.")
+@click.option(
+    "--calibrate",
+    multiple=True,
+    help="Questions with passages to choose layers with: DPR results, or ours; .gz. As many of each file.",
+)
 @click.option("--max-layers", type=click.IntRange(1), help="At most so many layers.")
 @click.option("--max-bytes", type=Size(), help="At most so large an expert, such as 200KB, of a mean passage.")
 @click.option(
@@ -57,13 +61,14 @@ def experts() -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the draw of questions.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
+@click.option("--gguf-file", help="Read the LLM from this GGUF file in its directory or repository.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def create(
     llm: str,
     preset: str,
     out: Path,
     layers: tuple[int, ...] | None,
-    calibrate: str | None,
+    calibrate: tuple[str, ...],
     max_layers: int | None,
     max_bytes: int | None,
     keep: float | None,
@@ -73,6 +78,7 @@ def create(
     seed: int,
     device: str,
     dtype: str,
+    gguf_file: str | None,
     trust_remote_code: bool,
 ) -> None:
     """Write an untrained checkpoint: experts in all layers, in those named, or in those that calibration finds.
@@ -94,7 +100,9 @@ def create(
     from genpoe_plugin.language_model import load_language_model
 
     check_replaceable(out, is_checkpoint, "a checkpoint")
-    model, tokenizer = load_language_model(llm, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_language_model(
+        llm, device=device, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code
+    )
     config = attention_config(model, layers)
     calibration = None
     if calibrate:

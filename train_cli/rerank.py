@@ -16,12 +16,14 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 @click.option("--reranker", required=True, help="Decoder LLM: directory or hub name.")
 @reranking_options
 @result_options
-def rerank(results: Path, reranker: str, llm: str | None, out: Path, form: str, device: str) -> None:
+def rerank(
+    results: Path, reranker: str, llm: str | None, gguf_file: str | None, out: Path, form: str, device: str
+) -> None:
     """Put the passages of RESULTS in a reranker's order, and say how many questions find an answer before and after.
 
     RESULTS are those of `genpoe retrieve` or DPR's, .gz too. What was interrupted is gone on with by the same command.
     """
     total = count_questions(results, with_passages=True)
-    work, named = load_reranker(reranker, llm, device)
+    work, named = load_reranker(reranker, llm, gguf_file, device)
     header = read_header(results) | {"results_sha256": file_digest(results)} | named
     make_file(results, total, out, form, work, header)

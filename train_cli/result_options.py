@@ -42,18 +42,23 @@ def count_questions(path: Path, with_passages: bool) -> int:
 def reranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What else is said of a reranker."""
     told = "Cut passages for the reranker at 256 tokens of this LLM, as its evaluations do: directory or hub name."
-    return click.option("--llm", help=told)(command)
+    gguf = click.option("--gguf-file", help="The GGUF file, in that directory or repository, that has its tokenizer.")
+    return click.option("--llm", help=told)(gguf(command))
 
 
-def load_reranker(name: str, llm: str | None, device: str) -> tuple[Rerank, dict[str, Any]]:
+def load_reranker(name: str, llm: str | None, gguf_file: str | None, device: str) -> tuple[Rerank, dict[str, Any]]:
     """What puts questions' passages in order, and what the header of the results says of it."""
     from genpoe_plugin.language_model import load_tokenizer
     from genpoe_plugin.reranking import Reranker
     from genpoe_plugin.results import rerank_all
 
-    tokenizer = None if llm is None else load_tokenizer(llm)
+    if gguf_file is not None and llm is None:
+        raise InputError("--gguf-file: it is a file of the LLM that passages are cut for; give --llm as well")
+    tokenizer = None if llm is None else load_tokenizer(llm, gguf_file=gguf_file)
     model = Reranker.load(name, device=device)
-    said = {"reranker": name, "reranker_fingerprint": model.fingerprint} | ({} if llm is None else {"llm": llm})
+    optional = {"llm": llm, "gguf_file": gguf_file}
+    said = {"reranker": name, "reranker_fingerprint": model.fingerprint}
+    said |= {key: value for key, value in optional.items() if value is not None}
     return lambda questions: rerank_all(questions, model, tokenizer), said
 
 

@@ -28,6 +28,7 @@ def retrieve(
     reranker: str | None,
     encoder: str | None,
     llm: str | None,
+    gguf_file: str | None,
     out: Path,
     form: str,
     device: str,
@@ -39,11 +40,13 @@ def retrieve(
     from genpoe_plugin.results import retrieve_all
     from genpoe_plugin.retrieval.retriever import Retriever
 
-    if llm and not reranker:
-        raise InputError("--llm: passages are cut for a reranker; give --reranker as well")
+    if (llm or gguf_file) and not reranker:
+        raise InputError(
+            f"{'--llm' if llm else '--gguf-file'}: passages are cut for a reranker; give --reranker as well"
+        )
     total = count_questions(questions, with_passages=False)
     retriever = Retriever.load(index, device=device, encoder=encoder)
-    rerank, named = load_reranker(reranker, llm, device) if reranker else (None, {})
+    rerank, named = load_reranker(reranker, llm, gguf_file, device) if reranker else (None, {})
 
     def work(asked: Iterator[Question]) -> Iterator[Question]:
         found = retrieve_all(asked, retriever, num_retrieved)

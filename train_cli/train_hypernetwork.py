@@ -25,6 +25,7 @@ from train_cli.training_options import FORM_HELP, describe, digests, form_option
 @training_options(HypernetworkTraining)
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
+@click.option("--gguf-file", help="Read the frozen LLM from this GGUF file in its directory or repository.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def hypernetwork(
     model: str,
@@ -36,6 +37,7 @@ def hypernetwork(
     preset: str,
     device: str | None,
     dtype: str,
+    gguf_file: str | None,
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
@@ -64,12 +66,13 @@ def hypernetwork(
     accelerator = accelerator_on(device)
     finished_before = is_finished(out)
 
-    llm_size = read_size(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    from_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+    llm_size = read_size(model, dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf)
     changes = {name: value for name, value in form.items() if value is not None}
     layer = changes.pop("layer", llm_size.layers // 3)
     config = HypernetworkConfig.preset(preset, hidden_size=llm_size.hidden_size, layer=layer, **changes)
     size = footprint(config)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, **from_gguf)
     if accelerator.is_main_process:
         click.echo(f"hypernetwork: {size.parameters:,} parameters; an expert: {size.expert_bytes:,} bytes", err=True)
     plan = plan_hypernetwork(config, arguments, examples, llm_size, tokenizer, accelerator)
@@ -77,7 +80,7 @@ def hypernetwork(
         return
 
     llm, tokenizer = load_language_model(
-        model, device=device or str(accelerator.device), dtype=dtype, trust_remote_code=trust_remote_code
+        model, device=device or str(accelerator.device), dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf
     )
     files = [DataFile.read("training", data, len(examples))]
     held_out = None
@@ -99,7 +102,7 @@ def hypernetwork(
         llm,
         tokenizer,
         out,
-        identity={"model": model, "dtype": dtype, "titles": titles, **digests(files)},
+        identity={"model": model, **from_gguf, "dtype": dtype, "titles": titles, **digests(files)},
         validation=held_out,
         accelerator=accelerator,
     )
@@ -114,5 +117,5 @@ def hypernetwork(
             arguments,
             progress,
             accelerator.num_processes,
-            {"num_passages": arguments.num_passages},
+            {**from_gguf, "num_passages": arguments.num_passages},
         )

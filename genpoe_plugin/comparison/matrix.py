@@ -206,6 +206,15 @@ def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
         raise InputError(f"{failed[0]}{others}; the same command goes on with what is missing")
 
 
+def is_finished(matrix: Matrix, cell: Cell) -> bool:
+    """Whether a cell has whole results.
+
+    Raises:
+        InputError: its folder holds another run than the matrix says.
+    """
+    return matrix.folder(cell).exists() and _is_done(matrix, cell, _definition(matrix, cell, {}))
+
+
 def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, Any]:
     """What a cell's results depend on: its command, and the content of the files that it names."""
     named = {

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_decoder
+from genpoe_plugin.gguf_files import check_gguf
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -107,14 +108,16 @@ class AdapterSize:
         return cls(rank * (inputs + outputs), inputs + rank * len(shapes))
 
 
-def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """An LLM of a directory or the hub, all of its structure and none of its storage.
+def empty_model(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """An LLM of a directory or the hub, or of a GGUF file there: all of its structure and none of its storage.
 
     Raises:
         InputError: it has no configuration of a causal language model.
     """
+    check_gguf(name, gguf_file)
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **gguf)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -122,13 +125,18 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
 
 
-def read_size(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> LanguageModelSize:
-    """The sizes of an LLM in a directory or on the hub, as it will be loaded in ``dtype``.
+def read_size(
+    name: str, *, dtype: str = "auto", gguf_file: str | None = None, trust_remote_code: bool = False
+) -> LanguageModelSize:
+    """The sizes of an LLM in a directory or on the hub, or in a GGUF file there, as it will be loaded in ``dtype``.
 
     Raises:
         InputError: it has no configuration of a causal language model, or there is no such dtype.
     """
-    model = empty_model(name, trust_remote_code=trust_remote_code)
+    model = empty_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    if gguf_file is not None:
+        # Whatever is in it, transformers makes plain numbers of it.
+        return LanguageModelSize.of(model, dtype="float32" if dtype == "auto" else dtype)
     quantised = getattr(model.config, "quantization_config", None) is not None
     unknown = dtype == "auto" and model.config.get_text_config().dtype is None
     stored = _stored_tensors(name) if quantised or unknown else []

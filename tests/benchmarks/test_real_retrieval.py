@@ -67,7 +67,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_retrieval, "_encoder", lambda: "letters")
+    monkeypatch.setattr(real_retrieval, "encoder_name", lambda: "letters")
     monkeypatch.setattr(real_retrieval, "load_encoder", lambda name: Letters())
     monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name: ByTitle()))
 

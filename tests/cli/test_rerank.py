@@ -16,6 +16,7 @@ from genpoe_plugin.files import file_digest
 from genpoe_plugin.passages import Passage
 from genpoe_plugin.questions import Question, RetrievedPassage, read_header, read_questions, write_questions
 from genpoe_plugin.reranking import Reranker
+from tests.gguf_llm import write_gguf
 from train_cli.main import main
 
 TEXTS = ["a fox", "a lazy dog", "the brown fox jumps", "over it"]
@@ -155,19 +156,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, reranker: ByLe
 
 
 def test_an_llm_cuts_the_passages(
-    results: Path, tmp_path: Path, reranker: ByLength, tokenizer: PreTrainedTokenizerFast
+    results: Path, tmp_path: Path, reranker: ByLength, tokenizer: PreTrainedTokenizerFast, make_llm
 ) -> None:
     long = RetrievedPassage(Passage("0", "", "word " * 900), 1.0, 1)
     write_questions(tmp_path / "long.jsonl", [Question("q", ("a",), (long,))])
     tokenizer.save_pretrained(tmp_path / "llm")
+    write_gguf(tmp_path / "tiny.gguf", make_llm("llama"), tokenizer)
+    of_file = ("--llm", tmp_path, "--gguf-file", "tiny.gguf")
     scores = {}
-    for name, options in {"whole": (), "cut": ("--llm", tmp_path / "llm")}.items():
+    for name, options in {"whole": (), "cut": ("--llm", tmp_path / "llm"), "cut-by-file": of_file}.items():
         result = run(tmp_path / "long.jsonl", tmp_path / name, *options)
         assert result.exit_code == 0, result.output
         (scores[name],) = (p.rerank_score for item in read_questions(tmp_path / name) for p in item.passages)
     assert 0 < scores["cut"] < 256 < scores["whole"] == 900
+    assert scores["cut-by-file"] == scores["cut"]
+    assert read_header(tmp_path / "cut-by-file")["gguf_file"] == "tiny.gguf"
     assert read_header(tmp_path / "cut")["llm"] == str(tmp_path / "llm") and "llm" not in read_header(
         tmp_path / "whole"
     )
+    result = run(tmp_path / "long.jsonl", tmp_path / "out", "--gguf-file", "tiny.gguf")
+    assert result.exit_code == 2 and "give --llm as well" in result.stderr
     result = run(tmp_path / "long.jsonl", tmp_path / "out", "--llm", tmp_path / "nothing")
     assert result.exit_code == 2 and "cannot be loaded" in result.stderr and result.stderr.count("\n") == 1

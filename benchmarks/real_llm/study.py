@@ -1,0 +1,188 @@
+"""A study of one LLM: its settings, its rows as runs of the stock lm_eval, and what has been found so far."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_llm.layers import Layers, Shape, largest_set
+from benchmarks.real_llm.questions import file_of, write_files
+from benchmarks.real_llm.rows import StudyRow, study_rows
+from benchmarks.real_llm.scores import NATS, Scores, read_scores, tasks_of, token_counter
+from genpoe_plugin.comparison.matrix import Cell, Matrix, is_finished, run_matrix
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import atomic_file, file_digest
+from genpoe_plugin.language_model import load_tokenizer
+
+SETTINGS = "study.json"
+SEED = 0  # of the sample of questions, and of the controls
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study is asked for.
+
+    Attributes:
+        llm: a directory, or a name of the hub.
+        out: folder of all that the study writes.
+        files: of questions, by data set.
+        sets: layers by their number.
+        limit, limit_curve, limit_nats: questions of each data set; the second in rows on layers, distractors and
+            retrieval, the third where the likelihood of answers is scored.
+        max_tokens: of an answer.
+
+    Raises:
+        InputError: settings that cannot be.
+    """
+
+    llm: str
+    out: Path
+    files: Mapping[str, Path]
+    sets: Mapping[int, Layers]
+    shape: Shape
+    limit: int
+    limit_curve: int
+    limit_nats: int
+    dtype: str = "auto"
+    batch_size: int = 16
+    max_tokens: int = 16
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, part in (("curve", self.limit_curve), ("nats", self.limit_nats)):
+            if part > self.limit:
+                raise InputError(f"--limit-{name} {part}: more than --limit {self.limit}, of which it is a part")
+        for value in (self.llm, str(self.out)):
+            if "," in value:
+                raise InputError(f"{value}: has a comma, at which lm_eval would split it; give another directory")
+
+    @cached_property
+    def main(self) -> Layers:
+        return largest_set(dict(self.sets), self.shape.depth // 2)
+
+    @cached_property
+    def rows(self) -> list[StudyRow]:
+        quarter = largest_set(dict(self.sets), max(1, self.shape.depth // 4))
+        return study_rows(dict(self.sets), self.main, quarter, self.shape.all)
+
+    def chosen(self, names: str | None) -> list[StudyRow]:
+        """The rows of these names, separated by commas, in their order; without names all of them.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        if names is None:
+            return self.rows
+        known = {row.name: row for row in self.rows}
+        wanted = list(dict.fromkeys(names.split(",")))
+        if unknown := [name for name in wanted if name not in known]:
+            raise InputError(f"--rows {unknown[0]}: not one of {', '.join(known)}")
+        return [known[name] for name in wanted]
+
+    def prepare(self) -> None:
+        """Write down the settings, or check them against those of what is there; then write the files of questions.
+
+        Raises:
+            InputError: ``out`` has a study with other settings.
+        """
+        path, settings = self.out / SETTINGS, self._settings()
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if different := [name for name in settings if found.get(name) != settings[name]]:
+                others = ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
+                raise InputError(f"{self.out}: has a study with {others}; give another --out, or delete it")
+        else:
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_files(self.files, self.out, self.limit, SEED)
+
+    def _settings(self) -> dict[str, Any]:
+        """What all rows share. The sets of layers are not among it, so that some may come later."""
+        return {
+            "llm": Path(self.llm).name,
+            "limit": self.limit,
+            "limit_curve": self.limit_curve,
+            "limit_nats": self.limit_nats,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "max_tokens": self.max_tokens,
+            "device": self.device,
+            "seed": SEED,
+            "questions": {name: {"file": path.name, "sha256": file_digest(path)} for name, path in self.files.items()},
+        }
+
+    def _matrices(self, row: StudyRow) -> tuple[Matrix, Matrix]:
+        """The two runs of lm_eval that a row is: answers, and the likelihood of the right ones."""
+        limit = self.limit_curve if row.curve else self.limit
+        return self._matrix(row, "", limit), self._matrix(row, NATS, min(limit, self.limit_nats))
+
+    def _matrix(self, row: StudyRow, kind: str, limit: int) -> Matrix:
+        arguments: dict[str, Any] = {"pretrained": self.llm, "dtype": self.dtype, "mode": row.mode, "seed": SEED}
+        if row.mode != "closed_book":
+            arguments |= {"passages": row.passages, "num_passages": row.num_passages}
+        if row.layers:
+            arguments |= {"hypernetwork": self._checkpoint(row.layers), "gates": row.gates}
+            arguments["expert_store"] = self.out / "experts"
+        options = {
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "limit": limit,
+            **({} if kind else {"gen_kwargs": f"max_gen_toks={self.max_tokens}"}),
+            "metadata": {
+                "genpoe_data": {f"genpoe_{name}": str(file_of(self.out, name, row.purpose)) for name in self.files}
+            },
+        }
+        cell = Cell(row.name + kind, "genpoe", {name: str(value) for name, value in arguments.items()})
+        return Matrix(self.out / "rows", tasks_of(list(self.files), kind), options, (cell,))
+
+    def _checkpoint(self, layers: Layers) -> Path:
+        return self.out / "checkpoints" / "-".join(map(str, layers))
+
+    def run(self, row: StudyRow) -> None:
+        """Carry out a row, unless its results are there.
+
+        Raises:
+            InputError: it failed, or its folder has another run.
+        """
+        if row.layers and not self._checkpoint(row.layers).is_dir():
+            self._create(row.layers)
+        for matrix in self._matrices(row):
+            run_matrix(matrix)
+
+    def _create(self, layers: Layers) -> None:
+        """Write the checkpoint of experts in these layers."""
+        words = ["experts", "create", "--llm", self.llm, "--preset", "attention"]
+        words += ["--layers", ",".join(map(str, layers)), "--out", str(self._checkpoint(layers))]
+        done = subprocess.run([sys.executable, "-m", "train_cli", *words], stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise InputError(f"genpoe {' '.join(words)}: stopped with status {done.returncode}")
+
+    def finished(self) -> list[StudyRow]:
+        """The rows that have whole results.
+
+        Raises:
+            InputError: a row's folder has another run than the settings say.
+        """
+        return [
+            row
+            for row in self.rows
+            if all(is_finished(matrix, cell) for matrix in self._matrices(row) for cell in matrix.cells)
+        ]
+
+    def scores(self) -> dict[str, Scores]:
+        """Of all finished rows, by name."""
+        tokens = token_counter(load_tokenizer(self.llm))
+        return {
+            row.name: read_scores(
+                [matrix.folder(cell) for matrix in self._matrices(row) for cell in matrix.cells],
+                list(self.files),
+                tokens,
+            )
+            for row in self.finished()
+        }

@@ -1,0 +1,96 @@
+"""``real-llm table``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from benchmarks.real_llm.layers import Shape, read_layers
+from benchmarks.real_llm.output import SECTION, write_study
+from benchmarks.real_llm.questions import find_files
+from benchmarks.real_llm.study import Study
+from genpoe_plugin.errors import InputError
+
+
+@click.command()
+@click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
+@click.option(
+    "--layers-file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The calibration.csv of a checkpoint, or JSON.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
+@click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Folder with NQ and SQuAD.")
+@click.option("--questions", multiple=True, metavar="NAME=FILE", help="A file as nq or squad; repeatable.")
+@click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions of each data set.")
+@click.option(
+    "--limit-curve", type=click.IntRange(2), help="In rows on layers, distractors and retrieval.  [default: all]"
+)
+@click.option("--limit-nats", type=click.IntRange(2), help="Where likelihoods are scored.  [default: all]")
+@click.option("--rows", metavar="NAME,...", help="Run only these rows now, in this order.  [default: all]")
+@click.option("--dtype", default="auto", show_default=True, help="Of the LLM: auto, float32, bfloat16, float16.")
+@click.option("--device", help="Of the LLM.  [default: lm_eval's]")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
+def table(
+    llm: str,
+    layers_file: Path,
+    out: Path,
+    data: Path | None,
+    questions: tuple[str, ...],
+    limit: int,
+    limit_curve: int | None,
+    limit_nats: int | None,
+    rows: str | None,
+    dtype: str,
+    device: str | None,
+    batch_size: int,
+    max_tokens: int,
+) -> None:
+    """One LLM in every mode, with controls, distractors and sets of layers: a run of lm_eval for each row.
+
+    Rows that --out has already are not run again, and the table has all of them.
+    """
+    shape = Shape.of(llm)
+    study = Study(
+        # Rows are known again by their command, however these are spelt.
+        llm=str(Path(llm).resolve()) if Path(llm).is_dir() else llm,
+        out=out.resolve(),
+        files=find_files(data, questions),
+        sets=read_layers(layers_file, shape.depth),
+        shape=shape,
+        limit=limit,
+        limit_curve=limit if limit_curve is None else limit_curve,
+        limit_nats=limit if limit_nats is None else limit_nats,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        device=device,
+    )
+    chosen = study.chosen(rows)
+    study.prepare()
+    failed = []
+    for number, row in enumerate(chosen, 1):
+        click.echo(f"{row.name} ({number} of {len(chosen)})")
+        try:
+            study.run(row)
+        except InputError as error:  # it keeps no other row from being run
+            click.echo(f"failed: {error}", err=True)
+            failed.append(row.name)
+    write_study(study, _command(study, layers_file))
+    click.echo(f"written: {out / SECTION}")
+    if failed:
+        raise InputError(f"failed: {', '.join(failed)}; the same command goes on with what is missing")
+
+
+def _command(study: Study, layers_file: Path) -> str:
+    """What makes the whole study again, with names in the place of this machine's paths."""
+    words = ["python", "-m", "benchmarks", "real-llm", "table", "--llm", Path(study.llm).name]
+    words += ["--layers-file", layers_file.name, "--data", "DATA", "--out", study.out.name]
+    words += ["--limit", str(study.limit), "--limit-curve", str(study.limit_curve)]
+    words += ["--limit-nats", str(study.limit_nats), "--dtype", study.dtype]
+    words += ["--batch-size", str(study.batch_size), "--max-tokens", str(study.max_tokens)]
+    return shlex.join(words + (["--device", study.device] if study.device else []))
