@@ -293,7 +293,7 @@ def test_measurements_of_another_calibration_are_refused(make_llm, bare_tokenize
 
     def run(llm: int = 0, **options):
         limits = Limits(max_bytes=1)  # which nothing fits, so that the file stays
-        return calibrate_on(str(questions), llms[llm], bare_tokenizer, config, limits, progress, **options)
+        return calibrate_on([str(questions)], llms[llm], bare_tokenizer, config, limits, progress, **options)
 
     with pytest.raises(InputError, match="within the limits"):
         run()

@@ -83,6 +83,10 @@ def test_layers_by_name_and_a_checkpoint_is_replaced(llm_dir: Path, tokenizer, t
         (("--calibrate", "QUESTIONS", "--max-bytes", "much"), "'much' is not a size such as 16GB"),
         (("--calibrate", "/no/such/file", "--max-layers", "1"), "/no/such/file: no such file"),
         (("--calibrate", "WITHOUT", "--max-layers", "1"), "no question has a passage that contains one of its answers"),
+        (
+            ("--calibrate", "QUESTIONS", "--calibrate", "WITHOUT", "--max-layers", "1"),
+            "without.jsonl: no question has a passage that contains one of its answers",
+        ),
         (("--preset", "paper"), "'paper' is not 'attention'"),
         (("--dtype", "float31"), "dtype float31: no such number format"),
         (("--device", "gpu7"), "gpu7"),
@@ -179,6 +183,24 @@ def test_calibration_of_heads(llm_dir: Path, questions: Path, tokenizer, tmp_pat
     heads = loaded.config.kv_heads or ((0, 1),) * len(loaded.config.layers)
     units = loaded(torch.randn(1, 2, loaded.state_width), torch.ones(1, 2, dtype=torch.bool)).units
     assert units.shape == (1, 2, 2 * 8 * sum(map(len, heads)))
+
+
+def test_as_many_questions_of_each_file(llm_dir: Path, questions: Path, tmp_path: Path, monkeypatch) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(questions.read_text().replace('"question": "', '"question": "again, '))
+    asked: list[str] = []
+    start = AnswerLoss.__init__
+
+    def noted(self, examples, *arguments, **options):
+        asked.extend(example.question for example in examples)
+        start(self, examples, *arguments, **options)
+
+    monkeypatch.setattr(AnswerLoss, "__init__", noted)
+    options = ("--calibrate", other, "--max-layers", 1, "--num-questions", 4)
+    result = calibrated(llm_dir, questions, tmp_path / "out", *options)
+    assert result.exit_code == 0 and "nats per answer token, 4 questions:" in result.stdout
+    assert [question.startswith("again, ") for question in asked] == [False, False, True, True]
+    assert len(set(asked)) == 4
 
 
 def test_nothing_fits(llm_dir: Path, questions: Path, tmp_path: Path) -> None:
