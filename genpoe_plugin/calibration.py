@@ -216,7 +216,8 @@ def calibrate(
         heads: a part is one key-value head of a layer instead of a layer.
 
     Raises:
-        InputError: nothing fits the limits, or ``progress`` is of another calibration.
+        InputError: nothing fits the limits, experts in all layers gain nothing of which a share could be kept, or
+            ``progress`` is of another calibration.
     """
     measured = _Measurements(progress, identity)
     whole = AttentionShape.of(loss.config)
@@ -234,6 +235,11 @@ def calibrate(
 
     points = []
     full = nats(parts)
+    if limits.keep is not None and full >= closed:
+        raise InputError(
+            f"answers cost {full:.3f} nats a token with experts in all layers and {closed:.3f} without any: there is "
+            "no gain to keep a share of; give max_layers or max_bytes"
+        )
     for some, value in tqdm(_shrinking(parts, nats), desc="Leaving out", total=len(parts), unit="part"):
         config = with_parts(loss.config, some)
         unit = footprint(config, loss.model.dtype).expert_bytes
@@ -353,15 +359,14 @@ class _Measurements:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(identity) + "\n", encoding="utf-8")
             return
-        first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
         if first != json.dumps(identity):
             raise InputError(f"{path}: measurements of another calibration; delete the file, or give another --out")
-        for line in lines:
-            try:
-                name, value = json.loads(line)
-            except ValueError:  # the last line of a run that was killed as it wrote
-                break
-            self.known[name] = value
+        *whole, rest = lines or [""]
+        self.known = dict(json.loads(line) for line in whole)
+        if rest:  # the last line of a run that was killed as it wrote
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in (first, *whole)), encoding="utf-8")
 
     def __call__(self, name: str, measure: Callable[[], float]) -> float:
         if name not in self.known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -91,6 +92,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left", model_max_length=2048
     )
+
+
+@pytest.fixture(scope="session")
+def bare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, but nothing is put before a text."""
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert bare("Who?")["input_ids"] == tokenizer("Who?", add_special_tokens=False)["input_ids"]
+    return bare
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from genpoe_plugin.checkpoint import CONFIG, WEIGHTS, checkpoint_fingerprint, load_hypernetwork, save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
 
@@ -47,6 +49,54 @@ def test_save_and_load_is_identity(tmp_path, config, form, llm, tokenizer):
         assert torch.equal(weight, other)
     x, gates = torch.randn(3, 4, 32), torch.ones(3, 1)
     assert torch.equal(ours.unsqueeze(1).mix(x, gates), theirs.unsqueeze(1).mix(x, gates))
+
+
+def test_attention_experts_save_and_load(tmp_path, llm, tokenizer):
+    """What is learned, the bias, included; the layers and heads too."""
+    every = attention_config(llm, (0, 2))
+    hypernetwork = Hypernetwork(replace(every, kv_heads=((1,), (0, 1))))
+    hypernetwork.head.bias.data.normal_()
+    save_hypernetwork(tmp_path / "checkpoint", hypernetwork, llm, tokenizer, {})
+    loaded = load_hypernetwork(tmp_path / "checkpoint", llm, tokenizer)
+    assert loaded.config == hypernetwork.config
+    units, mask = torch.randn(2, 5, hypernetwork.state_width), torch.ones(2, 5, dtype=torch.bool)
+    ours, theirs = loaded(units, mask), hypernetwork(units, mask)
+    assert torch.equal(ours.units, theirs.units) and torch.equal(ours.bias, theirs.bias)
+    assert ours.shape == theirs.shape and ours.bias.shape == (2, 4) and ours.bias.any()
+
+
+def test_attention_experts_of_another_llm_are_refused(tmp_path, make_llm, tokenizer):
+    llm = make_llm("llama")
+    create_attention_experts(tmp_path / "checkpoint", attention_config(llm), llm, tokenizer)
+    load_hypernetwork(tmp_path / "checkpoint", llm.bfloat16(), tokenizer)
+    for other, message in (
+        (make_llm("llama", seed=1), "other embeddings"),
+        (make_llm("llama", num_hidden_layers=4), "num_hidden_layers 3 there, 4 here"),
+        (make_llm("mistral"), "model_type llama there, mistral here"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            load_hypernetwork(tmp_path / "checkpoint", other, tokenizer)
+        assert "genpoe experts create" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_attention_experts_of_other_heads_are_refused(make_llm, tokenizer):
+    """The same embeddings, and other keys and values."""
+    config = attention_config(make_llm("llama"))
+    with pytest.raises(InputError, match="hypernetwork num_kv_heads is 2, the LLM's is 4"):
+        ExpertGenerator(Hypernetwork(config), make_llm("llama", num_key_value_heads=4), tokenizer)
+    with pytest.raises(InputError, match="layer 2 is not in LlamaForCausalLM"):
+        ExpertGenerator(Hypernetwork(config), make_llm("llama", num_hidden_layers=2), tokenizer)
+
+
+def test_a_checkpoint_from_before_experts_stood_in_several_layers(saved, llm, tokenizer):
+    directory, hypernetwork = saved
+    record = json.loads((directory / CONFIG).read_text())
+    form = record["hypernetwork"]
+    (form["layer"],) = form.pop("layers")
+    for field in ("num_heads", "num_kv_heads", "head_width", "kv_heads"):
+        del form[field]
+    (directory / CONFIG).write_text(json.dumps(record))
+    assert load_hypernetwork(directory, llm, tokenizer).config == hypernetwork.config
 
 
 def test_a_checkpoint_from_before_there_were_two_heads(saved, llm, tokenizer):
@@ -104,9 +154,9 @@ def _saved_with_another_token(tokenizer, directory):
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named_with_the_command_that_makes_it(saved, llm, tokenizer, file):
+def test_a_missing_file_is_named(saved, llm, tokenizer, file):
     (saved[0] / file).unlink()
-    with pytest.raises(InputError, match=rf"{file} is missing; `genpoe train hypernetwork`"):
+    with pytest.raises(InputError, match=rf"{file} is missing; the command that made it writes both"):
         load_hypernetwork(saved[0], llm, tokenizer)
 
 

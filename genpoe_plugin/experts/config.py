@@ -106,7 +106,7 @@ class HypernetworkConfig:
         if self.head == "attention":
             self._check_heads()
         elif len(self.layers) > 1:
-            raise InputError(f"hypernetwork head {self.head!r} has experts in one layer, not {len(self.layers)}")
+            raise InputError(f"hypernetwork layers is {self.layers!r}; head {self.head!r} has experts in one layer")
 
     def _check_heads(self) -> None:
         if not (self.num_heads and self.num_kv_heads and self.head_width):
@@ -115,8 +115,11 @@ class HypernetworkConfig:
             raise InputError(f"hypernetwork num_heads {self.num_heads} is not a multiple of {self.num_kv_heads}")
         if self.kv_heads is None:
             return
-        if len(self.kv_heads) != len(self.layers):
-            raise InputError(f"hypernetwork kv_heads is for {len(self.kv_heads)} layers, not for {len(self.layers)}")
+        if not isinstance(self.kv_heads, tuple) or len(self.kv_heads) != len(self.layers):
+            raise InputError(
+                f"hypernetwork kv_heads is {self.kv_heads!r}; it must be a list of heads for each of "
+                f"{len(self.layers)} layers"
+            )
         for heads in self.kv_heads:
             if not _ascending(heads) or heads[-1] >= self.num_kv_heads:
                 raise InputError(
@@ -168,7 +171,7 @@ class HypernetworkConfig:
         if isinstance(values["layers"], list):
             values["layers"] = tuple(values["layers"])
         if isinstance(values.get("kv_heads"), list):
-            values["kv_heads"] = tuple(map(tuple, values["kv_heads"]))
+            values["kv_heads"] = tuple(tuple(own) if isinstance(own, list) else own for own in values["kv_heads"])
         return cls(**values)
 
 

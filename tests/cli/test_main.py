@@ -66,7 +66,7 @@ def test_a_lazy_command_is_imported_on_use_only(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "data", "index", "retrieve", "rerank", "train reranker", "train hypernetwork"]
+    "command", ["demo", "data", "index", "retrieve", "rerank", "train reranker", "train hypernetwork", "experts create"]
 )
 def test_every_command_is_there(command: str) -> None:
     result = CliRunner().invoke(main, [*command.split(), "--help"], prog_name="genpoe")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
 ENCODERS = [{"encoder": "mean"}, {"encoder": "attention"}, {"encoder": "attention", "value_size": 5}]
 
@@ -236,6 +239,91 @@ def test_wrong_configurations_are_named(field, value):
 def test_a_memory_needs_queries():
     with pytest.raises(InputError, match="head 'memory' needs encoder 'attention'"):
         HypernetworkConfig(hidden_size=32, layers=(1,), expert_width=16, head="memory", encoder="mean")
+
+
+ATTENTION = {"hidden_size": 32, "layers": (0, 2), "num_heads": 4, "num_kv_heads": 2, "head_width": 8}
+
+
+def attention(**changes: object) -> HypernetworkConfig:
+    return HypernetworkConfig.preset("attention", **{**ATTENTION, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: None}, "needs num_heads, num_kv_heads and head_width") for name in list(ATTENTION)[2:]),
+        *(({name: 0}, f"{name} is 0; it must be a positive whole number") for name in list(ATTENTION)[2:]),
+        ({"num_heads": 2.0}, "num_heads is 2.0"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of 3"),
+        ({"kv_heads": ((0, 1),)}, r"kv_heads is \(\(0, 1\),\); it must be a list of heads for each of 2 layers"),
+        ({"kv_heads": ((0, 1), (2,))}, r"kv_heads has \(2,\); it must be some of the heads 0 to 1, in ascending order"),
+        ({"kv_heads": ((1, 0), (0,))}, r"kv_heads has \(1, 0\)"),
+        ({"kv_heads": ((0, 0), (0,))}, r"kv_heads has \(0, 0\)"),
+        ({"kv_heads": ((), (0,))}, r"kv_heads has \(\)"),
+        ({"kv_heads": ((-1,), (0,))}, r"kv_heads has \(-1,\)"),
+        ({"kv_heads": [["0"], [0]]}, r"kv_heads has \('0',\)"),
+        ({"kv_heads": 2}, "kv_heads is 2"),
+        ({"kv_heads": [0, 1]}, "kv_heads has 0"),
+        ({"layers": (2, 0)}, "layers is"),
+        ({"layers": (1, 1)}, "layers is"),
+        ({"layers": ()}, "layers is"),
+        ({"layers": 1}, "layers is"),
+        ({"head": "memory"}, r"layers is \(0, 2\); head 'memory' has experts in one layer"),
+        ({"head": "dense"}, r"layers is \(0, 2\); head 'dense' has experts in one layer"),
+    ],
+)
+def test_wrong_attention_configurations_are_named_in_one_line(change, message):
+    with pytest.raises(InputError, match=message) as error:
+        attention(**change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kv_heads", [None, ((0,), (0, 1))])
+def test_attention_configuration_round_trip(kv_heads):
+    """As a dictionary, and as JSON, which has lists for tuples."""
+    config = attention(kv_heads=kv_heads)
+    assert (config.layers, config.layer, config.kv_heads) == ((0, 2), 0, kv_heads)
+    assert HypernetworkConfig.from_dict(config.to_dict()) == config
+    assert HypernetworkConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_older_configuration_names_its_one_layer():
+    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=2)
+    older = {name: value for name, value in config.to_dict().items() if name != "layers"}
+    assert HypernetworkConfig.from_dict({**older, "layer": 2}) == config
+    with pytest.raises(InputError, match="unknown field layer"):
+        HypernetworkConfig.from_dict({**config.to_dict(), "layer": 2})
+    with pytest.raises(InputError, match="missing or unknown field layers"):
+        HypernetworkConfig.from_dict(older)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "heads"), [(None, 4), (((1,), (0, 1)), 3)])
+def test_attention_size(dtype, kv_heads, heads):
+    """A key and a value of 8 numbers for each head kept; a number to learn for each layer and query head."""
+    size = footprint(attention(kv_heads=kv_heads), dtype)
+    assert size.expert_bytes == heads * 2 * 8 * dtype.itemsize
+    assert (size.parameters, size.base_numbers) == (2 * 4, 0)
+
+
+def test_no_attention_experts_have_the_shape_of_some_and_share_the_bias():
+    hypernetwork = Hypernetwork(attention(kv_heads=((1,), (0, 1))))
+    units = torch.randn(2, 5, 48)
+    some = hypernetwork(units, torch.ones(2, 5, dtype=torch.bool))
+    none = hypernetwork.none()
+    assert hypernetwork.state_width == 48 and none.units.shape == (0, 48)
+    assert none.bias is some.bias and none.shape == some.shape
+    assert torch.equal(none.with_weights(units).units, units)
+
+
+def test_attention_experts_written_into_memory_leave_out_what_is_no_token_of_theirs():
+    hypernetwork = Hypernetwork(attention())
+    units = torch.randn(2, 3, 64)
+    mask = torch.tensor([[False, True, False], [False, True, True]])
+    kept = (torch.full((5, 64), 7.0, dtype=torch.bfloat16),)
+    hypernetwork.write(units, mask, kept, torch.tensor([4, 0, 3]))
+    expected = torch.stack([units[1, 1], units[1, 2], units[0, 1]]).bfloat16()
+    assert torch.equal(kept[0][[0, 3, 4]], expected) and (kept[0][[1, 2]] == 7).all()
 
 
 def test_configuration_round_trip():

@@ -30,7 +30,7 @@ def make_experts():
 
 
 def config(head: str) -> HypernetworkConfig:
-    return HypernetworkConfig(hidden_size=D, layer=1, expert_width=H, rank=R, core_size=R, head=head)
+    return HypernetworkConfig(hidden_size=D, layers=(1,), expert_width=H, rank=R, core_size=R, head=head)
 
 
 @pytest.mark.parametrize("count", [1, 3])

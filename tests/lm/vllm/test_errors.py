@@ -42,6 +42,15 @@ def test_arguments(make_vllm, arguments, says):
     assert "\n" not in str(error.value)
 
 
+def test_experts_in_the_attention(make_vllm, llm, tokenizer, tmp_path):
+    from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+
+    create_attention_experts(tmp_path / "attention", attention_config(llm), llm, tokenizer)
+    with pytest.raises(InputError, match="which do not run on vLLM yet; use --model genpoe") as error:
+        make_vllm(hypernetwork=str(tmp_path / "attention"))
+    assert str(tmp_path / "attention") in str(error.value) and "\n" not in str(error.value)
+
+
 def test_an_architecture_without_a_class(make_vllm, make_llm, tokenizer, make_hypernetwork_dir, tmp_path):
     make_llm("gpt_neox", hidden_size=64).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
