@@ -140,46 +140,50 @@ class _Branch:
     def __init__(self, rows: RowExperts) -> None:
         self.given = rows
         self.arguments: dict[str, Any] = {}
-        self.rows: RowExperts | None = None
+        self._batch = 0
+        self._rows: dict[torch.device, RowExperts] = {}
 
     def rows_for(self, batch: int, device: torch.device) -> RowExperts:
-        """The rows of a batch of this size there: laid out once a generation, and again where the size changes."""
-        if self.rows is None or len(self.rows.start) != batch or self.rows.start.device != device:
+        """The rows of a batch of this size there: repeated once a generation, and again where the size changes."""
+        if batch != self._batch:
+            self._rows.clear()
+            self.forget()
+            self._batch = batch
+        if device not in self._rows:  # the layers of a model may be on several
             count = len(self.given.start)
             if batch % count:
                 raise InputError(f"a batch of {batch} cannot be shared by the experts of {count} rows")
-            self.rows = self.given.to(device).repeat(batch // count)
-            self.lay_out(self.rows)
-        return self.rows
+            self._rows[device] = self.given.to(device).repeat(batch // count)
+        return self._rows[device]
 
-    def lay_out(self, rows: RowExperts) -> None:
-        """Copy the weights into the order that the passes need."""
+    def forget(self) -> None:
+        """Drop what was laid out for batches of another size."""
         raise NotImplementedError
 
 
 class _MLPBranch(_Branch):
-    mixture: Mixture
+    mixture: Mixture | None = None
 
     def beside_mlp(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """``output``, and what the experts make of the MLP's input."""
         if _off.get():
             return output
         x = args[0]
-        experts = self.given.experts
-        assert isinstance(experts, MLPExperts)
-        if x.shape[-1] != experts.width:
-            raise InputError(f"experts of width {experts.width} beside an MLP of width {x.shape[-1]}")
         batch, tokens = x.shape[:2]
         rows = self.rows_for(batch, x.device)
+        if self.mixture is None:
+            assert isinstance(rows.experts, MLPExperts)
+            if x.shape[-1] != (width := rows.experts.width):
+                raise InputError(f"experts of width {width} beside an MLP of width {x.shape[-1]}")
+            self.mixture = rows.experts.mixture(rows.gates)
         active = _active_positions(rows.start, self.arguments, batch, tokens)
         if rows.served is None:
             return output + self.mixture(x).to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
         mixed = self.mixture(x[rows.served]).to(x.dtype) * active[rows.served].unsqueeze(-1).to(x.dtype)
         return output.index_add(0, rows.served, mixed.to(output.dtype))  # which autocast may have made another
 
-    def lay_out(self, rows: RowExperts) -> None:
-        assert isinstance(rows.experts, MLPExperts)
-        self.mixture = rows.experts.mixture(rows.gates)
+    def forget(self) -> None:
+        self.mixture = None
 
 
 class _AttentionBranch(_Branch):
@@ -194,22 +198,20 @@ class _AttentionBranch(_Branch):
         batch, _, tokens, _ = call.query.shape
         rows = self.rows_for(batch, call.query.device)
         active = _active_positions(rows.start, self.arguments, batch, tokens)
+        if call.layer not in self.layers:
+            self.layers[call.layer] = self._of_layer(call, rows)
+        experts = self.layers[call.layer]
         if rows.served is None:
-            return self._with_experts(call, active), None
+            return attend(call, experts, active), None
         # Rows without experts stay as the model computes them.
         output = call.plain()[0].clone()
-        output[rows.served] = self._with_experts(call.rows(rows.served), active[rows.served])
+        output[rows.served] = attend(call.rows(rows.served), experts, active[rows.served])
         return output, None
 
-    def _with_experts(self, call: Call, active: Tensor) -> Tensor:
-        assert self.rows is not None
-        if (experts := self.layers.get(call.layer)) is None:
-            experts = self._of_layer(call)
-        return attend(call, experts, active)
-
-    def _of_layer(self, call: Call) -> LayerExperts:
-        assert self.rows is not None and isinstance(self.rows.experts, AttentionExperts)
-        experts, shape = self.rows.experts, self.rows.experts.shape
+    def _of_layer(self, call: Call, rows: RowExperts) -> LayerExperts:
+        experts = rows.experts
+        assert isinstance(experts, AttentionExperts)
+        shape = experts.shape
         ours = shape.num_heads, shape.num_kv_heads, shape.head_width
         theirs = call.query.shape[1], call.key.shape[1], call.key.shape[3]
         if call.layer not in shape.layers:
@@ -219,8 +221,7 @@ class _AttentionBranch(_Branch):
                 f"experts for {ours[0]} heads, {ours[1]} of keys and values of width {ours[2]}; "
                 f"layer {call.layer} has {theirs[0]}, {theirs[1]} and {theirs[2]}"
             )
-        self.layers[call.layer] = found = experts.layer(call.layer, self.rows.gates)
-        return found
+        return experts.layer(call.layer, rows.gates)
 
-    def lay_out(self, rows: RowExperts) -> None:
-        self.layers.clear()  # each is laid out when its layer is first run
+    def forget(self) -> None:
+        self.layers.clear()
