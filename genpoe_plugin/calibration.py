@@ -30,15 +30,15 @@ from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.questions import read_questions
 from genpoe_plugin.training.batches import IGNORED, answer_logits, make_batch, mean_over_targets
+from genpoe_plugin.training.card import CALIBRATION, CALIBRATION_PICTURE
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, training_examples
 
-CURVE, PICTURE = "calibration.csv", "calibration.png"
 TRIED = 4  # parts whose loss is measured again before one is left out
 
 Part = tuple[tuple[int, int], ...]
@@ -128,33 +128,40 @@ class AnswerLoss:
         drawn.sort(key=lambda example: len(example.answer))
         self._batches = [drawn[begin : begin + batch_size] for begin in range(0, len(drawn), batch_size)]
         hypernetwork = Hypernetwork(config).to(model.device).eval().requires_grad_(False)
-        self._store = ExpertStore(hypernetwork, model, tokenizer, device_bytes=2**62)
-        self._store.prepare(passages)
-        units = self._store.units(passages)
+        store = ExpertStore(hypernetwork, model, tokenizer, device_bytes=2**62)
+        store.prepare(passages)
+        units = store.units(passages)
         self.mean_tokens = sum(units) / len(units)
+        # Of each batch once, for every measurement needs the same.
+        self._rows = [
+            store.rows([example.passages for example in batch], [example.gates for example in batch], [0] * len(batch))
+            for batch in self._batches
+        ]
 
     def without_experts(self, knowledge: bool) -> float:
         """Closed-book, or with the passage in the prompt (``knowledge``)."""
-        return self._mean(lambda batch: self._losses(batch, knowledge, None))
+        return self._mean(lambda batch, _: self._losses(batch, knowledge))
 
     def with_experts(self, config: HypernetworkConfig) -> float:
         """With the experts of ``config``, which has some of the layers and heads."""
-        return self._mean(lambda batch: self._losses(batch, False, config))
 
-    def _mean(self, losses: Callable[[list[DrawnExample]], list[float]]) -> float:
-        found = [loss for batch in self._batches for loss in losses(batch)]
+        def losses(batch: list[DrawnExample], rows: RowExperts | None) -> list[float]:
+            assert rows is not None and isinstance(rows.experts, AttentionExperts)
+            if config.kv_heads is not None:
+                rows = replace(rows, experts=rows.experts.part(AttentionShape.of(config)))
+            with inject(self.model, config.layers, rows):
+                return self._losses(batch, False)
+
+        return self._mean(losses)
+
+    def _mean(self, losses: Callable[[list[DrawnExample], RowExperts | None], list[float]]) -> float:
+        found = [loss for pair in zip(self._batches, self._rows, strict=True) for loss in losses(*pair)]
         return sum(found) / len(found)
 
     @torch.no_grad()
-    def _losses(self, examples: list[DrawnExample], knowledge: bool, config: HypernetworkConfig | None) -> list[float]:
+    def _losses(self, examples: list[DrawnExample], knowledge: bool) -> list[float]:
         batch = make_batch(examples, knowledge, self.tokenizer, end="")
-        rows = None
-        if config is not None:
-            rows = self._store.rows([e.passages for e in examples], [e.gates for e in examples], batch.start)
-            assert rows is not None and isinstance(rows.experts, AttentionExperts)
-            rows = replace(rows, experts=rows.experts.part(AttentionShape.of(config)))
-        with inject(self.model, config.layers if config else (), rows):
-            logits = answer_logits(self.model, batch, self.model.device)
+        logits = answer_logits(self.model, batch, self.model.device)
         labels = batch.labels.to(logits.device)
         wanted = labels != IGNORED
         losses = torch.zeros_like(labels, dtype=torch.float32)
@@ -304,7 +311,7 @@ def with_parts(config: HypernetworkConfig, parts: Sequence[Part]) -> Hypernetwor
 
 def write_calibration(directory: Path, calibration: Calibration) -> None:
     """Write the curve as CSV and as a picture."""
-    with atomic_file(directory / CURVE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with atomic_file(directory / CALIBRATION) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["layers", "kv_heads", "bytes", "nats", "kept", "chosen"])
         writer.writerow(["", "closed_book", 0, calibration.closed_book, 0.0, False])
@@ -316,7 +323,7 @@ def write_calibration(directory: Path, calibration: Calibration) -> None:
             writer.writerow([layers, heads, point.bytes, point.nats, point.kept, chosen])
         writer.writerow(["", "prompt", "", calibration.prompt, _kept_by_prompt(calibration), False])
     figure = _draw(calibration)
-    with atomic_file(directory / PICTURE) as temporary:
+    with atomic_file(directory / CALIBRATION_PICTURE) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -98,6 +98,8 @@ def create(
     from genpoe_plugin.experts.footprint import footprint
     from genpoe_plugin.files import check_replaceable
     from genpoe_plugin.language_model import load_language_model
+    from genpoe_plugin.training.card import DataFile, ModelCard, write_card
+    from train_cli.training_options import command_words
 
     check_replaceable(out, is_checkpoint, "a checkpoint")
     model, tokenizer = load_language_model(
@@ -114,7 +116,7 @@ def create(
             tokenizer,
             config,
             Limits(max_layers, max_bytes, keep),
-            out.with_name(f"{out.name}.calibration.jsonl"),
+            out.resolve().with_name(f"{out.resolve().name}.calibration.jsonl"),
             heads=heads,
             num_questions=num_questions,
             batch_size=batch_size,
@@ -129,6 +131,19 @@ def create(
         click.echo(f"  {chosen.nats:.3f} with the experts chosen, which keep {chosen.kept:.0%} of that gain")
     create_attention_experts(out, config, model, tokenizer, calibration)
     size = footprint(config, model.dtype).expert_bytes
+    write_card(
+        out,
+        ModelCard(
+            kind="experts",
+            base_model=llm,
+            out=str(out),
+            form={"layers": config.layers, "kv_heads": config.kv_heads, "bytes of a token": size},
+            data=[DataFile.read("calibration", file, num_questions // len(calibrate)) for file in calibrate],
+            arguments={},
+            command=command_words(),
+            steps=0,
+        ),
+    )
     click.echo(
         f"{out}: experts in {len(config.layers)} layers ({','.join(map(str, config.layers))}), "
         f"{size:,} bytes a token of a passage"

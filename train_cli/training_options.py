@@ -173,7 +173,7 @@ def describe(
         form=form,
         data=data,
         arguments=asdict(arguments),
-        command=_command(processes),
+        command=command_words(processes),
         steps=progress.step,
         validations=progress.validations,
         best=progress.best,
@@ -182,7 +182,7 @@ def describe(
     write_card(out, card)
 
 
-def _command(processes: int) -> list[str]:
+def command_words(processes: int = 1) -> list[str]:
     """The command that is running, with the options that were given."""
     context = click.get_current_context()
     words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "train_cli"] if processes > 1 else []
@@ -196,5 +196,6 @@ def _command(processes: int) -> list[str]:
         if isinstance(value, bool):
             words.append(flags[0] if value else flags[-1])
         else:
-            words += [flags[0], ",".join(value) if isinstance(value, tuple) else str(value)]
+            for one in value if option.multiple else [value]:  # type: ignore[attr-defined]
+                words += [flags[0], ",".join(map(str, one)) if isinstance(one, tuple) else str(one)]
     return words

@@ -26,8 +26,11 @@ from genpoe_plugin.training.curves import LOSS, PICTURE, VALIDATION
 CARD = "README.md"
 TAGS = {
     "hypernetwork": ("genpoe", "hypernetwork", "retrieval-augmented-generation", "question-answering"),
+    "experts": ("genpoe", "attention-experts", "retrieval-augmented-generation", "question-answering"),
     "reranker": ("genpoe", "reranker", "text-ranking", "question-answering"),
 }
+TITLES = {"hypernetwork": "Hypernetwork", "experts": "Attention experts", "reranker": "Reranker"}
+CALIBRATION, CALIBRATION_PICTURE = "calibration.csv", "calibration.png"
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class DataFile:
         examples: how many it gave, which may be fewer than it has lines.
     """
 
-    use: Literal["training", "validation"]
+    use: Literal["training", "validation", "calibration"]
     path: str
     sha256: str
     examples: int
 
     @classmethod
-    def read(cls, use: Literal["training", "validation"], path: str | Path, examples: int) -> DataFile:
+    def read(cls, use: Literal["training", "validation", "calibration"], path: str | Path, examples: int) -> DataFile:
         """Describe the file at ``path``, hashing it."""
         return cls(use, str(path), file_digest(path), examples)
 
@@ -63,14 +66,14 @@ class ModelCard:
     """What a card tells; plain data.
 
     Attributes:
-        kind: what was trained.
-        base_model: the frozen LLM of a hypernetwork, or what a reranker started from: directory or hub name.
+        kind: what it is; ``experts`` are those in the LLM's attention that were not trained.
+        base_model: the frozen LLM of a hypernetwork or experts, or what a reranker started from: directory or hub name.
         out: the checkpoint's directory as its users name it, in the commands of the card.
         form: what it is made of, by name: dimensions, number of parameters and so on.
         data: the files that were read; questions with passages, for a hypernetwork.
         arguments: all arguments of the training, by name.
         command: the command that trained it, word by word.
-        steps: optimizer steps taken.
+        steps: optimizer steps taken; 0 without training.
         validations: ``{"step": ..., measure: value, ...}`` of every validation, in order.
         best: the step whose weights these are; the last one if None.
         lm_eval_arguments: model arguments for evaluating a hypernetwork, besides ``pretrained``, ``mode`` and
@@ -79,7 +82,7 @@ class ModelCard:
         versions: what it was trained with.
     """
 
-    kind: Literal["hypernetwork", "reranker"]
+    kind: Literal["hypernetwork", "experts", "reranker"]
     base_model: str
     out: str
     form: Mapping[str, Any]
@@ -101,15 +104,14 @@ def write_card(directory: str | Path, card: ModelCard) -> None:
     """
     directory = Path(directory)
     sections = [
-        f"# {'Hypernetwork' if card.kind == 'hypernetwork' else 'Reranker'} for {_code(card.base_model)}",
+        f"# {TITLES[card.kind]} for {_code(card.base_model)}",
         _about(card),
         _table(["made of", ""], _pairs(card.form)),
         "## Scores",
-        *_scores(card, directory),
+        *(_calibration(directory) if card.kind == "experts" else _scores(card, directory)),
         "## How to use and evaluate it",
-        *(_hypernetwork_use(card) if card.kind == "hypernetwork" else _reranker_use(card)),
-        "## How it was trained",
-        f"{card.steps:,} optimizer steps, by",
+        *(_reranker_use(card) if card.kind == "reranker" else _hypernetwork_use(card)),
+        *(("## How it was made", "By") if card.kind == "experts" else ("## How it was trained", _steps(card))),
         _block("bash", shlex.join(card.command)),
         _table(
             ["data", "use", "examples", "SHA-256"],
@@ -143,9 +145,9 @@ def lm_eval_command(card: ModelCard, tasks: Sequence[str], data: str | None = No
 def _front_matter(card: ModelCard) -> str:
     return ModelCardData(
         base_model=card.base_model if _is_hub_name(card.base_model) else None,
-        library_name="genpoe" if card.kind == "hypernetwork" else "transformers",
+        library_name="transformers" if card.kind == "reranker" else "genpoe",
         license=card.licence,
-        pipeline_tag=None if card.kind == "hypernetwork" else "text-ranking",
+        pipeline_tag="text-ranking" if card.kind == "reranker" else None,
         tags=list(TAGS[card.kind]),
     ).to_yaml()
 
@@ -166,10 +168,29 @@ def _about(card: ModelCard) -> str:
             f"frozen LLM {_code(card.base_model)}, so that the LLM answers with what the passage says. It belongs to "
             "that LLM and fits no other."
         )
+    if card.kind == "experts":
+        return (
+            f"It turns a passage into an *expert* in the attention of the frozen LLM {_code(card.base_model)}: the "
+            "keys and values that some of its layers compute for the passage. It was not trained. It belongs to that "
+            "LLM and fits no other."
+        )
     return (
         f"It scores how well a passage answers a question: {_code(card.base_model)}, trained to tell passages with an "
         'answer from those without by the logit of "Yes".'
     )
+
+
+def _steps(card: ModelCard) -> str:
+    return f"{card.steps:,} optimizer steps, by"
+
+
+def _calibration(directory: Path) -> Iterable[str]:
+    if not (directory / CALIBRATION).is_file():
+        yield "The layers were named, not chosen by measurement."
+        return
+    yield "The layers were chosen by how likely answers are with experts in ever fewer of them."
+    yield f"![Share of the gain over bytes of an expert]({CALIBRATION_PICTURE})"
+    yield f"The numbers are in [{CALIBRATION}]({CALIBRATION})."
 
 
 def _scores(card: ModelCard, directory: Path) -> Iterable[str]:

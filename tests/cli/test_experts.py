@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,7 @@ def test_experts_in_all_layers(llm_dir: Path, tokenizer, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     # Three layers, two KV heads of width 8, keys and values, float32.
     assert result.stdout == f"{tmp_path / 'out'}: experts in 3 layers (0,1,2), 384 bytes a token of a passage\n"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     model = AutoModelForCausalLM.from_pretrained(llm_dir)
     loaded = load_hypernetwork(tmp_path / "out", model, tokenizer)
     assert loaded.config == attention_config(model) and loaded.config.layers == (0, 1, 2)
@@ -135,7 +137,7 @@ def calibrated(llm: Path, questions: Path, out: Path, *options: object) -> Resul
     result = run(llm, out, "--calibrate", questions, *(options or ("--max-layers", 2)))
     if result.exit_code == 0:
         assert {path.name for path in out.iterdir()} == {
-            *("config.json", "model.safetensors", "calibration.csv", "calibration.png")
+            *("config.json", "model.safetensors", "calibration.csv", "calibration.png", "README.md")
         }
         assert not list(out.parent.glob("*.calibration.jsonl"))
     return result
@@ -245,3 +247,18 @@ def test_help() -> None:
     for parameter in create.params:
         assert all(option in text for option in parameter.opts)
         assert getattr(parameter, "help", None) or parameter.name == "device"
+
+
+def test_the_card_says_what_it_is_and_how_it_was_made(llm_dir: Path, questions: Path, tmp_path: Path) -> None:
+    for number, options in enumerate(
+        ((), ("--calibrate", str(questions), "--max-layers", "1", "--num-questions", "3"))
+    ):
+        out = tmp_path / f"out{number}"
+        assert run(llm_dir, out, *options).exit_code == 0
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert f"# Attention experts for `{llm_dir}`" in card
+        assert shlex.join(["genpoe", "experts", "create", "--llm", str(llm_dir), "--out", str(out)][:3]) in card
+        assert ("calibration.csv" in card) == bool(options) == (out / "calibration.csv").is_file()
+        assert f'"hypernetwork": "{out}"' in card
+    assert hashlib.sha256(questions.read_bytes()).hexdigest() in card
+    assert shlex.join(["--calibrate", str(questions), "--max-layers", "1"]) in card

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-from tokenizers import processors
 from torch import nn
 from transformers import DynamicCache
 
@@ -31,14 +29,6 @@ FOX = "The quick brown fox jumps over the lazy dog."
 QUESTION = closed_book_prompt("Where was Rossini born")
 
 
-@pytest.fixture(scope="session")
-def without_bos(tokenizer):
-    """The tokenizer, but texts begin with their own first token."""
-    plain = copy.deepcopy(tokenizer)
-    plain._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    return plain
-
-
 @pytest.fixture
 def make_store():
     """``make_store(model, tokenizer, layers=None)``: untrained experts of an LLM."""
@@ -54,10 +44,6 @@ def ids(tokenizer, text, **options):
     return torch.tensor([tokenizer(text, **options)["input_ids"]])
 
 
-def start_zero(count):
-    return [0] * count
-
-
 # One passage, all layers: the passage in the prompt
 
 
@@ -66,15 +52,15 @@ def start_zero(count):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_one_passage_in_all_layers_is_the_passage_in_the_prompt(
-    make_llm, make_store, without_bos, family, implementation, dtype
+    make_llm, make_store, bare_tokenizer, family, implementation, dtype
 ):
     """No weight of ours is in this: the oracle is the plain LLM, which reads the passage right before the question."""
     if dtype is torch.float64 and implementation == "eager":
         pytest.skip("transformers' eager attention has its softmax in float32")
     model = make_llm(family).to(dtype)
     model.set_attn_implementation(implementation)
-    store = make_store(model, without_bos)
-    passage, question = ids(without_bos, knowledge_block([ROSSINI])), ids(without_bos, QUESTION)
+    store = make_store(model, bare_tokenizer)
+    passage, question = ids(bare_tokenizer, knowledge_block([ROSSINI])), ids(bare_tokenizer, QUESTION)
     prompt = model(torch.cat([passage, question], 1)).logits[:, passage.shape[1] :]
     alone = model(question).logits
     with inject(model, store.layers, store.rows([[ROSSINI]], [[1.0]], [0])):
