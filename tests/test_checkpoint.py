@@ -59,7 +59,7 @@ def test_attention_experts_save_and_load(tmp_path, llm, tokenizer):
     save_hypernetwork(tmp_path / "checkpoint", hypernetwork, llm, tokenizer, {})
     loaded = load_hypernetwork(tmp_path / "checkpoint", llm, tokenizer)
     assert loaded.config == hypernetwork.config
-    units, mask = torch.randn(2, 5, hypernetwork.state_width), torch.ones(2, 5, dtype=torch.bool)
+    units, mask = torch.randn(2, 5, *hypernetwork.state_shape), torch.ones(2, 5, dtype=torch.bool)
     ours, theirs = loaded(units, mask), hypernetwork(units, mask)
     assert torch.equal(ours.units, theirs.units) and torch.equal(ours.bias, theirs.bias)
     assert ours.shape == theirs.shape and ours.bias.shape == (2, 4) and ours.bias.any()

@@ -16,7 +16,7 @@ from torch.nn import functional
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention_interface import Call
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.expert import Experts
+from genpoe_plugin.experts.expert import Experts, Weights
 
 MOST_LOGITS = 2**22
 """Up to so many logits, attention is computed by plain products, which copy no keys; beyond, by a fused kernel."""
@@ -24,7 +24,7 @@ MOST_LOGITS = 2**22
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Where in a unit, which is a flat vector, the keys and values of each layer are.
+    """Where in a unit, ``[vectors, head width]``, the keys and values of each layer are.
 
     Attributes:
         layers: those that have experts, in ascending order.
@@ -47,26 +47,22 @@ class AttentionShape:
         return cls(config.layers, kv_heads, config.num_heads, config.num_kv_heads, config.head_width)
 
     @property
-    def numbers(self) -> int:
-        """Numbers in a unit: a token's keys and values in all layers."""
-        return 2 * self.head_width * sum(map(len, self.kv_heads))
+    def vectors(self) -> int:
+        """Vectors in a unit: a token's keys and values, for every head of every layer."""
+        return 2 * sum(map(len, self.kv_heads))
 
-    def part(self, units: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each ``[..., heads, head width]``, of units ``[..., numbers]``."""
+    def place(self, layer: int) -> tuple[slice, slice]:
+        """Which of a unit's vectors are the keys of a layer, and which its values."""
         place = self.layers.index(layer)
-        begin = 2 * self.head_width * sum(map(len, self.kv_heads[:place]))
-        heads = len(self.kv_heads[place])
-        own = units[..., begin : begin + 2 * self.head_width * heads]
-        keys, values = own.unflatten(-1, (2, heads, self.head_width)).unbind(-3)
-        return keys, values
+        begin, heads = 2 * sum(map(len, self.kv_heads[:place])), len(self.kv_heads[place])
+        return slice(begin, begin + heads), slice(begin + heads, begin + 2 * heads)
 
     def join(self, states: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """Units ``[n, tokens, numbers]`` from keys and values ``[n, KV heads, tokens, width]`` of all layers."""
+        """Units ``[n, tokens, vectors, width]`` from keys and values ``[n, KV heads, tokens, width]`` of all layers."""
         parts = []
         for layer, heads in zip(self.layers, self.kv_heads, strict=True):
-            index = list(heads)
-            parts += [state[:, index].transpose(1, 2).flatten(2) for state in states[layer]]
-        return torch.cat(parts, -1)
+            parts += [state[:, list(heads)].transpose(1, 2) for state in states[layer]]
+        return torch.cat(parts, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +72,7 @@ class AttentionExperts(Experts):
     Attributes:
         shape: what is where in a unit.
         bias: ``b``, ``[layers, heads]``: added to the logits of all experts' tokens; shared by all experts.
-        units: ``[..., numbers]``.
+        units: ``[..., vectors, head width]``.
     """
 
     shape: AttentionShape
@@ -93,20 +89,22 @@ class AttentionExperts(Experts):
     def to(self, target: torch.device | torch.dtype) -> AttentionExperts:
         return replace(self, bias=self.bias.to(target), units=self.units.to(target))
 
+    def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
+        """As `Experts.select`, in the order in memory that attention needs: all units of one vector side by side."""
+        (units,) = weights
+        order = units.new_empty(units.shape[1], index.numel(), units.shape[2])
+        for number, vectors in enumerate(order):
+            torch.index_select(units[:, number], 0, index.flatten(), out=vectors)
+        return replace(self, units=order.unflatten(1, index.shape).permute(1, 2, 0, 3))
+
     def part(self, shape: AttentionShape) -> AttentionExperts:
-        """Experts with some of the layers and heads of these; the bias is that of these."""
+        """Experts with some of the layers and heads of these."""
         index: list[int] = []
-        rows: list[int] = []
         for layer, heads in zip(shape.layers, shape.kv_heads, strict=True):
-            place = self.shape.layers.index(layer)
-            rows.append(place)
-            begin = 2 * shape.head_width * sum(map(len, self.shape.kv_heads[:place]))
-            own = self.shape.kv_heads[place]
-            for half in (0, 1):
-                for head in heads:
-                    first = begin + (half * len(own) + own.index(head)) * shape.head_width
-                    index += range(first, first + shape.head_width)
-        return AttentionExperts(shape, self.bias[rows], self.units[..., index])
+            own = self.shape.kv_heads[self.shape.layers.index(layer)]
+            index += [vectors.start + own.index(head) for vectors in self.shape.place(layer) for head in heads]
+        rows = [self.shape.layers.index(layer) for layer in shape.layers]
+        return AttentionExperts(shape, self.bias[rows], self.units[..., index, :])
 
     def layer(self, layer: int, gates: Tensor) -> LayerExperts:
         """The experts of a batch in one layer, laid out for the passes of a generation.
@@ -118,17 +116,16 @@ class AttentionExperts(Experts):
             gates: ``[rows, units]``, for each unit that of its expert; 0 takes it out.
         """
         shape = self.shape
-        place = shape.layers.index(layer)
-        kept = list(shape.kv_heads[place])
-        keys, values = (part.transpose(1, 2) for part in shape.part(self.units, layer))
+        number = shape.layers.index(layer)
+        kept, head_bias = list(shape.kv_heads[number]), self.bias[number]
+        keys, values = (self.units[..., place, :].permute(2, 0, 1, 3) for place in shape.place(layer))
         most = gates.amax(1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-        logits = (gates / most).log().to(self.bias.dtype)
-        # [rows, KV heads, query heads of each, tokens, units]
-        bias = logits[:, None, None, None] + self.bias[place].view(1, shape.num_kv_heads, -1, 1, 1)
+        bias = (gates / most).log().to(head_bias.dtype)[:, None, None, None]
+        if head_bias.requires_grad or head_bias.any():
+            bias = bias + head_bias.view(1, shape.num_kv_heads, -1, 1, 1)
         if len(kept) < shape.num_kv_heads:
-            rows, _, units, width = keys.shape
-            every = keys.new_zeros(2, rows, shape.num_kv_heads, units, width)
-            every[0, :, kept], every[1, :, kept] = keys, values
+            every = keys.new_zeros(2, shape.num_kv_heads, *keys.shape[1:])
+            every[0, kept], every[1, kept] = keys, values
             keys, values = every
             missing = torch.ones(shape.num_kv_heads, dtype=torch.bool, device=bias.device)
             missing[kept] = False
@@ -141,9 +138,9 @@ class LayerExperts:
     """The experts of a batch's rows in one layer.
 
     Attributes:
-        keys, values: ``[rows, KV heads, units, head width]``.
-        bias: ``[rows, KV heads, query heads of each, 1, units]``, added to their logits; minus infinity where a row has
-            no expert.
+        keys, values: ``[KV heads, rows, units, head width]``.
+        bias: added to their logits, minus infinity where a row has no expert: ``[rows, KV heads, query heads of each,
+            1, units]``, where the second and third may be 1, for all heads.
     """
 
     keys: Tensor
@@ -173,12 +170,15 @@ def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
         return _beside_flex(call, experts, seen)
     tokens, context = call.query.shape[2], call.key.shape[2]
     own = _additive(call.mask, tokens, context, call.query)
-    if call.softcap is None and seen.numel() > MOST_LOGITS:
+    rows, heads = call.query.shape[:2]
+    if call.softcap is None and rows * heads * tokens * experts.keys.shape[2] > MOST_LOGITS:
         return _fused(call, experts, seen, own)
-    both = torch.cat([_logits(call, experts.keys) + seen.to(own.dtype), _logits(call, call.key) + own.unsqueeze(1)], -1)
+    logits = _logits(call, experts.keys.transpose(0, 1)) + seen.to(own.dtype)
+    both = torch.cat([logits, _logits(call, call.key) + own.unsqueeze(1)], -1)
     weights = both.softmax(-1, dtype=_exact(both.dtype)).to(both.dtype)
     units = experts.keys.shape[2]
-    return _weighted(weights[..., :units], experts.values, weights[..., units:], call.value)
+    of_experts = _weighted(weights[..., :units], experts.values.transpose(0, 1))
+    return of_experts + _weighted(weights[..., units:], call.value)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -186,19 +186,38 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def _logits(call: Call, keys: Tensor) -> Tensor:
-    """``[rows, KV heads, query heads of each, tokens, keys]``: heads that share keys side by side, none is repeated."""
+    """``[rows, KV heads, query heads of each, tokens, keys]``: heads that share keys side by side, none is repeated.
+
+    Args:
+        keys: ``[rows, KV heads, keys, width]``, in memory also heads first.
+    """
     rows, heads, tokens, width = call.query.shape
     kv_heads = keys.shape[1]
     query = call.query.reshape(rows, kv_heads, heads // kv_heads * tokens, width) * call.scaling
-    logits = (query @ keys.mT).view(rows, kv_heads, heads // kv_heads, tokens, keys.shape[2])
+    logits = _product(query, keys.mT).unflatten(2, (heads // kv_heads, tokens))
     return logits if call.softcap is None else call.softcap * torch.tanh(logits / call.softcap)
 
 
-def _weighted(*pairs: Tensor) -> Tensor:
-    """The sum of values, weighted, over pairs of weights and values; ``[rows, tokens, heads, width]``."""
-    output = sum(weights.flatten(2, 3) @ values for weights, values in zip(pairs[::2], pairs[1::2], strict=True))
-    rows, kv_heads, groups, tokens, _ = pairs[0].shape
-    return output.view(rows, kv_heads * groups, tokens, -1).transpose(1, 2).contiguous()  # type: ignore[union-attr]
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """The sum of values, weighted: ``[rows, tokens, heads, width]``.
+
+    Args:
+        weights: as logits of `_logits`.
+        values: as its keys.
+    """
+    groups, tokens = weights.shape[2:4]
+    output = _product(weights.flatten(2, 3), values).unflatten(2, (groups, tokens))
+    return output.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix products of two tensors ``[rows, heads, ...]``, in the order that the right one has in memory.
+
+    It is the larger one, and would be copied in the other order.
+    """
+    if right.stride(1) > right.stride(0):
+        return (left.transpose(0, 1) @ right.transpose(0, 1)).transpose(0, 1)
+    return left @ right
 
 
 def _additive(mask: Tensor | None, tokens: int, context: int, like: Tensor) -> Tensor:
@@ -219,9 +238,9 @@ def _fused(call: Call, experts: LayerExperts, seen: Tensor, own: Tensor) -> Tens
     """The same by a fused kernel over experts and context side by side."""
     rows, heads = call.query.shape[:2]
     repeat = heads // call.key.shape[1]
-    keys = torch.cat([experts.keys, call.key], 2).repeat_interleave(repeat, 1)
-    values = torch.cat([experts.values, call.value], 2).repeat_interleave(repeat, 1)
-    bias = seen.to(own.dtype).flatten(1, 2)
+    keys = torch.cat([experts.keys.transpose(0, 1), call.key], 2).repeat_interleave(repeat, 1)
+    values = torch.cat([experts.values.transpose(0, 1), call.value], 2).repeat_interleave(repeat, 1)
+    bias = seen.to(own.dtype).expand(-1, call.key.shape[1], repeat, -1, -1).flatten(1, 2)
     both = torch.cat([bias, own.expand(rows, heads, -1, -1)], -1)
     scaling = call.scaling
     output = functional.scaled_dot_product_attention(call.query, keys, values, attn_mask=both, scale=scaling)
@@ -232,11 +251,11 @@ def _beside_flex(call: Call, experts: LayerExperts, seen: Tensor) -> Tensor:
     """The own context by flex attention, which tells the mass of its logits, and the experts beside it."""
     output, mass = call.plain()
     assert mass is not None
-    logits = _logits(call, experts.keys).to(_exact(call.query.dtype)) + seen
+    logits = _logits(call, experts.keys.transpose(0, 1)).to(_exact(call.query.dtype)) + seen
     # Where a token sees no expert, what follows is finite and has no share.
     other_mass = logits.logsumexp(-1)
     weights = (logits - other_mass.nan_to_num(neginf=0).unsqueeze(-1)).exp().to(call.query.dtype)
-    return merge(output, mass, _weighted(weights, experts.values), other_mass.flatten(1, 2))
+    return merge(output, mass, _weighted(weights, experts.values.transpose(0, 1)), other_mass.flatten(1, 2))
 
 
 def merge(output: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> Tensor:

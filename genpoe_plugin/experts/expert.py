@@ -44,6 +44,15 @@ class Experts(ABC):
     def with_weights(self, *weights: Tensor) -> Experts:
         """Experts of this form, and with what these share, whose own tensors are ``weights``."""
 
+    def select(self, weights: Weights, index: Tensor) -> Experts:
+        """Experts of this form from some of many.
+
+        Args:
+            weights: of any number of such experts (units), along the first dimension.
+            index: which of them, of any shape, which becomes the leading dimensions.
+        """
+        return self.with_weights(*(weight[index] for weight in weights))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Experts:
         """Experts whose own tensors are ``change`` of these."""
         return self.with_weights(*(change(weight) for weight in self.weights))

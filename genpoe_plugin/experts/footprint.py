@@ -30,7 +30,7 @@ def footprint(config: HypernetworkConfig, dtype: torch.dtype = torch.float32) ->
     """The sizes of ``config``, with experts in ``dtype``; nothing of that size is allocated."""
     with torch.device("meta"):
         hypernetwork = Hypernetwork(config)
-        expert = hypernetwork(torch.empty(1, 1, hypernetwork.state_width), torch.ones(1, 1, dtype=torch.bool))[0]
+        expert = hypernetwork(torch.empty(1, 1, *hypernetwork.state_shape), torch.ones(1, 1, dtype=torch.bool))[0]
     return Footprint(
         parameters=sum(parameter.numel() for parameter in hypernetwork.parameters()),
         base_numbers=sum(buffer.numel() for buffer in hypernetwork.buffers()),

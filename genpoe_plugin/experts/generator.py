@@ -51,7 +51,7 @@ class ExpertGenerator:
             self.device = table.device
 
     def embed(self, passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token states ``[n, tokens, width]`` without gradients, and their mask ``[n, tokens]``.
+        """Token states without gradients (see `Hypernetwork.forward`), and their mask ``[n, tokens]``.
 
         The states are embeddings or hidden states (float32), or with the head ``attention`` the keys and values of all
         its layers (in the LLM's dtype). Passages longer than 256 tokens are cut. No special tokens are added to what is

@@ -262,7 +262,7 @@ class Hypernetwork(nn.Module):
         """Generate experts.
 
         Args:
-            states: ``[n, tokens, width]``, what the LLM has for each token of ``n`` passages (see `state_width`).
+            states: ``[n, tokens, *state_shape]``, what the LLM has for each token of ``n`` passages.
             mask: ``[n, tokens]``, true on real tokens; at least one a passage.
 
         Returns:
@@ -296,14 +296,16 @@ class Hypernetwork(nn.Module):
     def none(self) -> Experts:
         """No experts, and what all of them share."""
         some = next(self.parameters())
-        states = some.new_zeros(0, 1, self.state_width)
+        states = some.new_zeros(0, 1, *self.state_shape)
         experts = self(states, torch.ones(0, 1, dtype=torch.bool, device=some.device))
         return experts[:, 0] if self.config.head == "attention" else experts
 
     @property
-    def state_width(self) -> int:
-        """Numbers that it reads of each token: a hidden state, or the keys and values of all layers with experts."""
-        return self.head.shape.numbers if isinstance(self.head, AttentionHead) else self.config.hidden_size
+    def state_shape(self) -> tuple[int, ...]:
+        """What it reads of each token: a hidden state ``[d]``, or the keys and values of all layers with experts."""
+        if isinstance(self.head, AttentionHead):
+            return self.head.shape.vectors, self.head.shape.head_width
+        return (self.config.hidden_size,)
 
     @property
     def head_dtype(self) -> torch.dtype:

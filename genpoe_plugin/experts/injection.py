@@ -37,8 +37,8 @@ class RowExperts:
     """What a batch needs, a row for each of its prompts.
 
     Attributes:
-        experts: weights with leading dimensions ``[served, K]``; where a row has fewer experts, zeros. With experts in
-            the attention, K counts units: the tokens of all passages of a row, side by side.
+        experts: weights with leading dimensions ``[served, K]``; where a row has fewer experts, any finite
+            ones. With experts in the attention, K counts units: the tokens of all passages of a row, side by side.
         gates: ``[served, K]``, 0 where there is no expert.
         start: ``[rows]``, the first position (of real tokens, padding not counted) that the experts act on.
         served: ``[served]``, the rows that have experts, in ascending order; None where all of them have.

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.experts.expert import Experts, Weights
+from genpoe_plugin.experts.expert import Experts, MLPExperts, Weights
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
@@ -108,7 +108,7 @@ class ExpertStore:
 
         Returns:
             Experts ``[served, K]`` with K the largest number of passages (of units with experts in the attention), or
-            None if no row has any.
+            None if no row has any. Where a row has fewer, those beside an MLP are zeros, and all have a gate of 0.
         """
         served = [number for number, row in enumerate(passages) if row]
         if not served:
@@ -126,16 +126,17 @@ class ExpertStore:
         gate = torch.zeros(len(served), most)
         none = torch.ones(len(served), most, dtype=torch.bool)
         for number, (own, own_gates) in enumerate(zip(slots, gated, strict=True)):
+            index[number] = own[0]  # beyond its own units any finite ones, without a gate
             index[number, : len(own)] = torch.tensor(own)
             gate[number, : len(own)] = torch.tensor(own_gates, dtype=torch.float32)
             none[number, : len(own)] = False
         device = self._generator.device
-        chosen = tuple(weight[index.to(device)] for weight in weights)
-        if none.any():
-            for weight in chosen:  # experts of zeros add nothing whatever they are fed
+        experts = self._form.select(weights, index.to(device))
+        if isinstance(experts, MLPExperts) and none.any():
+            for weight in experts.weights:  # experts of zeros add nothing whatever they are fed
                 weight[none.to(device)] = 0
         return RowExperts(
-            self._form.with_weights(*chosen),
+            experts,
             gate.to(device),
             torch.tensor(list(start), device=device),
             None if len(served) == len(passages) else torch.tensor(served, device=device),

@@ -155,13 +155,13 @@ def test_experts_are_a_mixture_with_the_own_context(way, kept, softcap, monkeypa
     active = torch.tensor([[True, True, True], [False, True, True]])
     lengths, gates = [[2, 3, 1], [4]], [[0.2, 0.7, 0.1], [1.0]]
     shape = AttentionShape((7,), (kept,), 4, 2, 8)
-    units, unit_gates = torch.zeros(2, 6, shape.numbers, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
+    units, unit_gates = torch.zeros(2, 6, shape.vectors, 8, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
     experts = []
     for row, (own, own_gates) in enumerate(zip(lengths, gates, strict=True)):
         place, of_row = 0, []
         for length, gate in zip(own, own_gates, strict=True):
             keys, values = draw(length, len(kept), 8), draw(length, len(kept), 8)
-            units[row, place : place + length] = torch.stack([keys, values], 1).flatten(1)
+            units[row, place : place + length] = torch.cat([keys, values], 1)
             unit_gates[row, place : place + length] = gate
             place += length
             by_head = [
@@ -210,7 +210,7 @@ def test_a_layer_that_adds_to_its_softmax_is_refused():
     module = nn.Module()
     module.layer_idx = 0
     shape = AttentionShape((0,), ((0,),), 1, 1, 2)
-    experts = AttentionExperts(shape, torch.zeros(1, 1), torch.zeros(1, 1, shape.numbers)).layer(0, torch.ones(1, 1))
+    experts = AttentionExperts(shape, torch.zeros(1, 1), torch.zeros(1, 1, 2, 2)).layer(0, torch.ones(1, 1))
     one = torch.zeros(1, 1, 1, 2)
     with pytest.raises(InputError, match="adds s_aux"):
         attend(Call("sdpa", module, one, one, one, None, {"s_aux": one}), experts, torch.ones(1, 1, dtype=torch.bool))
@@ -357,11 +357,9 @@ def test_a_part_of_the_heads_is_the_same_experts_without_the_others(make_llm, ma
     shape = AttentionShape((0, 2), ((1,), (0, 1)), 4, 2, 8)
     part = rows.experts.part(shape)
     for layer, heads in zip(shape.layers, shape.kv_heads, strict=True):
-        for whole, some in zip(
-            rows.experts.shape.part(rows.experts.units, layer), shape.part(part.units, layer), strict=True
-        ):
-            assert torch.equal(whole[..., list(heads), :], some)
-    assert part.units.shape[-1] == 2 * 8 * 3
+        for whole, some in zip(rows.experts.shape.place(layer), shape.place(layer), strict=True):
+            assert torch.equal(rows.experts.units[:, :, whole][:, :, list(heads)], part.units[:, :, some])
+    assert part.units.shape[2:] == (2 * 3, 8)
 
 
 @torch.no_grad()

@@ -308,10 +308,10 @@ def test_attention_size(dtype, kv_heads, heads):
 
 def test_no_attention_experts_have_the_shape_of_some_and_share_the_bias():
     hypernetwork = Hypernetwork(attention(kv_heads=((1,), (0, 1))))
-    units = torch.randn(2, 5, 48)
+    units = torch.randn(2, 5, 6, 8)
     some = hypernetwork(units, torch.ones(2, 5, dtype=torch.bool))
     none = hypernetwork.none()
-    assert hypernetwork.state_width == 48 and none.units.shape == (0, 48)
+    assert hypernetwork.state_shape == (6, 8) and none.units.shape == (0, 6, 8)
     assert none.bias is some.bias and none.shape == some.shape
     assert torch.equal(none.with_weights(units).units, units)
 
