@@ -24,7 +24,7 @@ MOST_LOGITS = 2**22
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Where in a unit, ``[vectors, head width]``, the keys and values of each layer are.
+    """Layers and heads that experts have.
 
     Attributes:
         layers: those that have experts, in ascending order.
@@ -47,15 +47,14 @@ class AttentionShape:
         return cls(config.layers, kv_heads, config.num_heads, config.num_kv_heads, config.head_width)
 
     @property
+    def heads(self) -> list[int]:
+        """Heads in each part of an expert: keys and values of every layer in turn."""
+        return [len(heads) for heads in self.kv_heads for _ in ("keys", "values")]
+
+    @property
     def vectors(self) -> int:
         """Vectors in a unit: a token's keys and values, for every head of every layer."""
-        return 2 * sum(map(len, self.kv_heads))
-
-    def place(self, layer: int) -> tuple[slice, slice]:
-        """Which of a unit's vectors are the keys of a layer, and which its values."""
-        place = self.layers.index(layer)
-        begin, heads = 2 * sum(map(len, self.kv_heads[:place])), len(self.kv_heads[place])
-        return slice(begin, begin + heads), slice(begin + heads, begin + 2 * heads)
+        return sum(self.heads)
 
     def join(self, states: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
         """Units ``[n, tokens, vectors, width]`` from keys and values ``[n, KV heads, tokens, width]`` of all layers."""
@@ -70,41 +69,47 @@ class AttentionExperts(Experts):
     """Keys and values of passages' tokens: a unit a token, so an expert is as many units as its passage has tokens.
 
     Attributes:
-        shape: what is where in a unit.
+        shape: which layers and heads.
         bias: ``b``, ``[layers, heads]``: added to the logits of all experts' tokens; shared by all experts.
-        units: ``[..., vectors, head width]``.
+        parts: for each layer its keys and then its values, each ``[..., heads, head width]``.
     """
 
     shape: AttentionShape
     bias: Tensor
-    units: Tensor
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, shape: AttentionShape, bias: Tensor, units: Tensor) -> AttentionExperts:
+        """From units ``[..., vectors, head width]``, which have the parts one after the other."""
+        return cls(shape, bias, units.split(shape.heads, -2))
+
+    @property
+    def units(self) -> Tensor:
+        """``[..., vectors, head width]``."""
+        return torch.cat(self.parts, -2)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        return (self.units,)
+        return self.parts
 
     def with_weights(self, *weights: Tensor) -> AttentionExperts:
-        return replace(self, units=weights[0])
+        return replace(self, parts=weights)
 
     def to(self, target: torch.device | torch.dtype) -> AttentionExperts:
-        return replace(self, bias=self.bias.to(target), units=self.units.to(target))
+        return replace(self, bias=self.bias.to(target), parts=tuple(part.to(target) for part in self.parts))
 
     def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
-        """As `Experts.select`, in the order in memory that attention needs: all units of one vector side by side."""
-        (units,) = weights
-        order = units.new_empty(units.shape[1], index.numel(), units.shape[2])
-        for number, vectors in enumerate(order):
-            torch.index_select(units[:, number], 0, index.flatten(), out=vectors)
-        return replace(self, units=order.unflatten(1, index.shape).permute(1, 2, 0, 3))
+        """As `Experts.select`; in memory, heads come before rows, which is the order that attention needs."""
+        return self.with_weights(*(_heads_first(part, index) for part in weights))
 
     def part(self, shape: AttentionShape) -> AttentionExperts:
         """Experts with some of the layers and heads of these."""
-        index: list[int] = []
-        for layer, heads in zip(shape.layers, shape.kv_heads, strict=True):
-            own = self.shape.kv_heads[self.shape.layers.index(layer)]
-            index += [vectors.start + own.index(head) for vectors in self.shape.place(layer) for head in heads]
-        rows = [self.shape.layers.index(layer) for layer in shape.layers]
-        return AttentionExperts(shape, self.bias[rows], self.units[..., index, :])
+        numbers = [self.shape.layers.index(layer) for layer in shape.layers]
+        parts = []
+        for number, heads in zip(numbers, shape.kv_heads, strict=True):
+            index = [self.shape.kv_heads[number].index(head) for head in heads]
+            parts += [part[..., index, :] for part in self.parts[2 * number : 2 * number + 2]]
+        return AttentionExperts(shape, self.bias[numbers], tuple(parts))
 
     def layer(self, layer: int, gates: Tensor) -> LayerExperts:
         """The experts of a batch in one layer, laid out for the passes of a generation.
@@ -118,7 +123,7 @@ class AttentionExperts(Experts):
         shape = self.shape
         number = shape.layers.index(layer)
         kept, head_bias = list(shape.kv_heads[number]), self.bias[number]
-        keys, values = (self.units[..., place, :].permute(2, 0, 1, 3) for place in shape.place(layer))
+        keys, values = (part.permute(2, 0, 1, 3) for part in self.parts[2 * number : 2 * number + 2])
         most = gates.amax(1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         bias = (gates / most).log().to(head_bias.dtype)[:, None, None, None]
         if head_bias.requires_grad or head_bias.any():
@@ -146,6 +151,14 @@ class LayerExperts:
     keys: Tensor
     values: Tensor
     bias: Tensor
+
+
+def _heads_first(part: Tensor, index: Tensor) -> Tensor:
+    """``part[index]`` of a part ``[units, heads, width]``, in memory ``[heads, *index, width]``."""
+    order = part.new_empty(part.shape[1], index.numel(), part.shape[2])
+    for number, vectors in enumerate(order):
+        torch.index_select(part[:, number], 0, index.flatten(), out=vectors)
+    return order.unflatten(1, index.shape).permute(*range(1, 1 + index.dim()), 0, -1)
 
 
 def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:

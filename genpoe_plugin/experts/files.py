@@ -72,7 +72,8 @@ class ExpertFiles:
                 self._open[path] = safe_open(path, framework="pt")
             places, numbers = (torch.tensor(column) for column in zip(*pairs, strict=True))
             # Mapped into memory, so that selecting reads no other rows.
-            stored = [self._open[path].get_tensor(name) for name in sorted(self._open[path].keys())]
+            names = sorted(self._open[path].keys(), key=lambda name: int(name.removeprefix("weight")))
+            stored = [self._open[path].get_tensor(name) for name in names]
             found = found or tuple(weight.new_empty((place, *weight.shape[1:])) for weight in stored)
             for weight, source in zip(found, stored, strict=True):
                 weight[places] = source[numbers]

@@ -228,7 +228,7 @@ class AttentionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(self.shape.layers), self.shape.num_heads))
 
     def forward(self, units: Tensor) -> AttentionExperts:
-        return AttentionExperts(self.shape, self.bias, units)
+        return AttentionExperts.of(self.shape, self.bias, units)
 
 
 class AsItIs(nn.Module):
@@ -283,7 +283,8 @@ class Hypernetwork(nn.Module):
                 no two are the same.
         """
         if self.config.head == "attention":
-            weights[0].index_copy_(0, rows, states[mask].to(weights[0].dtype))
+            for kept, part in zip(weights, self(states[mask], mask).weights, strict=True):
+                kept.index_copy_(0, rows, part.to(kept.dtype))
             return
         code = self.encoder(states, mask).to(self.head_dtype)
         if isinstance(self.head, DenseHead):

@@ -184,7 +184,7 @@ def test_calibration_of_heads(llm_dir: Path, questions: Path, tokenizer, tmp_pat
     loaded = load_hypernetwork(tmp_path / "out", model, tokenizer)
     heads = loaded.config.kv_heads or ((0, 1),) * len(loaded.config.layers)
     units = loaded(torch.randn(1, 2, *loaded.state_shape), torch.ones(1, 2, dtype=torch.bool)).units
-    assert units.shape == (1, 2, 8, 8)))
+    assert units.shape == (1, 2, 2 * sum(map(len, heads)), 8)
 
 
 def test_as_many_questions_of_each_file(llm_dir: Path, questions: Path, tmp_path: Path, monkeypatch) -> None:

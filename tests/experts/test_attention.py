@@ -170,7 +170,7 @@ def test_experts_are_a_mixture_with_the_own_context(way, kept, softcap, monkeypa
             of_row.append(tuple(by_head))
         experts.append(of_row)
     bias = draw(1, 4)
-    laid_out = AttentionExperts(shape, bias, units).layer(7, unit_gates)
+    laid_out = AttentionExperts.of(shape, bias, units).layer(7, unit_gates)
     module = nn.Module()
     module.layer_idx = 7
     mask = torch.zeros(2, 1, 3, 5, dtype=torch.float64).masked_fill(~sees[:, None], torch.finfo(torch.float64).min)
@@ -210,7 +210,7 @@ def test_a_layer_that_adds_to_its_softmax_is_refused():
     module = nn.Module()
     module.layer_idx = 0
     shape = AttentionShape((0,), ((0,),), 1, 1, 2)
-    experts = AttentionExperts(shape, torch.zeros(1, 1), torch.zeros(1, 1, 2, 2)).layer(0, torch.ones(1, 1))
+    experts = AttentionExperts.of(shape, torch.zeros(1, 1), torch.zeros(1, 1, 2, 2)).layer(0, torch.ones(1, 1))
     one = torch.zeros(1, 1, 1, 2)
     with pytest.raises(InputError, match="adds s_aux"):
         attend(Call("sdpa", module, one, one, one, None, {"s_aux": one}), experts, torch.ones(1, 1, dtype=torch.bool))
@@ -356,9 +356,10 @@ def test_a_part_of_the_heads_is_the_same_experts_without_the_others(make_llm, ma
     rows = store.rows([[ROSSINI, FOX]], [[0.5, 0.5]], [0])
     shape = AttentionShape((0, 2), ((1,), (0, 1)), 4, 2, 8)
     part = rows.experts.part(shape)
-    for layer, heads in zip(shape.layers, shape.kv_heads, strict=True):
-        for whole, some in zip(rows.experts.shape.place(layer), shape.place(layer), strict=True):
-            assert torch.equal(rows.experts.units[:, :, whole][:, :, list(heads)], part.units[:, :, some])
+    for number, layer in enumerate(shape.layers):
+        for side in (0, 1):
+            whole = rows.experts.parts[2 * layer + side]
+            assert torch.equal(whole[:, :, list(shape.kv_heads[number])], part.parts[2 * number + side])
     assert part.units.shape[2:] == (2 * 3, 8)
 
 
@@ -379,7 +380,7 @@ def test_gradients_reach_the_bias(make_llm, make_store, tokenizer):
     store = ExpertStore(hypernetwork, model, tokenizer)
     rows = store.rows([[ROSSINI]], [[1.0]], [0])
     bias = torch.zeros(3, 4, requires_grad=True)
-    experts = AttentionExperts(rows.experts.shape, bias, rows.experts.units.clone())
+    experts = AttentionExperts.of(rows.experts.shape, bias, rows.experts.units)
     rows = type(rows)(experts, rows.gates, rows.start)
     with inject(model, store.layers, rows):
         model(ids(tokenizer, QUESTION), use_cache=False).logits.square().mean().backward()

@@ -318,12 +318,13 @@ def test_no_attention_experts_have_the_shape_of_some_and_share_the_bias():
 
 def test_attention_experts_written_into_memory_leave_out_what_is_no_token_of_theirs():
     hypernetwork = Hypernetwork(attention())
-    units = torch.randn(2, 3, 64)
+    units = torch.randn(2, 3, 8, 8)
     mask = torch.tensor([[False, True, False], [False, True, True]])
-    kept = (torch.full((5, 64), 7.0, dtype=torch.bfloat16),)
+    kept = tuple(torch.full((5, 2, 8), 7.0, dtype=torch.bfloat16) for _ in range(4))
     hypernetwork.write(units, mask, kept, torch.tensor([4, 0, 3]))
     expected = torch.stack([units[1, 1], units[1, 2], units[0, 1]]).bfloat16()
-    assert torch.equal(kept[0][[0, 3, 4]], expected) and (kept[0][[1, 2]] == 7).all()
+    for number, part in enumerate(kept):
+        assert torch.equal(part[[0, 3, 4]], expected[:, 2 * number : 2 * number + 2]) and (part[[1, 2]] == 7).all()
 
 
 def test_configuration_round_trip():
