@@ -22,6 +22,7 @@ from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block
 
 MOST = 128  # passages at a time
+MOST_READ_ON_CPU = 16  # by the LLM; what its layers compute for more leaves the CPU's caches
 
 
 class ExpertGenerator:
@@ -113,7 +114,7 @@ class ExpertGenerator:
         return pad_sequence(tensors, batch_first=True, padding_value=value).to(self.device)
 
     def batch_size(self) -> int:
-        """How many passages at a time a quarter of the free memory has room for; beyond `MOST` nothing is gained."""
+        """How many passages at a time a quarter of the free memory has room for; more than `MOST` gain nothing."""
         one = 2 * footprint(self.hypernetwork.config).expert_bytes
         if self.attention:
             one = MAX_PASSAGE_TOKENS * one
@@ -124,7 +125,8 @@ class ExpertGenerator:
             * 4
             * (4 if not (self.contextual or self.attention) else 20)
         )
-        return max(1, min(MOST, available_memory(str(self.device)) // 4 // one))
+        most = MOST_READ_ON_CPU if self.attention and self.device.type == "cpu" else MOST
+        return max(1, min(most, available_memory(str(self.device)) // 4 // one))
 
     def generate(self, passages: Sequence[str]) -> Experts:
         """One expert a passage, in the hypernetwork's dtype; see `Hypernetwork.forward`."""
