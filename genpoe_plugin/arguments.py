@@ -80,6 +80,11 @@ class GenPoEArguments:
         if self.needs_index and not Path(str(self.index)).is_dir():
             raise InputError(f"index={self.index}: no such directory; `genpoe index build` makes one")
 
+    @property
+    def wanted_layers(self) -> tuple[int, ...]:
+        """The layers that ``expert_layers`` names, in ascending order."""
+        return tuple(sorted({int(number) for number in str(self.expert_layers).split("+")}))
+
     def layers_of(self, config: HypernetworkConfig) -> tuple[int, ...]:
         """The layers of a checkpoint that are used, in ascending order.
 
@@ -88,7 +93,7 @@ class GenPoEArguments:
         """
         if self.expert_layers is None:
             return config.layers
-        wanted = tuple(sorted({int(number) for number in str(self.expert_layers).split("+")}))
+        wanted = self.wanted_layers
         if config.head != "attention":
             raise InputError("expert_layers is for experts in the attention; those of this checkpoint are in one layer")
         if missing := sorted(set(wanted) - set(config.layers)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -72,7 +73,7 @@ class Point:
     Attributes:
         config: has their layers and heads.
         nats: the loss, per token of the answer.
-        kept: share of what experts in all layers gain over closed-book answering.
+        kept: share of what experts in all layers gain over closed-book answering; not a number if they gain nothing.
         bytes: of one expert, of a passage of mean length.
     """
 
@@ -91,6 +92,7 @@ class Calibration:
         chosen: the one that fits the limits.
         closed_book, prompt: nats without the passage, and with it in the prompt.
         questions: how many were asked.
+        files: those that they are from, with how many of each.
     """
 
     points: tuple[Point, ...]
@@ -98,6 +100,7 @@ class Calibration:
     closed_book: float
     prompt: float
     questions: int
+    files: tuple[tuple[str, int], ...] = ()
 
 
 class AnswerLoss:
@@ -187,17 +190,19 @@ def calibrate_on(
     Args:
         files: of questions; as many are drawn from each.
         config: of experts in all layers.
-        progress: as of `calibrate`; it is removed once all is measured.
+        progress: as of `calibrate`.
 
     Raises:
         InputError: as of `calibrate`; or no question of a file has a passage with one of its answers.
     """
     drawn: list[TrainingExample] = []
+    counts: list[tuple[str, int]] = []
     for file in files:
         examples = training_examples(read_questions(file), titles=True)
         if not examples:
             raise InputError(f"{file}: no question has a passage that contains one of its answers")
-        drawn += random.Random(seed).sample(examples, min(-(-num_questions // len(files)), len(examples)))
+        counts.append((file, min(-(-num_questions // len(files)), len(examples))))
+        drawn += random.Random(seed).sample(examples, counts[-1][1])
     identity = {
         "llm": llm_identity(model),
         "dtype": str(model.dtype),
@@ -205,9 +210,7 @@ def calibrate_on(
         "heads": heads,
     }
     loss = AnswerLoss(drawn, model, tokenizer, config, batch_size)
-    calibration = calibrate(loss, limits, progress, identity, heads=heads)
-    progress.unlink()
-    return calibration
+    return replace(calibrate(loss, limits, progress, identity, heads=heads), files=tuple(counts))
 
 
 def calibrate(
@@ -250,7 +253,7 @@ def calibrate(
     for some, value in tqdm(_shrinking(parts, nats), desc="Leaving out", total=len(parts), unit="part"):
         config = with_parts(loss.config, some)
         unit = footprint(config, loss.model.dtype).expert_bytes
-        points.append(Point(config, value, (closed - value) / (closed - full), round(unit * loss.mean_tokens)))
+        points.append(Point(config, value, _share(closed, value, full), round(unit * loss.mean_tokens)))
     questions = sum(map(len, loss._batches))
     return Calibration(tuple(points), choose(points, limits), closed, prompt, questions)
 
@@ -328,8 +331,11 @@ def write_calibration(directory: Path, calibration: Calibration) -> None:
 
 
 def _kept_by_prompt(calibration: Calibration) -> float:
-    gain = calibration.closed_book - calibration.points[0].nats
-    return (calibration.closed_book - calibration.prompt) / gain
+    return _share(calibration.closed_book, calibration.prompt, calibration.points[0].nats)
+
+
+def _share(closed_book: float, nats: float, full: float) -> float:
+    return (closed_book - nats) / (closed_book - full) if full < closed_book else math.nan
 
 
 def _draw(calibration: Calibration) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -136,3 +137,16 @@ def embedding_entries(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> 
         # Looking up keeps the table's own numbers, where a module may scale what it gives; integers mean nothing alone.
         found = functional.embedding(rows, table) if table.is_floating_point() else model.get_input_embeddings()(rows)
         return found.detach()[range(len(rows)), columns.to(found.device)].float().cpu()
+
+
+def weights_sample(model: PreTrainedModel) -> str:
+    """A hash of some entries of every weight, adapters included, which two LLMs of one name do not share.
+
+    Weights that are not at hand (offloaded ones) are left out.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.is_meta:
+            entries = weight.detach().flatten()[:: max(1, weight.numel() // 16)]
+            digest.update(f"{name} {entries.float().tolist()}".encode())
+    return digest.hexdigest()[:16]

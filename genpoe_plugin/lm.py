@@ -95,12 +95,12 @@ class GenPoELM(PassageRequests, HFLM):
         if arguments.uses_experts:
             assert hypernetwork is not None
             network = load_hypernetwork(hypernetwork, self.model, self.tokenizer)
+            self._layers = arguments.layers_of(network.config)
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
         self._start_requests(self._llm_facts(hf_arguments), str(self.device))
         if arguments.uses_experts:
             self.store = self._expert_store(network, self.model, self.tokenizer)
-            self._layers = arguments.layers_of(network.config)
         self._rows: RowExperts | None = None
         self._inputs: list[list[int]] | None = None
         self._probing = False

@@ -27,9 +27,10 @@ from genpoe_plugin import __version__
 from genpoe_plugin.arguments import GenPoEArguments
 from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.language_model import weights_sample
 from genpoe_plugin.pipeline import Pipeline, Selection
 from genpoe_plugin.prompts import PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
 from genpoe_plugin.provenance import DocumentDigests, digest, provenance
@@ -134,7 +135,8 @@ class PassageRequests(TemplateLM):
         if arguments.expert_store is not None:
             # Those that this checkpoint made of this LLM's states, in this precision.
             names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
-            content = json.dumps([llm_identity(model), {name: self.fingerprint.get(name) for name in names}])
+            facts = {name: self.fingerprint.get(name) for name in names}
+            content = json.dumps([FORMAT, llm_identity(model), weights_sample(model), facts])
             files = ExpertFiles(arguments.expert_store, hashlib.sha256(content.encode()).hexdigest()[:16])
         return ExpertStore(
             network, model, tokenizer, dtype=dtype, device_bytes=int(arguments.expert_gb * 10**9), files=files
@@ -176,7 +178,7 @@ class PassageRequests(TemplateLM):
             assert arguments.hypernetwork is not None
             facts["hypernetwork"] = checkpoint_fingerprint(arguments.hypernetwork)
             if arguments.expert_layers is not None:
-                facts["expert_layers"] = str(arguments.expert_layers)
+                facts["expert_layers"] = arguments.wanted_layers
         if arguments.mode != "closed_book":
             facts |= {
                 "index": pipeline.retriever and pipeline.retriever.fingerprint,

@@ -82,6 +82,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         num_passages: int = 4,
         gates: str = "softmax",
         passages: str = "retrieved",
+        expert_layers: str | int | None = None,
         question_field: str = "question",
         expert_store: str | None = None,
         expert_gb: float = ON_DEVICE / 10**9,
@@ -101,6 +102,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             num_passages=num_passages,
             gates=gates,
             passages=passages,
+            expert_layers=expert_layers,
             question_field=question_field,
             expert_store=expert_store,
             expert_gb=expert_gb,
@@ -118,6 +120,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             assert hypernetwork is not None
             own["dtype"] = vllm_arguments.get("dtype") or "auto"
             makers = load_makers(pretrained, hypernetwork, device=device, **own)
+            arguments.layers_of(makers[0].config)
             engine |= engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
         self._pretrained = pretrained

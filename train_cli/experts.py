@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def create(
     from genpoe_plugin.experts.footprint import footprint
     from genpoe_plugin.files import check_replaceable
     from genpoe_plugin.language_model import load_language_model
-    from genpoe_plugin.training.card import DataFile, ModelCard, write_card
+    from genpoe_plugin.training.card import DataFile, ModelCard
     from train_cli.training_options import command_words
 
     check_replaceable(out, is_checkpoint, "a checkpoint")
@@ -107,6 +108,7 @@ def create(
     )
     config = attention_config(model, layers)
     calibration = None
+    measurements = out.resolve().with_name(f"{out.resolve().name}.calibration.jsonl")
     if calibrate:
         from genpoe_plugin.calibration import Limits, calibrate_on
 
@@ -116,7 +118,7 @@ def create(
             tokenizer,
             config,
             Limits(max_layers, max_bytes, keep),
-            out.resolve().with_name(f"{out.resolve().name}.calibration.jsonl"),
+            measurements,
             heads=heads,
             num_questions=num_questions,
             batch_size=batch_size,
@@ -128,22 +130,32 @@ def create(
         click.echo(f"  {calibration.closed_book:.3f} closed-book")
         click.echo(f"  {calibration.prompt:.3f} with the passage in the prompt")
         click.echo(f"  {every.nats:.3f} with experts in all {len(every.config.layers)} layers")
-        click.echo(f"  {chosen.nats:.3f} with the experts chosen, which keep {chosen.kept:.0%} of that gain")
-    create_attention_experts(out, config, model, tokenizer, calibration)
+        share = "" if math.isnan(chosen.kept) else f", which keep {chosen.kept:.0%} of that gain"
+        click.echo(f"  {chosen.nats:.3f} with the experts chosen{share}")
     size = footprint(config, model.dtype).expert_bytes
-    write_card(
+    create_attention_experts(
         out,
+        config,
+        model,
+        tokenizer,
+        calibration,
         ModelCard(
             kind="experts",
             base_model=llm,
             out=str(out),
             form={"layers": config.layers, "kv_heads": config.kv_heads, "bytes of a token": size},
-            data=[DataFile.read("calibration", file, num_questions // len(calibrate)) for file in calibrate],
+            data=[] if calibration is None else [DataFile.read("calibration", *pair) for pair in calibration.files],
             arguments={},
+            lm_eval_arguments={
+                **({"gguf_file": gguf_file} if gguf_file else {}),
+                **({"trust_remote_code": True} if trust_remote_code else {}),
+            },
             command=command_words(),
             steps=0,
         ),
     )
+    if calibrate:
+        measurements.unlink()
     click.echo(
         f"{out}: experts in {len(config.layers)} layers ({','.join(map(str, config.layers))}), "
         f"{size:,} bytes a token of a passage"

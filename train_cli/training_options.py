@@ -196,6 +196,6 @@ def command_words(processes: int = 1) -> list[str]:
         if isinstance(value, bool):
             words.append(flags[0] if value else flags[-1])
         else:
-            for one in value if option.multiple else [value]:  # type: ignore[attr-defined]
+            for one in value if option.multiple else [value]:
                 words += [flags[0], ",".join(map(str, one)) if isinstance(one, tuple) else str(one)]
     return words

@@ -66,7 +66,10 @@ def read_layers(path: Path, depth: int) -> dict[int, Layers]:
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as file:
-                rows = [[int(layer) for layer in row["layers"].split()] for row in csv.DictReader(file)]
+                points = [row for row in csv.DictReader(file) if row["layers"]]
+            if any(row["kv_heads"] for row in points):
+                raise InputError(f"{path}: a calibration of heads; the table needs one of whole layers")
+            rows = [[int(layer) for layer in row["layers"].split()] for row in points]
             wanted = {*SIZES, depth // 2, depth // 4}
             given: Any = {str(len(row)): row for row in rows if len(row) in wanted}
         else:

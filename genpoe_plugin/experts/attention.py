@@ -179,8 +179,6 @@ def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
         if call.options.get(name) is not None:
             raise InputError(f"{type(call.module).__name__} adds {name} to its softmax, which experts cannot join yet")
     seen = experts.bias.masked_fill(~active[:, None, None, :, None], -torch.inf)
-    if call.base == "flex_attention":
-        return _beside_flex(call, experts, seen)
     tokens, context = call.query.shape[2], call.key.shape[2]
     own = _additive(call.mask, tokens, context, call.query)
     rows, heads = call.query.shape[:2]
@@ -258,25 +256,3 @@ def _fused(call: Call, experts: LayerExperts, seen: Tensor, own: Tensor) -> Tens
     scaling = call.scaling
     output = functional.scaled_dot_product_attention(call.query, keys, values, attn_mask=both, scale=scaling)
     return output.transpose(1, 2).contiguous()
-
-
-def _beside_flex(call: Call, experts: LayerExperts, seen: Tensor) -> Tensor:
-    """The own context by flex attention, which tells the mass of its logits, and the experts beside it."""
-    output, mass = call.plain()
-    assert mass is not None
-    logits = _logits(call, experts.keys.transpose(0, 1)).to(_exact(call.query.dtype)) + seen
-    # Where a token sees no expert, what follows is finite and has no share.
-    other_mass = logits.logsumexp(-1)
-    weights = (logits - other_mass.nan_to_num(neginf=0).unsqueeze(-1)).exp().to(call.query.dtype)
-    return merge(output, mass, _weighted(weights, experts.values.transpose(0, 1)), other_mass.flatten(1, 2))
-
-
-def merge(output: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> Tensor:
-    """One attention over two contexts from an attention over each.
-
-    Args:
-        output, other: ``[rows, tokens, heads, width]``.
-        mass, other_mass: ``[rows, heads, tokens]``, the logarithm of the sum of the exponentials of the logits.
-    """
-    share = torch.sigmoid(mass - other_mass).transpose(1, 2).unsqueeze(-1)
-    return (output * share + other * (1 - share)).to(output.dtype)

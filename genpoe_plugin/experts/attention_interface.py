@@ -30,7 +30,7 @@ class Call:
     """A call of a layer's attention, as transformers makes it.
 
     Attributes:
-        base: the name of what the model computes attention with: ``eager``, ``sdpa`` or ``flex_attention``.
+        base: the name of what the model computes attention with: ``eager`` or ``sdpa``.
         module: the layer's attention.
         query: ``[rows, heads, tokens, width]``, rotated.
         key, value: ``[rows, KV heads, context, width]``, those of the cache included; keys are rotated.
@@ -62,7 +62,7 @@ class Call:
         return None if self.base == "sdpa" else self.options.get("softcap")
 
     def plain(self) -> Output:
-        """What the model computes by itself; with the logits' mass where it is asked for and there is one."""
+        """What the model computes by itself."""
         if self.base == "eager":
             attention = sys.modules[type(self.module).__module__].eager_attention_forward
         else:
@@ -82,7 +82,7 @@ Listener = Callable[[Call], Output]
 _listener: ContextVar[tuple[Listener, tuple[int, ...]] | None] = ContextVar("genpoe_listener", default=None)
 
 PREFIX = "genpoe_"
-BASES = ("eager", "sdpa", "flex_attention")
+BASES = ("eager", "sdpa")
 
 
 def _implementation(base: str) -> Attention:
@@ -106,15 +106,14 @@ for _base in BASES:
 def listening(model: PreTrainedModel, layers: Sequence[int], listener: Listener) -> Iterator[None]:
     """Have ``listener`` called in place of the attention of ``layers`` in every forward pass inside the block.
 
-    A model that computes attention with a kernel of which nothing but its result is to be had (flash attention)
-    computes it with ``sdpa`` meanwhile.
+    A model that computes attention with another kernel (flash or flex attention) computes it with ``sdpa`` meanwhile:
+    the first tells nothing but its result, the second the mass of its logits only in half precision.
 
     Raises:
         InputError: a layer is not there, or has no attention that can be listened to.
     """
     modules = [find_attention(model, layer) for layer in layers]
     decoder, _ = find_decoder(model)
-    device = next(model.parameters()).device
     token = _listener.set((listener, tuple(layers)))
     try:
         with ExitStack() as changes:
@@ -124,8 +123,6 @@ def listening(model: PreTrainedModel, layers: Sequence[int], listener: Listener)
                 if before.startswith(PREFIX):
                     continue
                 base = before if before in BASES else "sdpa"
-                if base == "flex_attention" and device.type == "cpu":  # where it does not tell the logits' mass
-                    base = "sdpa"
                 changes.callback(setattr, config, "_attn_implementation", before)
                 config._attn_implementation = PREFIX + base
             yield

@@ -13,6 +13,7 @@ from genpoe_plugin.experts.decoder import find_attention
 from genpoe_plugin.experts.generator import attention_dimensions
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.files import atomic_directory
+from genpoe_plugin.training.card import ModelCard, write_card
 
 if TYPE_CHECKING:
     from genpoe_plugin.calibration import Calibration
@@ -39,8 +40,9 @@ def create_attention_experts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration | None = None,
+    card: ModelCard | None = None,
 ) -> None:
-    """Write an untrained checkpoint, and beside it the curve of the calibration that chose its layers.
+    """Write an untrained checkpoint, its card, and the curve of the calibration that chose its layers.
 
     An older checkpoint there is replaced, whole.
     """
@@ -58,4 +60,6 @@ def create_attention_experts(
             from genpoe_plugin.calibration import write_calibration  # here, for without one no picture is drawn
 
             write_calibration(temporary, calibration)
+        if card is not None:
+            write_card(temporary, card)
         write_hypernetwork(temporary, config, Hypernetwork(config).state_dict(), model, tokenizer, record)

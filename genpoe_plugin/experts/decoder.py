@@ -73,6 +73,8 @@ def find_attention(model: PreTrainedModel, layer: int) -> nn.Module:
     reason = None
     if len(found) != 1 or (types and types[layer] not in ATTENTION_TYPES):
         reason = "has no softmax attention (a state space or linear layer)"
+    elif hasattr(found[0], "sinks"):
+        reason = "has learned sinks in its softmax, which experts cannot join yet"
     elif getattr(config, "kv_lora_rank", None):
         reason = "keeps latent states instead of keys and values"
     elif not any(hasattr(module, "rotary_emb") for module in (model, decoder, *found)):

@@ -65,9 +65,10 @@ class ExpertGenerator:
         ids, real, mask = self._tokens(passages)
         config = self.hypernetwork.config
         if self.attention:
-            states = keys_and_values(self.model, config.layers, ids, real)
-            shape = AttentionShape.of(config)
-            return shape.join(states).to(self.device), mask
+            read = keys_and_values(self.model, config.layers, ids, real)
+            # Each layer of a large LLM may be on a device of its own.
+            states = {layer: (keys.to(self.device), values.to(self.device)) for layer, (keys, values) in read.items()}
+            return AttentionShape.of(config).join(states), mask
         if self.contextual:
             return hidden_states(self.model, config.layer, ids, real).to(self.device).float(), mask
         with torch.no_grad():
@@ -138,14 +139,22 @@ class ExpertGenerator:
 
 
 def attention_dimensions(model: PreTrainedModel) -> dict[str, int]:
-    """The LLM's query heads, key-value heads and their width, as a configuration names them."""
+    """The LLM's query heads, key-value heads and their width, as a configuration names them.
+
+    Raises:
+        InputError: they are not the same in all layers.
+    """
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    return {
-        "num_heads": heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_width": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
+    try:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except ValueError as error:  # of transformers, for an LLM whose layers differ in this
+        name = type(model).__name__
+        raise InputError(
+            f"{name}: its layers have different heads, so attention experts have no place in it"
+        ) from error
+    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_width": width}
 
 
 def _check_heads(model: PreTrainedModel, config: HypernetworkConfig) -> None:

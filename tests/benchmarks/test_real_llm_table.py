@@ -180,6 +180,11 @@ def test_a_calibration_has_sets_of_layers(tmp_path):
     ]
     file.write_text("\n".join(rows) + "\n")
     assert list(read_layers(file, 20)) == [1, 2, 3, 4, 5, 6, 9, 10, 12]
+    file.write_text("layers,kv_heads,nats\n,closed_book,3\n0,,2\n")
+    assert list(read_layers(file, 3)) == [1]
+    file.write_text("layers,kv_heads,nats\n0 1,0+1 1,2.0\n")
+    with pytest.raises(InputError, match="a calibration of heads"):
+        read_layers(file, 20)
     file.write_text("nats\n2.0\n")
     with pytest.raises(InputError, match="neither JSON nor a calibration"):
         read_layers(file, 20)

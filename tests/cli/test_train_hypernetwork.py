@@ -237,8 +237,9 @@ def test_options_are_the_settings_with_their_defaults() -> None:
     options = {option.name: option.to_info_dict() for option in command.params}
     for field in dataclasses.fields(HypernetworkTraining):
         assert options[field.name]["default"] == field.default, field.name
-    for field in dataclasses.fields(HypernetworkConfig):
-        assert field.name == "hidden_size" or options[field.name]["default"] is None, "the preset's"
+    of_the_llm = {"hidden_size", "layers", "num_heads", "num_kv_heads", "head_width", "kv_heads"}
+    for name in {"layer"} | {field.name for field in dataclasses.fields(HypernetworkConfig)} - of_the_llm:
+        assert options[name]["default"] is None, "the preset's"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_bad_data_is_one_line(llm_dir: Path, data: Path, tmp_path: Path, content
         (["--code-size", 0], "code_size is 0; it must be"),
         (["--num-queries", 0], "num_queries is 0; it must be"),
         (["--layer", 3], "layer 3 is not in LlamaForCausalLM, which has layers 0 to 2"),
-        (["--layer", -1], "layer is -1; it must be"),
+        (["--layer", -1], "layers is (-1,); it must be"),
         (["--encoder", "max"], "--encoder"),
         (["--epochs", 0], "epochs is 0; it must be"),
         (["--max-steps", 0], "max_steps is 0; it must be"),

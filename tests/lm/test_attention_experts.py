@@ -11,9 +11,11 @@ import torch
 from lm_eval.api.instance import Instance
 
 from genpoe_plugin.checkpoint import checkpoint_fingerprint, save_hypernetwork
+from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.creation import attention_config, create_attention_experts
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.language_model import weights_sample
 from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
 
 EVERY, SOME = (0, 1, 2), (0, 2)
@@ -318,3 +320,26 @@ def test_half_precision(make_attention_lm, make_llm, docs, generation):
     lm = make_attention_lm(layers=SOME, pretrained=make_llm("llama").to(torch.bfloat16))
     assert len(lm.generate_until(generation(docs))) == len(docs)
     assert {weight.dtype for weight in lm.store._slab.weights} == {torch.bfloat16}
+
+
+def test_experts_on_disk_are_those_of_these_very_weights(make_llm):
+    """Also where two LLMs have one name and the same embeddings, as with an adapter that was trained on."""
+    one, other = make_llm("llama"), make_llm("llama")
+    assert weights_sample(one) == weights_sample(other)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.k_proj.weight += 1
+    assert weights_sample(one) != weights_sample(other)
+
+
+def test_some_of_a_checkpoints_layers_are_a_checkpoint_of_these(make_attention_lm, make_lm, docs, generation):
+    """Whatever their order, and the fingerprint tells them from all layers."""
+    expected = make_attention_lm(layers=SOME).generate_until(generation(docs))
+    found = make_attention_lm(expert_layers="2+0")
+    assert found.generate_until(generation(docs)) == expected
+    assert found.fingerprint == make_attention_lm(expert_layers="0+2").fingerprint
+    assert found.fingerprint != make_attention_lm().fingerprint
+    for wrong, message in (("0+7", "no experts in layer 7, only in 0"), ("1,2", "with \\+ between them")):
+        with pytest.raises(InputError, match=message):
+            make_attention_lm(expert_layers=wrong)
+    with pytest.raises(InputError, match="for experts in the attention"):
+        make_lm(expert_layers=1)
