@@ -21,6 +21,7 @@ from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.language_model import load_tokenizer
 
 SETTINGS = "study.json"
+NATS_BATCH = 8  # lm_eval keeps the logits of whole prompts: gigabytes with a large vocabulary
 SEED = 0  # of the sample of questions, and of the controls
 
 
@@ -137,7 +138,7 @@ class Study:
             if row.layers != self.shape.all:
                 arguments["expert_layers"] = "+".join(map(str, row.layers))
         options = {
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size if "" in kinds else min(self.batch_size, NATS_BATCH),
             "device": self.device,
             "limit": limit,
             **({"gen_kwargs": f"max_gen_toks={self.max_tokens}"} if "" in kinds else {}),
