@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +15,15 @@ END, NEWLINE = "</s>", "\n"
 MARKS = ("<unk>", END, NEWLINE, "Question:", "Answer:", "Knowledge:", "Who", "?")
 
 
-def random_llm(width: int, layers: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def random_llm(
+    width: int,
+    layers: int,
+    *,
+    head_width: int = 64,
+    kv_heads: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The LLM (100 million parameters for a width of 768 and 12 layers) and its tokenizer; the same in every process.
 
     Its embeddings of the end of text and of a new line are zeros, and so are their logits, since the embeddings are
@@ -32,20 +42,32 @@ def random_llm(width: int, layers: int) -> tuple[LlamaForCausalLM, PreTrainedTok
         hidden_size=width,
         intermediate_size=width * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
+        num_attention_heads=width // head_width,
+        num_key_value_heads=kv_heads or width // head_width,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=vocabulary[END],
         pad_token_id=vocabulary[END],
     )
-    with torch.random.fork_rng(devices=[]):
+    # Made where and as it is used: seven billion numbers in float32 would need twice the memory first.
+    with torch.random.fork_rng(devices=[]), torch.device(device), default_dtype(dtype):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.get_input_embeddings().weight[[vocabulary[END], vocabulary[NEWLINE]]] = 0
     return model, tokenizer
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors of floating point are of ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_text(rng: random.Random, words: int) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.injection import RowExperts, inject
+from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.replay import recording, replaying
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import cut_passages
@@ -103,6 +104,15 @@ class Calibration:
     files: tuple[tuple[str, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """The passes over all batches with some experts: what every layer returned in each of them, and the loss."""
+
+    config: HypernetworkConfig
+    outputs: list[list[Any]]
+    loss: float
+
+
 class AnswerLoss:
     """The loss of questions' answers, in nats per token, with the questions' passages as experts of any parts.
 
@@ -140,26 +150,48 @@ class AnswerLoss:
             store.rows([example.passages for example in batch], [example.gates for example in batch], [0] * len(batch))
             for batch in self._batches
         ]
+        self._recorded: _Recorded | None = None
 
     def without_experts(self, knowledge: bool) -> float:
         """Closed-book, or with the passage in the prompt (``knowledge``)."""
-        return self._mean(lambda batch, _: self._losses(batch, knowledge))
+        return _mean(self._losses(batch, knowledge) for batch in self._batches)
 
-    def with_experts(self, config: HypernetworkConfig) -> float:
-        """With the experts of ``config``, which has some of the layers and heads."""
+    def with_experts(self, config: HypernetworkConfig, near: HypernetworkConfig | None = None) -> float:
+        """With the experts of ``config``, which has some of the layers and heads.
 
-        def losses(batch: list[DrawnExample], rows: RowExperts | None) -> list[float]:
-            assert rows is not None and isinstance(rows.experts, AttentionExperts)
-            if config.kv_heads is not None:
-                rows = replace(rows, experts=rows.experts.part(AttentionShape.of(config)))
-            with inject(self.model, config.layers, rows):
-                return self._losses(batch, False)
+        Args:
+            near: another choice of them. Its passes are kept, until there is another, and the layers below the first
+                difference do not run again.
+        """
+        if near is None:
+            return _mean(self._with_experts(config, number) for number in range(len(self._batches)))
+        if self._recorded is None or self._recorded.config != near:
+            self._recorded = self._record(near)
+        if config == near:
+            return self._recorded.loss
+        below, losses = _first_difference(config, near), []
+        for number, outputs in enumerate(self._recorded.outputs):
+            with replaying(self.model, outputs, below):
+                losses.append(self._with_experts(config, number))
+        return _mean(losses)
 
-        return self._mean(losses)
+    def _record(self, config: HypernetworkConfig) -> _Recorded:
+        self._recorded = None  # before there are others, for they are large
+        kept, losses = [], []
+        for number in range(len(self._batches)):
+            with recording(self.model) as outputs:
+                losses.append(self._with_experts(config, number))
+            kept.append(outputs)
+        return _Recorded(config, kept, _mean(losses))
 
-    def _mean(self, losses: Callable[[list[DrawnExample], RowExperts | None], list[float]]) -> float:
-        found = [loss for pair in zip(self._batches, self._rows, strict=True) for loss in losses(*pair)]
-        return sum(found) / len(found)
+    def _with_experts(self, config: HypernetworkConfig, number: int) -> list[float]:
+        """The losses of one batch."""
+        rows = self._rows[number]
+        assert rows is not None and isinstance(rows.experts, AttentionExperts)
+        if config.kv_heads is not None:
+            rows = replace(rows, experts=rows.experts.part(AttentionShape.of(config)))
+        with inject(self.model, config.layers, rows):
+            return self._losses(self._batches[number], False)
 
     @torch.no_grad()
     def _losses(self, examples: list[DrawnExample], knowledge: bool) -> list[float]:
@@ -239,12 +271,12 @@ def calibrate(
     closed = measured("closed_book", lambda: loss.without_experts(False))
     prompt = measured("prompt", lambda: loss.without_experts(True))
 
-    def nats(some: Sequence[Part]) -> float:
-        config = with_parts(loss.config, some)
-        return measured(_name(config), lambda: loss.with_experts(config))
+    def nats(some: Sequence[Part], near: Sequence[Part]) -> float:
+        config, other = with_parts(loss.config, some), with_parts(loss.config, near)
+        return measured(_name(config), lambda: loss.with_experts(config, other))
 
     points = []
-    full = nats(parts)
+    full = nats(parts, parts)
     if limits.keep is not None and full >= closed:
         raise InputError(
             f"answers cost {full:.3f} nats a token with experts in all layers and {closed:.3f} without any: there is "
@@ -258,24 +290,33 @@ def calibrate(
     return Calibration(tuple(points), choose(points, limits), closed, prompt, questions)
 
 
-def _shrinking(parts: Sequence[Part], nats: Callable[[Sequence[Part]], float]) -> Iterator[tuple[list[Part], float]]:
+def _shrinking(
+    parts: Sequence[Part], nats: Callable[[Sequence[Part], Sequence[Part]], float]
+) -> Iterator[tuple[list[Part], float]]:
     """All parts, then ever fewer of them, and the loss of each selection.
 
     While more than half are there, two are left out at a time: at first most parts cost next to nothing.
+
+    Args:
+        nats: the loss with some parts, which are nearly those of the second argument.
     """
-    kept, now = list(parts), nats(parts)
+    kept, now = list(parts), nats(parts, parts)
     yield list(kept), now
+
+    def leaving(part: Part) -> float:
+        return nats([other for other in kept if other is not part], kept)
+
     # What each part's absence was last seen to cost.
-    cost = {part: nats([other for other in kept if other is not part]) - now for part in tqdm(kept, "Leaving one out")}
+    cost = {part: leaving(part) - now for part in tqdm(kept, "Leaving one out")}
     while len(kept) > 1:
         without = {}
         for part in sorted(kept, key=lambda part: cost[part])[:TRIED]:
-            without[part] = nats([other for other in kept if other is not part])
+            without[part] = leaving(part)
             cost[part] = without[part] - now
         cheapest = sorted(without, key=lambda part: without[part])
-        leaving = cheapest[: 2 if len(kept) - 2 >= len(parts) / 2 else 1]
-        kept = [part for part in kept if part not in leaving]
-        now = nats(kept)
+        out = cheapest[: 2 if len(kept) - 2 >= len(parts) / 2 else 1]
+        kept = [part for part in kept if part not in out]
+        now = nats(kept, kept)
         yield list(kept), now
 
 
@@ -301,6 +342,22 @@ def choose(points: Sequence[Point], limits: Limits) -> Point:
     if limits.keep is not None:
         return min(fitting, key=lambda point: (point.bytes, point.nats))
     return min(fitting, key=lambda point: (point.nats, point.bytes))
+
+
+def _first_difference(one: HypernetworkConfig, other: HypernetworkConfig) -> int:
+    """The lowest layer in which two configurations have not the same heads."""
+
+    def heads(config: HypernetworkConfig) -> dict[int, tuple[int, ...]]:
+        shape = AttentionShape.of(config)
+        return dict(zip(shape.layers, shape.kv_heads, strict=True))
+
+    first, second = heads(one), heads(other)
+    return min(layer for layer in first.keys() | second.keys() if first.get(layer) != second.get(layer))
+
+
+def _mean(losses: Iterable[list[float]]) -> float:
+    found = [loss for batch in losses for loss in batch]
+    return sum(found) / len(found)
 
 
 def with_parts(config: HypernetworkConfig, parts: Sequence[Part]) -> HypernetworkConfig:

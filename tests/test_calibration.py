@@ -95,6 +95,33 @@ def test_losses_equal_those_of_the_llm_with_masks(llm, bare_tokenizer, config, b
     assert loss.with_experts(config) == found[1], "nothing stays in the LLM"
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+def test_layers_below_the_first_difference_are_not_run_again_and_losses_are_the_same(make_llm, bare_tokenizer, name):
+    llm = make_llm(name)
+    every = attention_config(llm)
+    loss = AnswerLoss(EXAMPLES, llm, bare_tokenizer, every, batch_size=2)
+    first_head = with_parts(every, [((0, 0),), ((1, 0),), ((2, 0),)])
+    without = [replace(every, layers=tuple(layer for layer in every.layers if layer != out)) for out in every.layers]
+    # Each with the lowest layer in which it is not as ``every``.
+    choices = [(every, None), *zip(without, every.layers, strict=True), (first_head, 0)]
+    expected = [loss.with_experts(choice) for choice, _ in choices]
+    runs: list[int] = []
+    handles = [
+        layer.self_attn.register_forward_hook(lambda *_, number=number: runs.append(number))
+        for number, layer in enumerate(llm.model.layers)
+    ]
+    for near in (every, first_head):
+        for (choice, lowest), value in zip(choices, expected, strict=True):
+            loss.with_experts(near, near)
+            runs.clear()
+            assert loss.with_experts(choice, near) == pytest.approx(value, rel=1e-6)
+            if near is every:
+                assert runs == ([] if lowest is None else 2 * list(range(lowest, len(every.layers)))), "of two batches"
+    for handle in handles:
+        handle.remove()
+    assert loss.with_experts(every) == expected[0], "nothing stays in the LLM"
+
+
 def test_the_passage_in_the_prompt(llm, bare_tokenizer, config):
     """As one text, which the tokenizer may split otherwise where passage and question meet."""
     loss = AnswerLoss(EXAMPLES, llm, bare_tokenizer, config).without_experts(True)
@@ -129,7 +156,8 @@ class Known:
         self.asked.append(knowledge)
         return 1.0 if knowledge else 2.0 + sum(self.prices.values())
 
-    def with_experts(self, config: HypernetworkConfig) -> float:
+    def with_experts(self, config: HypernetworkConfig, near: HypernetworkConfig) -> float:
+        assert pairs(config) <= pairs(near), "its nearest is the selection that it leaves a part of"
         self.asked.append(config)
         return 2.0 + sum(price for part, price in self.prices.items() if part not in pairs(config))
 
@@ -246,10 +274,10 @@ class Stops(Known):
         super().__init__(*args)
         self.after = after
 
-    def with_experts(self, config: HypernetworkConfig) -> float:
+    def with_experts(self, config: HypernetworkConfig, near: HypernetworkConfig) -> float:
         if len(self.asked) == self.after:
             raise KeyboardInterrupt
-        return super().with_experts(config)
+        return super().with_experts(config, near)
 
 
 @pytest.mark.parametrize("killed", [None, 1, 5])

@@ -10,9 +10,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from genpoe_plugin.checkpoint import read_record, resolve_checkpoint
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
 
 Layers = tuple[int, ...]
+Heads = tuple[tuple[int, ...], ...]
+"""The key-value heads of each of some layers; empty where all are meant."""
 SIZES = (1, 2, 3, 4, 6, 9, 12)  # sets of so many layers are rows of the table
 BYTES = 2  # of a number, in 16 bits
 
@@ -23,11 +27,13 @@ class Shape:
 
     Attributes:
         depth: decoder layers of the LLM.
-        numbers: that a layer keeps of a token, keys and values together.
+        kv_heads: key-value heads of a layer.
+        width: of a head.
     """
 
     depth: int
-    numbers: int
+    kv_heads: int
+    width: int
 
     @classmethod
     def of(cls, llm: str) -> Shape:
@@ -44,15 +50,16 @@ class Shape:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         kept = getattr(config, "num_key_value_heads", None) or heads
-        return cls(config.num_hidden_layers, 2 * kept * width)
+        return cls(config.num_hidden_layers, kept, width)
 
     @property
     def all(self) -> Layers:
         return tuple(range(self.depth))
 
-    def bytes(self, layers: Layers) -> int:
-        """Of one token of a passage, in 16 bits."""
-        return BYTES * self.numbers * len(layers)
+    def bytes(self, layers: Layers, heads: Heads = ()) -> int:
+        """Of one token of a passage, in 16 bits, with all key-value heads of the layers or with ``heads`` alone."""
+        kept = sum(map(len, heads)) if heads else self.kv_heads * len(layers)
+        return BYTES * 2 * self.width * kept
 
 
 def read_layers(path: Path, depth: int) -> dict[int, Layers]:
@@ -101,5 +108,20 @@ def largest_set(sets: dict[int, Layers], most: int) -> Layers:
     return max(fitting, key=len)
 
 
-def named(layers: Layers) -> str:
-    return " ".join(map(str, layers))
+def read_heads(checkpoint: Path) -> tuple[Layers, Heads]:
+    """The layers and key-value heads of a checkpoint of `genpoe experts create --heads`.
+
+    Raises:
+        InputError: there is no checkpoint, or one with all heads of its layers.
+    """
+    config = HypernetworkConfig.from_dict(read_record(resolve_checkpoint(checkpoint))["hypernetwork"])
+    if config.kv_heads is None:
+        raise InputError(f"--heads {checkpoint}: has all heads of its layers; create it with --heads")
+    return config.layers, config.kv_heads
+
+
+def named(layers: Layers, heads: Heads = ()) -> str:
+    """Layers as a table names them, ``1 9``, or with their heads, ``1:0 9:0+1``."""
+    if not heads:
+        return " ".join(map(str, layers))
+    return " ".join(f"{layer}:{'+'.join(map(str, own))}" for layer, own in zip(layers, heads, strict=True))

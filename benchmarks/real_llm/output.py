@@ -70,7 +70,7 @@ def _answered(path: Path) -> float:
 
 
 def _draw(found: dict[str, Any], folder: Path) -> None:
-    points = found["curve"]
+    points = [point for point in found["curve"] if point["whole"]]
     if not points:
         return
     places = {

@@ -42,7 +42,7 @@ def records(rows: Sequence[StudyRow], scores: Mapping[str, Scores], names: Seque
 def _record(row: StudyRow, label: str, together: Sequence[str], scores: Mapping[str, Scores]) -> Record:
     own = {measure: paired([scores[row.name]], together, (measure,))[:, 0] for measure in MEASURES}
     record: Record = {"row": row.name, "questions": label, "n": len(own["f1"]), "n_nats": len(own["nats"])}
-    record["layers"] = named(row.layers)
+    record["layers"] = named(row.layers, row.heads)
     for measure, column in own.items():
         record[measure] = asdict(mean(column, share=measure != "nats"))
     record["differences"] = {}
@@ -74,9 +74,10 @@ def curve(
     return [
         {
             "row": row.name,
-            "layers": named(row.layers),
+            "layers": named(row.layers, row.heads),
             "number": len(row.layers),
-            "bytes": shape.bytes(row.layers),
+            "whole": not row.heads,
+            "bytes": shape.bytes(row.layers, row.heads),
             "n": len(paired([scores[row.name]], names, ("f1",), most)),
             "recovered": _recovered(row.name, names, scores, most),
         }

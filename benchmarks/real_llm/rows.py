@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.real_llm.layers import Layers
+from benchmarks.real_llm.layers import Heads, Layers
 from benchmarks.real_llm.questions import DISTRACTORS
 
 
@@ -16,6 +16,7 @@ class StudyRow:
         mode, passages, num_passages, gates: arguments of the genpoe model.
         purpose: of the file of questions (`benchmarks.real_llm.questions.PURPOSES`).
         layers: that hold the experts; none in modes without experts.
+        heads: key-value heads of the layers, where not all.
         curve: asked with the smaller number of questions.
         against: rows that it is compared with, question by question.
     """
@@ -27,6 +28,7 @@ class StudyRow:
     num_passages: int = 1
     gates: str = "softmax"
     layers: Layers = ()
+    heads: Heads = ()
     curve: bool = False
     against: tuple[str, ...] = ("closed_book",)
 
@@ -41,6 +43,7 @@ MEANINGS = {
     "rag": "the right passage in the prompt",
     "genpoe": "the right passage as experts",
     "genpoe_quarter": "the same in at most a quarter of the layers",
+    "genpoe_heads": "the right passage as experts of chosen key-value heads, in as many bytes as genpoe_quarter",
     "genpoe_all_layers": "the right passage as experts in all layers",
     "genpoe_shuffled": "another question's passage as experts",
     "genpoe_rag": "the right passage in the prompt and as experts",
@@ -59,7 +62,13 @@ MEANINGS = {
 """What each row is; an LLM has as many `layers_N` as it has sets of layers."""
 
 
-def study_rows(sets: dict[int, Layers], main: Layers, quarter: Layers, everything: Layers) -> list[StudyRow]:
+def study_rows(
+    sets: dict[int, Layers],
+    main: Layers,
+    quarter: Layers,
+    everything: Layers,
+    heads: tuple[Layers, Heads] | None = None,
+) -> list[StudyRow]:
     """All rows of a study.
 
     Args:
@@ -67,6 +76,7 @@ def study_rows(sets: dict[int, Layers], main: Layers, quarter: Layers, everythin
         main: the layers of all rows but those on layers.
         quarter: of the row that names it.
         everything: all layers of the LLM.
+        heads: layers and their key-value heads, of the row that names them.
     """
 
     def experts(
@@ -78,7 +88,9 @@ def study_rows(sets: dict[int, Layers], main: Layers, quarter: Layers, everythin
     def four(name: str, *, purpose: str = "hard", gates: str = "softmax") -> StudyRow:
         against = ("rag_four", "genpoe") if name == "genpoe_four" else ("rag_four", "genpoe_four")
         count = DISTRACTORS + 1
-        return StudyRow(name, "genpoe", purpose, "retrieved", count, gates, main, curve=True, against=against)
+        return StudyRow(
+            name, "genpoe", purpose, num_passages=count, gates=gates, layers=main, curve=True, against=against
+        )
 
     rows = [
         StudyRow("closed_book", "closed_book", against=()),
@@ -110,6 +122,15 @@ def study_rows(sets: dict[int, Layers], main: Layers, quarter: Layers, everythin
             against=("closed_book", "rag"),
         ),
     ]
+    if heads is not None:
+        chosen = StudyRow(
+            "genpoe_heads",
+            "genpoe",
+            layers=heads[0],
+            heads=heads[1],
+            against=("closed_book", "rag", "genpoe", "genpoe_quarter"),
+        )
+        rows.insert([row.name for row in rows].index("genpoe_quarter") + 1, chosen)
     if quarter == main:
         rows = [row for row in rows if row.name != "genpoe_quarter"]
     rows += [

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_llm.layers import Layers, Shape, largest_set
+from benchmarks.real_llm.layers import Layers, Shape, largest_set, read_heads
 from benchmarks.real_llm.questions import file_of, write_files
 from benchmarks.real_llm.rows import StudyRow, study_rows
 from benchmarks.real_llm.scores import NATS, Scores, read_scores, tasks_of, token_counter
@@ -37,7 +37,9 @@ class Study:
         limit, limit_curve, limit_nats: questions of each data set; the second in rows on layers, distractors and
             retrieval, the third where the likelihood of answers is scored.
         max_tokens: of an answer.
-        expert_gb: gigabytes of memory for experts, which are all on disk.
+        expert_gb: gigabytes of memory for experts.
+        store: whether all experts are kept on disk too, so that every passage is read once for all rows.
+        heads: checkpoint with chosen key-value heads.
 
     Raises:
         InputError: settings that cannot be.
@@ -56,6 +58,8 @@ class Study:
     max_tokens: int = 16
     device: str | None = None
     expert_gb: float = 2.0
+    store: bool = True
+    heads: Path | None = None
 
     def __post_init__(self) -> None:
         for name, part in (("curve", self.limit_curve), ("nats", self.limit_nats)):
@@ -72,7 +76,8 @@ class Study:
     @cached_property
     def rows(self) -> list[StudyRow]:
         quarter = largest_set(dict(self.sets), max(1, self.shape.depth // 4))
-        return study_rows(dict(self.sets), self.main, quarter, self.shape.all)
+        heads = None if self.heads is None else read_heads(self.heads)
+        return study_rows(dict(self.sets), self.main, quarter, self.shape.all, heads)
 
     def chosen(self, names: str | None) -> list[StudyRow]:
         """The rows of these names, separated by commas, in their order; without names all of them.
@@ -121,11 +126,14 @@ class Study:
         }
 
     def _matrices(self, row: StudyRow) -> list[Matrix]:
-        """The runs of lm_eval that a row is: answers, and likelihoods of the right ones; one run if for as many."""
+        """The runs of lm_eval that a row is: answers, and likelihoods of the right ones.
+
+        It is one run where both are for as many questions and no passage stands in the prompt.
+        """
         limit = self.limit_curve if row.curve else self.limit
-        if limit <= self.limit_nats:
+        if limit <= self.limit_nats and row.mode in ("closed_book", "genpoe"):
             return [self._matrix(row, "", ("", NATS), limit)]
-        return [self._matrix(row, "", ("",), limit), self._matrix(row, NATS, (NATS,), self.limit_nats)]
+        return [self._matrix(row, "", ("",), limit), self._matrix(row, NATS, (NATS,), min(limit, self.limit_nats))]
 
     def _matrix(self, row: StudyRow, suffix: str, kinds: Sequence[str], limit: int) -> Matrix:
         arguments: dict[str, Any] = {"pretrained": self.llm, "dtype": self.dtype, "mode": row.mode, "seed": SEED}
@@ -133,9 +141,11 @@ class Study:
             arguments |= {"passages": row.passages, "num_passages": row.num_passages}
         if row.layers:
             # One checkpoint for all sets of layers, so that every passage is read once for all rows.
-            arguments |= {"hypernetwork": self._checkpoint, "gates": row.gates}
-            arguments |= {"expert_store": self.out / "experts", "expert_gb": self.expert_gb}
-            if row.layers != self.shape.all:
+            arguments |= {"hypernetwork": self.heads if row.heads else self._checkpoint, "gates": row.gates}
+            arguments |= {"expert_gb": self.expert_gb}
+            if self.store:
+                arguments["expert_store"] = self.out / "experts"
+            if row.layers != self.shape.all and not row.heads:
                 arguments["expert_layers"] = "+".join(map(str, row.layers))
         options = {
             "batch_size": self.batch_size if "" in kinds else min(self.batch_size, NATS_BATCH),

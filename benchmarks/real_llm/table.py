@@ -35,7 +35,13 @@ from genpoe_plugin.errors import InputError
 @click.option("--device", help="Of the LLM.  [default: lm_eval's]")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
-@click.option("--expert-gb", default=2.0, show_default=True, help="Memory for experts; all of them are kept on disk.")
+@click.option("--expert-gb", default=2.0, show_default=True, help="Memory for experts.")
+@click.option("--store/--no-store", default=True, show_default=True, help="Keep the experts of all rows on disk.")
+@click.option(
+    "--heads",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Checkpoint of `genpoe experts create --heads`, for a row of its own.",
+)
 def table(
     llm: str,
     layers_file: Path,
@@ -51,6 +57,8 @@ def table(
     batch_size: int,
     max_tokens: int,
     expert_gb: float,
+    store: bool,
+    heads: Path | None,
 ) -> None:
     """One LLM in every mode, with controls, distractors and sets of layers: a run of lm_eval for each row.
 
@@ -72,6 +80,8 @@ def table(
         max_tokens=max_tokens,
         device=device,
         expert_gb=expert_gb,
+        store=store,
+        heads=None if heads is None else heads.resolve(),
     )
     chosen = study.chosen(rows)
     study.prepare()
@@ -93,6 +103,7 @@ def _command(study: Study, layers_file: Path) -> str:
     """What makes the whole study again, with names in the place of this machine's paths."""
     words = ["python", "-m", "benchmarks", "real-llm", "table", "--llm", Path(study.llm).name]
     words += ["--layers-file", layers_file.name, "--data", "DATA", "--out", study.out.name]
+    words += [] if study.heads is None else ["--heads", study.heads.name]
     words += ["--limit", str(study.limit), "--limit-curve", str(study.limit_curve)]
     words += ["--limit-nats", str(study.limit_nats), "--dtype", study.dtype]
     words += ["--batch-size", str(study.batch_size), "--max-tokens", str(study.max_tokens)]

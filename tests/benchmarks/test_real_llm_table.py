@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,15 +20,17 @@ from scipy import stats
 
 from benchmarks.__main__ import main
 from benchmarks.real_llm import questions
-from benchmarks.real_llm.layers import Shape, largest_set, read_layers
+from benchmarks.real_llm.layers import Shape, largest_set, named, read_heads, read_layers
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.questions import PURPOSES, file_of, find_files, purposes, sample, with_gold, write_files
 from benchmarks.real_llm.results import records
 from benchmarks.real_llm.rows import MEANINGS, StudyRow, study_rows
 from benchmarks.real_llm.scores import paired, read_scores, tasks_of, token_counter
+from benchmarks.real_size import card_of
 from benchmarks.synthetic_results import write_run
 from genpoe_plugin.comparison import matrix
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.creation import attention_config, create_attention_experts
 from genpoe_plugin.passages import Passage
 from genpoe_plugin.pipeline import Pipeline
 from genpoe_plugin.questions import Question, RetrievedPassage, read_questions
@@ -201,14 +204,42 @@ def test_what_is_no_set_of_layers(tmp_path, text):
 
 
 def test_rows_are_all_explained_and_compared_with_rows_that_are_there():
-    rows = study_rows({1: (2,), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2, 3)}, (0, 2), (2,), (0, 1, 2, 3))
+    heads = (0, 1), ((0,), (0, 1))
+    rows = study_rows({1: (2,), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2, 3)}, (0, 2), (2,), (0, 1, 2, 3), heads)
     names = [row.name for row in rows]
     assert len(set(names)) == len(names) and names[:3] == ["closed_book", "rag", "genpoe"]
     assert {name for row in rows for name in row.against} <= set(names)
     assert {"layers_N" if name.startswith("layers_") else name for name in names} == set(MEANINGS)
     assert [name for name in names if name.startswith("layers_")] == ["layers_3"]
-    assert [row.name for row in rows if row.reads_gold] == ["genpoe", "genpoe_quarter", "genpoe_all_layers", "layers_3"]
+    assert [row.name for row in rows if row.reads_gold] == [
+        "genpoe",
+        "genpoe_quarter",
+        "genpoe_heads",
+        "genpoe_all_layers",
+        "layers_3",
+    ]
+    assert [(row.layers, row.heads) for row in rows if row.heads] == [heads]
     assert all(row.layers == (0, 2) for row in rows if row.mode.startswith("genpoe") and row.passages != "retrieved")
+
+
+@pytest.fixture
+def heads_checkpoint(make_llm, tokenizer, tmp_path) -> Path:
+    """A checkpoint of experts in two layers, of the first with one of two key-value heads."""
+    llm = make_llm("llama")
+    config = replace(attention_config(llm, (0, 2)), kv_heads=((1,), (0, 1)))
+    create_attention_experts(tmp_path / "heads", config, llm, tokenizer, None, card_of(tmp_path / "heads"))
+    return tmp_path / "heads"
+
+
+def test_heads_are_those_of_a_checkpoint(heads_checkpoint, make_llm, tokenizer, llm_dir, tmp_path):
+    layers, heads = read_heads(heads_checkpoint)
+    assert (layers, heads) == ((0, 2), ((1,), (0, 1))) and named(layers, heads) == "0:1 2:0+1"
+    shape = Shape.of(str(llm_dir))
+    assert shape.bytes(layers, heads) == 3 * shape.bytes((0,)) / 2
+    llm = make_llm("llama")
+    create_attention_experts(tmp_path / "all", attention_config(llm), llm, tokenizer, None, card_of(tmp_path / "all"))
+    with pytest.raises(InputError, match="has all heads of its layers; create it with --heads"):
+        read_heads(tmp_path / "all")
 
 
 # Scores and measures
@@ -460,6 +491,34 @@ def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
     given = dict(zip(likelihood[1::2], likelihood[2::2], strict=False))
     assert given["--tasks"] == "genpoe_nq_nats,genpoe_squad_nats" and given["--limit"] == str(NATS)
     assert "--gen_kwargs" not in given
+
+
+def command_of(study: Path, run: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The options of a run of lm_eval, and the arguments of its model."""
+    command = json.loads((study / "rows" / run / "cell.json").read_text())["command"]
+    given = dict(zip(command[1::2], command[2::2], strict=False))
+    return given, dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+
+
+def test_the_row_of_heads_has_their_checkpoint(run, heads_checkpoint, tmp_path):
+    assert run("--rows", "genpoe_heads", "--heads", str(heads_checkpoint), "--no-store").exit_code == 0
+    _, arguments = command_of(tmp_path / "study", "genpoe_heads")
+    assert arguments["hypernetwork"] == str(heads_checkpoint)
+    assert not {"expert_layers", "expert_store"} & arguments.keys()
+    study = json.loads((tmp_path / "study" / "table.json").read_text())
+    assert {record["layers"] for record in study["records"]} == {"0:1 2:0+1"}
+    assert "--heads heads" in study["command"]
+
+
+def test_likelihoods_after_prompts_with_passages_are_scored_in_small_batches(run, tmp_path):
+    assert run("--rows", "closed_book,rag", "--limit-nats", str(LIMIT), "--batch-size", "32").exit_code == 0
+    both, _ = command_of(tmp_path / "study", "closed_book")
+    assert both["--tasks"] == "genpoe_nq,genpoe_squad,genpoe_nq_nats,genpoe_squad_nats"
+    answers, _ = command_of(tmp_path / "study", "rag")
+    nats, _ = command_of(tmp_path / "study", "rag_nats")
+    assert (answers["--tasks"], answers["--batch_size"]) == ("genpoe_nq,genpoe_squad", "32")
+    assert (nats["--tasks"], nats["--batch_size"]) == ("genpoe_nq_nats,genpoe_squad_nats", "8")
+    assert answers["--limit"] == nats["--limit"] == str(LIMIT)
 
 
 @pytest.mark.parametrize(

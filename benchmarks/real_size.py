@@ -1,0 +1,141 @@
+"""Experts in the attention of an LLM of real size, on a GPU: closed-book answering, RAG, and ours, in one process.
+
+The LLM has the shape of Llama-3-8B in bfloat16 with random weights, and a vocabulary of 16,000 words. Batches of 16 and
+64 questions, four passages of a hundred words each, ten new tokens, experts in a quarter of the layers. Works take
+turns; a ratio is the median of those of the single rounds.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from benchmarks.evaluation import (
+    PASSAGES,
+    WORDS,
+    Rounds,
+    answers,
+    questions,
+    ratio,
+    reading_layers,
+    requests,
+)
+from benchmarks.options import Options, folder_of
+from benchmarks.random_llm import random_llm
+from benchmarks.rates import seconds
+from benchmarks.row import Row
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.training.card import ModelCard
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int
+    layers: int
+    head_width: int
+    kv_heads: int
+    batches: tuple[int, ...]
+    rounds: int
+
+
+FULL = Sizes(4096, 32, 128, 8, (16, 64), 5)
+QUICK = Sizes(256, 8, 64, 2, (4,), 2)
+
+
+def measure(options: Options) -> list[Row]:
+    """The rows; a small LLM with ``--quick``, which runs on a CPU too.
+
+    Raises:
+        InputError: there is no GPU for the full size.
+    """
+    if not (options.quick or torch.cuda.is_available()):
+        raise InputError("real-size: needs a GPU of 40 GB; --quick runs a small LLM on a CPU")
+    sizes, device = (QUICK, "cpu") if options.quick else (FULL, "cuda")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object says that it was given a model
+    model, tokenizer = random_llm(
+        sizes.width,
+        sizes.layers,
+        head_width=sizes.head_width,
+        kv_heads=sizes.kv_heads,
+        device=device,
+        dtype=torch.bfloat16,
+    )
+    config = attention_config(model, reading_layers(sizes.layers))
+    with folder_of(options) as folder:
+        checkpoint = folder / "attention"
+        create_attention_experts(checkpoint, config, model, tokenizer, None, card_of(checkpoint))
+        rows = []
+        for batch in sizes.batches:
+            plain = HFLM(model, tokenizer=tokenizer, device=device, batch_size=batch)
+            rows += _rows(time_works(plain, checkpoint, batch, sizes.rounds), batch)
+    size = footprint(config, torch.bfloat16).expert_bytes * (WORDS + 3)
+    return [*rows, Row("real_size.expert_bytes", size, "bytes")]
+
+
+def time_works(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rounds:
+    """Seconds a question of all works, which take turns; the first round is warm-up."""
+    docs = questions(batch)
+    times: Rounds = {}
+    for number in tqdm(range(1 + rounds), desc=f"Timing batches of {batch}"):
+        ours = GenPoELM(
+            plain.model,
+            tokenizer=plain.tokenizer,
+            device=str(plain.device),
+            batch_size=batch,
+            hypernetwork=str(checkpoint),
+            num_passages=PASSAGES,
+        )
+        for name, lm, asked in (
+            ("cold", ours, requests(docs)),
+            ("cached", ours, requests(docs)),
+            ("closed_book", plain, requests(docs)),
+            ("first", ours, requests(docs, new_tokens=1)),
+            ("closed_book_first", plain, requests(docs, new_tokens=1)),
+            ("rag", plain, requests(docs, passages=PASSAGES)),
+        ):
+            taken = seconds(lambda lm=lm, asked=asked: answers(lm, asked)) / batch
+            if number:
+                times.setdefault(name, []).append(taken)
+    return times
+
+
+def _rows(times: Rounds, batch: int) -> list[Row]:
+    ratios = {
+        "closed_book_time_ratio_cached": (ratio(times, "cached", "closed_book"), "<= 1.25"),
+        "closed_book_time_ratio_cold": (ratio(times, "cold", "closed_book"), "<= 2"),
+        "rag_speedup_cached": (ratio(times, "rag", "cached"), ">= 3"),
+        "rag_speedup_cold": (ratio(times, "rag", "cold"), None),
+        "first_token_ratio": (ratio(times, "first", "closed_book_first"), "<= 1.3"),
+    }
+    milliseconds = {name: 1000 * statistics.median(taken) for name, taken in times.items()}
+    return [
+        *(
+            Row(f"real_size.{name}_{batch}", value, "x", *([aim] if aim else []))
+            for name, (value, aim) in ratios.items()
+        ),
+        *(Row(f"real_size.{name}_{batch}", value, "ms/question") for name, value in milliseconds.items()),
+    ]
+
+
+def card_of(checkpoint: Path) -> ModelCard:
+    """The card of experts that nobody will publish."""
+    return ModelCard(
+        kind="experts",
+        base_model="random",
+        out=str(checkpoint),
+        form={},
+        data=[],
+        arguments={},
+        lm_eval_arguments={},
+        command=["python", "-m", "benchmarks", "real-size"],
+        steps=0,
+    )
