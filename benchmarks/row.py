@@ -50,7 +50,7 @@ def machine() -> dict[str, str | int | None]:
     return {
         "processor": models[0].partition(":")[2].strip() if models else platform.processor(),
         "processors": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
     }
