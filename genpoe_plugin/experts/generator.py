@@ -41,7 +41,8 @@ class ExpertGenerator:
         self.hypernetwork = hypernetwork
         self.model = model
         self.tokenizer = tokenizer
-        config = hypernetwork.config
+        # Here, for what is trained in several processes is wrapped by something without it.
+        self.config = config = hypernetwork.config
         self.attention = config.head == "attention"
         self.contextual = config.states == "contextual" and not self.attention
         if self.contextual:
@@ -63,7 +64,7 @@ class ExpertGenerator:
             InputError: a passage has no tokens.
         """
         ids, real, mask = self._tokens(passages)
-        config = self.hypernetwork.config
+        config = self.config
         if self.attention:
             read = keys_and_values(self.model, config.layers, ids, real)
             # Each layer of a large LLM may be on a device of its own.
@@ -116,16 +117,11 @@ class ExpertGenerator:
 
     def batch_size(self) -> int:
         """How many passages at a time a quarter of the free memory has room for; more than `MOST` gain nothing."""
-        one = 2 * footprint(self.hypernetwork.config).expert_bytes
+        one = 2 * footprint(self.config).expert_bytes
         if self.attention:
             one = MAX_PASSAGE_TOKENS * one
         # States as they are and normalised; a layer of the LLM, with its MLP, has about 16 times as many numbers.
-        one += (
-            MAX_PASSAGE_TOKENS
-            * self.hypernetwork.config.hidden_size
-            * 4
-            * (4 if not (self.contextual or self.attention) else 20)
-        )
+        one += MAX_PASSAGE_TOKENS * self.config.hidden_size * 4 * (4 if not (self.contextual or self.attention) else 20)
         most = MOST_READ_ON_CPU if self.attention and self.device.type == "cpu" else MOST
         return max(1, min(most, available_memory(str(self.device)) // 4 // one))
 

@@ -219,11 +219,11 @@ def test_an_interrupted_calibration_goes_on(
     stop = {"after": -1}
     with_experts = AnswerLoss.with_experts
 
-    def counted(self, config):
+    def counted(self, config, near):
         if len(measured) == stop["after"]:
             raise KeyboardInterrupt
         measured.append(config.layers)
-        return with_experts(self, config)
+        return with_experts(self, config, near)
 
     monkeypatch.setattr(AnswerLoss, "with_experts", counted)
     assert calibrated(llm_dir, questions, tmp_path / "whole").exit_code == 0
