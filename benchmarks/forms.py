@@ -203,7 +203,7 @@ def carry_out(run: Run, out: Path) -> dict[str, Any]:
         learnt_from, held_out = map(without_titles, (learnt_from, held_out))
 
     def asked(questions: Sequence[Question], most: int = 1) -> Validation:
-        return Validation(questions, model, tokenizer, layer=LAYER, num_passages=most, batch_size=64)
+        return Validation(questions, model, tokenizer, layers=(LAYER,), num_passages=most, batch_size=64)
 
     if run.for_rate:
         tests, curve = {}, Curve(asked(conditions(held_out, 0)["single"]))

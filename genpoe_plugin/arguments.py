@@ -10,7 +10,7 @@ from pathlib import Path
 from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.store import ON_DEVICE
+from genpoe_plugin.experts.store import DTYPES, ON_DEVICE
 from genpoe_plugin.pipeline import GATES
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
 
@@ -30,6 +30,8 @@ class GenPoEArguments:
         expert_layers: of the checkpoint's layers those that are used, as ``5+11+12``; all of them without it. For
             experts in the attention.
         question_field: where a doc holds its question; the prompt's last question where a doc does not.
+        expert_dtype: in which experts are kept: ``auto`` (the LLM's), ``float32``, ``float16``, ``bfloat16``, or, for
+            experts in the attention, ``int8``.
         expert_store: folder that keeps experts for later runs.
         expert_gb: budget for the experts kept beside what makes them.
         trace: JSON Lines file to write, one line a sample.
@@ -49,13 +51,15 @@ class GenPoEArguments:
     passages: str = "retrieved"
     expert_layers: str | int | None = None
     question_field: str = "question"
+    expert_dtype: str = "auto"
     expert_store: str | None = None
     expert_gb: float = ON_DEVICE / 10**9
     trace: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", MODES), ("gates", GATES), ("passages", CONTROLS)):
+        choices = (("mode", MODES), ("gates", GATES), ("passages", CONTROLS), ("expert_dtype", ("auto", *DTYPES)))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)}: not one of {', '.join(allowed)}")
         for name, least in (("num_retrieved", 1), ("num_passages", 1), ("seed", 0)):

@@ -203,6 +203,20 @@ def load_hypernetwork(
         return hypernetwork.to(table.device).eval().requires_grad_(False)
 
 
+def read_form(name: str | Path) -> tuple[HypernetworkConfig, dict[str, Tensor]]:
+    """The configuration and the weights of a checkpoint, whatever LLM it is for.
+
+    Raises:
+        InputError: files are missing or damaged.
+    """
+    directory = resolve_checkpoint(name)
+    try:
+        weights = load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise InputError(f"{directory / WEIGHTS}: damaged ({error})") from error
+    return HypernetworkConfig.from_dict(read_record(directory)["hypernetwork"]), weights
+
+
 def checkpoint_fingerprint(name: str | Path) -> str:
     """A hash of a checkpoint's weights and configuration, the same for the same content anywhere."""
     directory = resolve_checkpoint(name)

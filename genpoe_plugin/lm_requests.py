@@ -29,7 +29,7 @@ from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.experts.store import DTYPES, ExpertStore
 from genpoe_plugin.language_model import weights_sample
 from genpoe_plugin.pipeline import Pipeline, Selection
 from genpoe_plugin.prompts import PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
@@ -132,11 +132,14 @@ class PassageRequests(TemplateLM):
     ) -> ExpertStore:
         """What keeps the experts of ``network``, in ``dtype`` or that of ``model``, whose states it reads."""
         arguments, files = self.arguments, None
+        if arguments.expert_dtype != "auto":
+            dtype = DTYPES[arguments.expert_dtype]
         if arguments.expert_store is not None:
             # Those that this checkpoint made of this LLM's states, in this precision.
             names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
             facts = {name: self.fingerprint.get(name) for name in names}
-            content = json.dumps([FORMAT, llm_identity(model), weights_sample(model), facts])
+            kept = [] if arguments.expert_dtype == "auto" else [arguments.expert_dtype]
+            content = json.dumps([FORMAT, llm_identity(model), weights_sample(model), facts, *kept])
             files = ExpertFiles(arguments.expert_store, hashlib.sha256(content.encode()).hexdigest()[:16])
         return ExpertStore(
             network, model, tokenizer, dtype=dtype, device_bytes=int(arguments.expert_gb * 10**9), files=files

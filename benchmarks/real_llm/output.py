@@ -33,7 +33,7 @@ def write_study(study: Study, command: str) -> None:
         "settings": json.loads((study.out / SETTINGS).read_text(encoding="utf-8")),
         "depth": study.shape.depth,
         "layers": study.main,
-        "passage_tokens": _passage_tokens(study),
+        "passage_tokens": passage_tokens(study),
         "retrieved": {name: _answered(file_of(study.out, name, "retrieved")) for name in names},
         "command": command,
         "machine": machine(),
@@ -51,7 +51,7 @@ def write_study(study: Study, command: str) -> None:
     _draw(found, study.out / FOLDER)
 
 
-def _passage_tokens(study: Study) -> float:
+def passage_tokens(study: Study) -> float:
     """Of the right passages, on average, cut as experts are."""
     tokenizer = load_tokenizer(study.llm)
     strings = [

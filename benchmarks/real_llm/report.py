@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from benchmarks.real_llm.ladder import LADDER
+from benchmarks.real_llm.ladder_section import ladder_section
 from benchmarks.real_llm.output import FOLDER, TABLE
 from benchmarks.real_llm.questions import DISTRACTORS
 from benchmarks.real_llm.rows import MEANINGS
@@ -41,7 +43,7 @@ trained: a passage's experts are the keys and values of its tokens in some of th
 def report(studies: tuple[Path, ...], out: Path) -> None:
     """Join STUDIES, folders that `real-llm table` wrote; pictures go into the folder `real` beside the file."""
     found = [_read(folder) for folder in studies]
-    names = [study["llm"] for study in found]
+    names = [study["llm"] + (", trained" if "lora_rank" in study else "") for study in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two studies of {twice[0]}; give one")
     for folder in studies:
@@ -50,12 +52,17 @@ def report(studies: tuple[Path, ...], out: Path) -> None:
                 shutil.copyfile(picture, temporary)
     meanings = "".join(f"| {name} | {meaning} |\n" for name, meaning in MEANINGS.items())
     with atomic_file(out) as temporary:
-        temporary.write_text("\n".join([INTRODUCTION + meanings, *map(section, found)]), encoding="utf-8")
+        temporary.write_text("\n".join([INTRODUCTION + meanings, *map(_section, found)]), encoding="utf-8")
     click.echo(f"written: {out}")
 
 
+def _section(study: dict) -> str:
+    return ladder_section(study) if "lora_rank" in study else section(study)
+
+
 def _read(folder: Path) -> dict:
+    name = LADDER if (folder / LADDER).is_file() else TABLE
     try:
-        return json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no study ({TABLE} cannot be read); `real-llm table` makes one") from error
+        raise InputError(f"{folder}: no study ({name} cannot be read); `real-llm table` makes one") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.real_llm.layers import Heads, Layers
 from benchmarks.real_llm.questions import DISTRACTORS
@@ -17,6 +18,8 @@ class StudyRow:
         purpose: of the file of questions (`benchmarks.real_llm.questions.PURPOSES`).
         layers: that hold the experts; none in modes without experts.
         heads: key-value heads of the layers, where not all.
+        checkpoint: of the experts; without it that of the study, which has all layers.
+        adapter: of the LLM, that has learned to read its prompt.
         curve: asked with the smaller number of questions.
         against: rows that it is compared with, question by question.
     """
@@ -29,6 +32,8 @@ class StudyRow:
     gates: str = "softmax"
     layers: Layers = ()
     heads: Heads = ()
+    checkpoint: Path | None = None
+    adapter: Path | None = None
     curve: bool = False
     against: tuple[str, ...] = ("closed_book",)
 
@@ -67,7 +72,7 @@ def study_rows(
     main: Layers,
     quarter: Layers,
     everything: Layers,
-    heads: tuple[Layers, Heads] | None = None,
+    heads: tuple[Path, Layers, Heads] | None = None,
 ) -> list[StudyRow]:
     """All rows of a study.
 
@@ -76,7 +81,7 @@ def study_rows(
         main: the layers of all rows but those on layers.
         quarter: of the row that names it.
         everything: all layers of the LLM.
-        heads: layers and their key-value heads, of the row that names them.
+        heads: checkpoint, its layers and their key-value heads, of the row that names them.
     """
 
     def experts(
@@ -126,8 +131,9 @@ def study_rows(
         chosen = StudyRow(
             "genpoe_heads",
             "genpoe",
-            layers=heads[0],
-            heads=heads[1],
+            layers=heads[1],
+            heads=heads[2],
+            checkpoint=heads[0],
             against=("closed_book", "rag", "genpoe", "genpoe_quarter"),
         )
         rows.insert([row.name for row in rows].index("genpoe_quarter") + 1, chosen)

@@ -54,12 +54,12 @@ def _facts(study: Mapping[str, Any]) -> str:
 def _answers(records: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for record in records:
-        cells = [_with_interval(record[measure], _FACTORS[measure]) for measure in MEASURES]
+        cells = [with_interval(record[measure], _FACTORS[measure]) for measure in MEASURES]
         recovered = record.get("recovered")
         cells += [_share(recovered[measure]) if recovered else "" for measure in RECOVERED]
         lines.append([record["row"], record["layers"], record["n"], *cells])
     names = [_NAMES[measure] for measure in MEASURES] + [f"recovered, {_NAMES[measure]}" for measure in RECOVERED]
-    return _table(["row", "layers", "n", *names], lines)
+    return markdown_table(["row", "layers", "n", *names], lines)
 
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> str:
@@ -68,12 +68,12 @@ def _differences(records: Sequence[Mapping[str, Any]]) -> str:
             record["row"],
             other,
             found["n"],
-            *(_with_interval(found[measure], _FACTORS[measure], "+") for measure in COMPARED),
+            *(with_interval(found[measure], _FACTORS[measure], "+") for measure in COMPARED),
         ]
         for record in records
         for other, found in record["differences"].items()
     ]
-    return _table(["row", "against", "n", *(_NAMES[measure] for measure in COMPARED)], lines) if lines else ""
+    return markdown_table(["row", "against", "n", *(_NAMES[measure] for measure in COMPARED)], lines) if lines else ""
 
 
 def _curve(study: Mapping[str, Any]) -> str:
@@ -89,10 +89,11 @@ def _curve(study: Mapping[str, Any]) -> str:
         for point in study["curve"]
     ]
     names = [f"recovered, {_NAMES[measure]}" for measure in RECOVERED]
-    return _table(["number", "layers", "bytes a passage token", "KB a passage", "n", *names], lines)
+    return markdown_table(["number", "layers", "bytes a passage token", "KB a passage", "n", *names], lines)
 
 
-def _with_interval(interval: Mapping[str, float], factor: float, sign: str = "") -> str:
+def with_interval(interval: Mapping[str, float], factor: float, sign: str = "") -> str:
+    """``value (low to high)``, times ``factor``; every number with a sign where ``sign`` is ``+``."""
     digits = f"{sign}.{1 if factor == 100 else 2}f"
     value, low, high = (format(factor * interval[name], digits) for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
@@ -102,6 +103,7 @@ def _share(interval: Mapping[str, float] | None) -> str:
     return "not known" if interval is None else "{value:.2f} ({low:.2f} to {high:.2f})".format(**interval)
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A table of lines of cells."""
     lines = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

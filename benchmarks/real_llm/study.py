@@ -76,7 +76,7 @@ class Study:
     @cached_property
     def rows(self) -> list[StudyRow]:
         quarter = largest_set(dict(self.sets), max(1, self.shape.depth // 4))
-        heads = None if self.heads is None else read_heads(self.heads)
+        heads = None if self.heads is None else (self.heads, *read_heads(self.heads))
         return study_rows(dict(self.sets), self.main, quarter, self.shape.all, heads)
 
     def chosen(self, names: str | None) -> list[StudyRow]:
@@ -139,13 +139,15 @@ class Study:
         arguments: dict[str, Any] = {"pretrained": self.llm, "dtype": self.dtype, "mode": row.mode, "seed": SEED}
         if row.mode != "closed_book":
             arguments |= {"passages": row.passages, "num_passages": row.num_passages}
+        if row.adapter is not None:
+            arguments["peft"] = row.adapter
         if row.layers:
             # One checkpoint for all sets of layers, so that every passage is read once for all rows.
-            arguments |= {"hypernetwork": self.heads if row.heads else self._checkpoint, "gates": row.gates}
+            arguments |= {"hypernetwork": row.checkpoint or self._checkpoint, "gates": row.gates}
             arguments |= {"expert_gb": self.expert_gb}
             if self.store:
                 arguments["expert_store"] = self.out / "experts"
-            if row.layers != self.shape.all and not row.heads:
+            if row.layers != self.shape.all and row.checkpoint is None:
                 arguments["expert_layers"] = "+".join(map(str, row.layers))
         options = {
             "batch_size": self.batch_size if "" in kinds else min(self.batch_size, NATS_BATCH),
@@ -170,7 +172,7 @@ class Study:
         Raises:
             InputError: it failed, or its folder has another run.
         """
-        if row.layers and not self._checkpoint.is_dir():
+        if row.layers and row.checkpoint is None and not self._checkpoint.is_dir():
             self._create()
         for matrix in self._matrices(row):
             run_matrix(matrix)
@@ -182,19 +184,19 @@ class Study:
         if done.returncode:
             raise InputError(f"genpoe {' '.join(words)}: stopped with status {done.returncode}")
 
-    def finished(self) -> list[StudyRow]:
-        """The rows that have whole results.
+    def finished(self, rows: Sequence[StudyRow] | None = None) -> list[StudyRow]:
+        """Those of ``rows``, or of all rows of the study, that have whole results.
 
         Raises:
             InputError: a row's folder has another run than the settings say.
         """
         return [
             row
-            for row in self.rows
+            for row in (self.rows if rows is None else rows)
             if all(is_finished(matrix, cell) for matrix in self._matrices(row) for cell in matrix.cells)
         ]
 
-    def scores(self) -> dict[str, Scores]:
+    def scores(self, rows: Sequence[StudyRow] | None = None) -> dict[str, Scores]:
         """Of all finished rows, by name."""
         tokens = token_counter(load_tokenizer(self.llm))
         return {
@@ -203,5 +205,5 @@ class Study:
                 list(self.files),
                 tokens,
             )
-            for row in self.finished()
+            for row in self.finished(rows)
         }

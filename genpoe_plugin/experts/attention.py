@@ -7,6 +7,7 @@ is a mixture of experts (the own context is one of them), whose router is the at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +57,7 @@ class AttentionShape:
         """Vectors in a unit: a token's keys and values, for every head of every layer."""
         return sum(self.heads)
 
-    def join(self, states: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    def join(self, states: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
         """Units ``[n, tokens, vectors, width]`` from keys and values ``[n, KV heads, tokens, width]`` of all layers."""
         parts = []
         for layer, heads in zip(self.layers, self.kv_heads, strict=True):
@@ -100,7 +101,7 @@ class AttentionExperts(Experts):
 
     def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
         """As `Experts.select`; in memory, heads come before rows, which is the order that attention needs."""
-        return self.with_weights(*(_heads_first(part, index) for part in weights))
+        return self.with_weights(*(heads_first(part, index) for part in weights))
 
     def part(self, shape: AttentionShape) -> AttentionExperts:
         """Experts with some of the layers and heads of these."""
@@ -153,7 +154,7 @@ class LayerExperts:
     bias: Tensor
 
 
-def _heads_first(part: Tensor, index: Tensor) -> Tensor:
+def heads_first(part: Tensor, index: Tensor) -> Tensor:
     """``part[index]`` of a part ``[units, heads, width]``, in memory ``[heads, *index, width]``."""
     order = part.new_empty(part.shape[1], index.numel(), part.shape[2])
     for number, vectors in enumerate(order):

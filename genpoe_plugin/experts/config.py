@@ -68,6 +68,10 @@ class HypernetworkConfig:
         num_heads, num_kv_heads, head_width: the LLM's query heads, key-value heads and their width; the ``attention``
             head needs them.
         kv_heads: for each of ``layers`` the key-value heads that experts have, in ascending order; None for all.
+        addition_rank: of what a trained ``attention`` head adds to keys and values, from the states that enter each of
+            the layers; None for an untrained one, which adds nothing and reads no states.
+        window: so many consecutive tokens of a passage become one unit of an expert in the attention, pooled by
+            learned scores of the states that enter the layer.
     """
 
     hidden_size: int
@@ -88,6 +92,8 @@ class HypernetworkConfig:
     num_kv_heads: int | None = None
     head_width: int | None = None
     kv_heads: tuple[tuple[int, ...], ...] | None = None
+    addition_rank: int | None = None
+    window: int = 1
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -105,6 +111,8 @@ class HypernetworkConfig:
             raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose queries find what it keeps")
         if self.head == "attention":
             self._check_heads()
+        elif self.addition_rank is not None or self.window != 1:
+            raise InputError(f"hypernetwork head {self.head!r} has no addition_rank and no window")
         elif len(self.layers) > 1:
             raise InputError(f"hypernetwork layers is {self.layers!r}; head {self.head!r} has experts in one layer")
 
@@ -131,6 +139,11 @@ class HypernetworkConfig:
     def layer(self) -> int:
         """The layer of experts beside an MLP, or the lowest of several."""
         return self.layers[0]
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether experts in the attention need the states that enter their layers, beside keys and values."""
+        return self.addition_rank is not None or self.window > 1
 
     @classmethod
     def preset(cls, name: str, *, hidden_size: int, **changes: Any) -> HypernetworkConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_attention, find_layer
 from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
-from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.states import hidden_states, keys_and_values
+from genpoe_plugin.experts.hypernetwork import Hypernetwork, unit_mask
+from genpoe_plugin.experts.states import LayerStates, hidden_states, keys_and_values
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block
 
@@ -56,9 +57,10 @@ class ExpertGenerator:
         """Token states without gradients (see `Hypernetwork.forward`), and their mask ``[n, tokens]``.
 
         The states are embeddings or hidden states (float32), or with the head ``attention`` the keys and values of all
-        its layers (in the LLM's dtype). Passages longer than 256 tokens are cut. No special tokens are added to what is
-        only looked up; where the LLM reads a passage it begins as the tokenizer begins any text, and the mask leaves
-        those tokens out again. For experts in the attention, the LLM reads a passage as it would stand in the prompt.
+        its layers, and where it is trained the hidden states that enter them (in the LLM's dtype). Passages longer than
+        256 tokens are cut. No special tokens are added to what is only looked up; where the LLM reads a passage it
+        begins as the tokenizer begins any text, and the mask leaves those tokens out again. For experts in the
+        attention, the LLM reads a passage as it would stand in the prompt.
 
         Raises:
             InputError: a passage has no tokens.
@@ -66,24 +68,36 @@ class ExpertGenerator:
         ids, real, mask = self._tokens(passages)
         config = self.config
         if self.attention:
-            read = keys_and_values(self.model, config.layers, ids, real)
-            # Each layer of a large LLM may be on a device of its own.
-            states = {layer: (keys.to(self.device), values.to(self.device)) for layer, (keys, values) in read.items()}
-            return AttentionShape.of(config).join(states), mask
+            return self._attention_states(ids, real), mask
         if self.contextual:
             return hidden_states(self.model, config.layer, ids, real).to(self.device).float(), mask
         with torch.no_grad():
             return self.model.get_input_embeddings()(ids).float(), mask
 
     def units(self, passages: Sequence[str]) -> list[int]:
-        """How many units the expert of each passage has: its tokens in the prompt with the head ``attention``, else 1.
+        """How many units the expert of each passage has: one, or with the head ``attention`` one for each window of the
+        tokens that it has in the prompt.
 
         Raises:
             InputError: a passage has no tokens.
         """
         if not self.attention:
             return [1] * len(passages)
-        return [special.count(0) for special in self._tokenise(passages)["special_tokens_mask"]]
+        return [
+            -(-special.count(0) // self.config.window) for special in self._tokenise(passages)["special_tokens_mask"]
+        ]
+
+    def _attention_states(self, ids: Tensor, real: Tensor) -> Tensor:
+        config = self.config
+        # Each layer of a large LLM may be on a device of its own.
+        read = {
+            layer: LayerStates(*(state.to(self.device) for state in states))
+            for layer, states in keys_and_values(self.model, config.layers, ids, real).items()
+        }
+        units = AttentionShape.of(config).join({layer: (own.keys, own.values) for layer, own in read.items()})
+        if not config.reads_states:
+            return units
+        return torch.cat([units.flatten(-2), *(read[layer].hidden for layer in config.layers)], -1)
 
     def _tokenise(self, passages: Sequence[str]) -> BatchEncoding:
         added = self.contextual or self.attention
@@ -128,6 +142,16 @@ class ExpertGenerator:
     def generate(self, passages: Sequence[str]) -> Experts:
         """One expert a passage, in the hypernetwork's dtype; see `Hypernetwork.forward`."""
         return self.hypernetwork(*self.embed(passages))
+
+    def generate_units(self, passages: Sequence[str]) -> tuple[Experts, list[list[int]]]:
+        """The units of all experts, ``[units]`` in the hypernetwork's dtype, and which of them are each passage's."""
+        states, mask = self.embed(passages)
+        experts = self.hypernetwork(states, mask)
+        if not self.attention:
+            return experts, [[number] for number in range(len(passages))]
+        real = unit_mask(mask, self.config.window)
+        ends = [0, *real.sum(1).cumsum(0).tolist()]
+        return experts[real], [list(range(*pair)) for pair in pairwise(ends)]
 
     def write(self, passages: Sequence[str], weights: Weights, rows: Tensor) -> None:
         """Generate experts into ``rows`` of ``weights``: see `Hypernetwork.write`."""

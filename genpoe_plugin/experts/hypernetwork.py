@@ -216,19 +216,113 @@ class MemoryHead(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Has nothing to generate: what the LLM's attention keeps of a passage's tokens is the expert.
+    """What the LLM's attention keeps of a passage's tokens is the expert; untrained, there is nothing to generate.
 
-    What can be learned is a bias for each query head, on the logits of all experts' tokens; zero leaves them as they
-    are.
+    What is learned starts as nothing: a bias for each query head on the logits of all units, additions to the keys and
+    values of each layer, and scores by which the tokens of a window are pooled into one unit. Additions and scores come
+    from the states that enter the layer, brought to unit root mean square, for the scales of LLMs differ widely. Keys
+    are rotated already; what is added to them stands for no position.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.shape = AttentionShape.of(config)
-        self.bias = nn.Parameter(torch.zeros(len(self.shape.layers), self.shape.num_heads))
+        self.window, self.width = config.window, config.hidden_size
+        # A unit stands for the tokens of a window, so it has as much of the softmax as they would have.
+        self.bias = nn.Parameter(torch.full((len(self.shape.layers), self.shape.num_heads), math.log(self.window)))
+        self.adders = nn.ModuleList(LayerAddition(config, len(heads)) for heads in self.shape.kv_heads)
 
-    def forward(self, units: Tensor) -> AttentionExperts:
-        return AttentionExperts.of(self.shape, self.bias, units)
+    def forward(self, states: Tensor, mask: Tensor) -> AttentionExperts:
+        """Units ``[n, windows]`` of states ``[n, tokens, ...]`` (see `Hypernetwork.state_shape`)."""
+        if not self.reads_states:
+            return AttentionExperts.of(self.shape, self.bias, states)
+        kept = self.shape.vectors * self.shape.head_width
+        units, *hidden = states.split([kept, *[self.width] * len(self.adders)], -1)
+        parts = units.unflatten(-1, (self.shape.vectors, self.shape.head_width)).split(self.shape.heads, -2)
+        windows, inside = into_windows(mask, self.window)
+        found: list[Tensor] = []
+        for number, (adder, state) in enumerate(zip(self.adders, hidden, strict=True)):
+            keys, values = parts[2 * number : 2 * number + 2]
+            found += adder(keys, values, functional.rms_norm(state, state.shape[-1:]), windows, inside)
+        return AttentionExperts(self.shape, self.bias, tuple(found))
+
+    @property
+    def reads_states(self) -> bool:
+        return any(True for adder in self.adders for _ in adder.parameters())
+
+
+class LayerAddition(nn.Module):
+    """Pools the tokens of each window, and adds to the keys and values of one layer.
+
+    Args:
+        heads: key-value heads that experts have in the layer.
+    """
+
+    def __init__(self, config: HypernetworkConfig, heads: int) -> None:
+        super().__init__()
+        d, rank, width = config.hidden_size, config.addition_rank, config.head_width
+        assert width is not None
+        self.scores = nn.Parameter(torch.zeros(heads, d)) if config.window > 1 else None
+        self.read = self.write = None
+        if rank is not None:
+            self.read = nn.Parameter(torch.randn(rank, d) / math.sqrt(d))
+            self.write = nn.Parameter(torch.zeros(2, heads, rank, width))  # to keys, and to values
+
+    def forward(
+        self, keys: Tensor, values: Tensor, state: Tensor, windows: Tensor, inside: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of units, ``[n, windows, heads, width]``.
+
+        Args:
+            keys, values: ``[n, tokens, heads, width]``.
+            state: ``[n, tokens, d]``.
+            windows, inside: of `into_windows`.
+        """
+        added = None if self.read is None else state @ self.read.mT
+        if self.scores is None:
+            low = None if added is None else added.unsqueeze(2)
+        else:
+            scores = gather_windows(state @ self.scores.mT, windows)
+            weights = scores.masked_fill(~inside.unsqueeze(-1), -math.inf)
+            # A window without tokens is padding; it has to stay finite.
+            weights = weights.masked_fill(~inside.any(-1)[..., None, None], 0).softmax(2)
+            keys = torch.einsum("nwth,nwthd->nwhd", weights, gather_windows(keys, windows))
+            values = torch.einsum("nwth,nwthd->nwhd", weights, gather_windows(values, windows))
+            low = None if added is None else torch.einsum("nwth,nwtr->nwhr", weights, gather_windows(added, windows))
+        if low is None or self.write is None:
+            return keys, values
+        to_keys, to_values = torch.einsum("nwhr,khrd->knwhd", low.expand(*low.shape[:2], keys.shape[2], -1), self.write)
+        return keys + to_keys, values + to_values
+
+
+def into_windows(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Which tokens stand in which window.
+
+    Args:
+        mask: ``[n, tokens]``, true on real tokens.
+        size: tokens of a window; the last of a passage may have fewer.
+
+    Returns:
+        Places of tokens, ``[n, windows, size]``, and whether they are real.
+    """
+    counts = mask.sum(1)
+    known = counts.numel() and counts.device.type != "meta"
+    most = max(1, -(-int(counts.max()) // size)) if known else 1
+    order = (~mask.bool()).long().argsort(dim=1, stable=True)  # real ones first, as they stand
+    order = functional.pad(order, (0, max(0, most * size - mask.shape[1])))[:, : most * size]
+    inside = torch.arange(most * size, device=mask.device) < counts.unsqueeze(1)
+    return order.unflatten(1, (most, size)), inside.unflatten(1, (most, size))
+
+
+def unit_mask(mask: Tensor, window: int) -> Tensor:
+    """Which of the units that a `Hypernetwork` with the head ``attention`` makes are of a passage, ``[n, windows]``."""
+    return mask if window == 1 else into_windows(mask, window)[1].any(-1)
+
+
+def gather_windows(tokens: Tensor, windows: Tensor) -> Tensor:
+    """``[n, tokens, ...]`` as ``[n, windows, size, ...]``."""
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+    return tokens[rows, windows]
 
 
 class AsItIs(nn.Module):
@@ -266,9 +360,10 @@ class Hypernetwork(nn.Module):
             mask: ``[n, tokens]``, true on real tokens; at least one a passage.
 
         Returns:
-            ``[n]`` experts; with the head ``attention``, units ``[n, tokens]``, arbitrary where there is padding.
+            ``[n]`` experts; with the head ``attention``, units ``[n, windows]``, arbitrary where there is padding.
         """
-        return self.head(self.encoder(states, mask).to(self.head_dtype))
+        code = self.encoder(states, mask).to(self.head_dtype)
+        return self.head(code, mask) if isinstance(self.head, AttentionHead) else self.head(code)
 
     @torch.no_grad()
     def write(self, states: Tensor, mask: Tensor, weights: Weights, rows: Tensor) -> None:
@@ -279,12 +374,13 @@ class Hypernetwork(nn.Module):
         Args:
             states, mask: as of `forward`.
             weights: tensors as those of the experts, ``[any number, ...]``, of any dtype.
-            rows: which rows of them the experts become, ``[n]``, or ``[all real tokens]`` with the head ``attention``;
-                no two are the same.
+            rows: which rows of them the experts become, ``[n]``, or ``[all units]`` with the head ``attention``; no
+                two are the same.
         """
         if self.config.head == "attention":
-            for kept, part in zip(weights, self(states[mask], mask).weights, strict=True):
-                kept.index_copy_(0, rows, part.to(kept.dtype))
+            units = unit_mask(mask, self.config.window)
+            for kept, part in zip(weights, self(states, mask).weights, strict=True):
+                kept.index_copy_(0, rows, part[units].to(kept.dtype))
             return
         code = self.encoder(states, mask).to(self.head_dtype)
         if isinstance(self.head, DenseHead):
@@ -303,9 +399,15 @@ class Hypernetwork(nn.Module):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """What it reads of each token: a hidden state ``[d]``, or the keys and values of all layers with experts."""
+        """What it reads of each token: a hidden state ``[d]``, or the keys and values of all layers with experts.
+
+        Where such experts are trained, keys and values side by side, and after them the states that enter the layers.
+        """
         if isinstance(self.head, AttentionHead):
-            return self.head.shape.vectors, self.head.shape.head_width
+            shape = self.head.shape
+            if self.config.reads_states:
+                return (shape.vectors * shape.head_width + len(shape.layers) * self.config.hidden_size,)
+            return shape.vectors, shape.head_width
         return (self.config.hidden_size,)
 
     @property

@@ -221,7 +221,9 @@ class _AttentionBranch(_Branch):
                 f"experts for {ours[0]} heads, {ours[1]} of keys and values of width {ours[2]}; "
                 f"layer {call.layer} has {theirs[0]}, {theirs[1]} and {theirs[2]}"
             )
-        return experts.layer(call.layer, rows.gates)
+        own = experts.layer(call.layer, rows.gates)
+        dtype = call.query.dtype  # experts may be kept in fewer bits
+        return LayerExperts(own.keys.to(dtype), own.values.to(dtype), own.bias.to(dtype))
 
     def forget(self) -> None:
         self.layers.clear()

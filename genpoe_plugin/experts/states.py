@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,19 @@ def hidden_states(model: PreTrainedModel, layer: int, input_ids: Tensor, attenti
     raise AssertionError(f"{type(decoder).__name__} does not run its layer {layer}")
 
 
+class LayerStates(NamedTuple):
+    """What a layer has of each token of a text, in the LLM's dtype and without gradients; arbitrary at padding.
+
+    Attributes:
+        keys, values: ``[n, KV heads, tokens, head width]``.
+        hidden: what enters the layer, ``[n, tokens, d]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+
+
 class _AllRead(Exception):
     """The highest layer's keys and values are there; the rest of the pass is not wanted."""
 
@@ -60,8 +74,8 @@ class _AllRead(Exception):
 @torch.no_grad()
 def keys_and_values(
     model: PreTrainedModel, layers: Sequence[int], input_ids: Tensor, attention_mask: Tensor
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values that the attention of some layers computes for a text, which ends right before position 0.
+) -> dict[int, LayerStates]:
+    """What the attention of some layers computes for a text, which ends right before position 0.
 
     Keys are rotated to the positions ``-T ... -1``: rotary positions are relative, so to a prompt, which begins at 0,
     the text stands right before it. Nothing above the highest of the layers runs, and no branch is heard.
@@ -73,24 +87,34 @@ def keys_and_values(
         attention_mask: ``[n, tokens]``, true on real tokens.
 
     Returns:
-        For each layer ``[n, KV heads, tokens, head width]`` twice, in the LLM's dtype and without gradients; arbitrary
-        where there is padding.
+        For each layer its keys, its values and the hidden states that enter it.
 
     Raises:
         InputError: the model has no such layer, or one of another attention.
     """
     decoder, _ = find_decoder(model)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, LayerStates] = {}
+    entering: dict[int, Tensor] = {}
+
+    def note_states(layer: int) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return find_layer(model, layer).register_forward_pre_hook(note, with_kwargs=True)
 
     def note(call: Call) -> Output:
-        found[call.layer] = call.key, call.value
+        found[call.layer] = LayerStates(call.key, call.value, entering[call.layer])
         if call.layer == layers[-1]:
             raise _AllRead
         return call.plain()
 
     lengths = attention_mask.long().sum(1, keepdim=True)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device) - lengths
-    with branch_off(), listening(model, layers, note):
+    with ExitStack() as hooks:
+        hooks.enter_context(branch_off())
+        hooks.enter_context(listening(model, layers, note))
+        for layer in layers:
+            hooks.callback(note_states(layer).remove)
         try:
             decoder(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False)
         except _AllRead:

@@ -8,15 +8,25 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention import AttentionExperts
 from genpoe_plugin.experts.expert import Experts, MLPExperts, Weights
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
+from genpoe_plugin.experts.int8 import Int8Experts
 from genpoe_plugin.experts.slab import Slab
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+"""Of experts, by the names that users give."""
 ON_DEVICE, ON_HOST = 2 * 10**9, 8 * 10**9  # bytes, where nothing else is said
 MAX_EXPERT_UNITS = 2 * MAX_PASSAGE_TOKENS  # of one expert in the attention, what the prompt puts around it included
 
@@ -27,7 +37,8 @@ class ExpertStore:
     Args:
         hypernetwork: generates what the store lacks; on the device of the LLM's embeddings.
         model, tokenizer: the LLM that the experts are for; of it, what the hypernetwork reads passages with is enough.
-        dtype: of the experts; without it, the LLM's.
+        dtype: of the experts; without it, the LLM's. In ``torch.int8`` those in the attention are kept in eight bits,
+            and given back in the LLM's dtype.
         device_bytes: budget for the experts kept beside the LLM; what all of them share is there once and not counted.
         host_bytes: budget for those that are in memory beyond it, where the LLM is on an accelerator.
         files: where experts of earlier runs are, and those of this one go.
@@ -46,18 +57,25 @@ class ExpertStore:
         files: ExpertFiles | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.dtype = dtype or model.dtype
+        self.dtype = model.dtype if dtype in (None, torch.int8) else dtype
+        self._int8 = dtype == torch.int8
         hypernetwork.lower_head(self.dtype)
         config = hypernetwork.config
+        if self._int8 and config.head != "attention":
+            raise InputError("experts beside an MLP cannot be kept in int8; those in the attention can")
         self.config = config
         self.tokenizer = tokenizer
         self.layers = config.layers
         self._generator = ExpertGenerator(hypernetwork, model, tokenizer)
         self._files = files
         self._batch_size = batch_size
-        one = footprint(config, self.dtype).expert_bytes
         device = self._generator.device
-        self._form = hypernetwork.none().to(self.dtype)
+        self._form: Experts = hypernetwork.none().to(self.dtype)
+        one = footprint(config, self.dtype).expert_bytes
+        if self._int8:
+            assert isinstance(self._form, AttentionExperts)
+            self._form = Int8Experts.of(self._form)
+            one = self._form.unit_bytes
         form = self._form.weights
         least = MAX_EXPERT_UNITS if config.head == "attention" else 1
         self._units: dict[str, int] = {}
@@ -214,7 +232,13 @@ class ExpertStore:
         units = self.units(passages)
         self._spill(sum(units))
         with self._slab.filling(passages, units) as slots, torch.inference_mode():
-            self._generator.write(passages, self._slab.weights, slots)
+            if self._int8:
+                experts, _ = self._generator.generate_units(passages)
+                assert isinstance(experts, AttentionExperts)
+                for kept, weight in zip(self._slab.weights, Int8Experts.of(experts).weights, strict=True):
+                    kept.index_copy_(0, slots, weight)
+            else:
+                self._generator.write(passages, self._slab.weights, slots)
         if self._files is not None:
             self._files.write(passages, self._slab.select(passages), units)
 

@@ -83,17 +83,20 @@ class HypernetworkTraining(TrainingArguments):
             since one long prompt would make a batch of short ones as long.
         distillation: weight of the divergence from the frozen LLM's own distribution with the passages in its prompt,
             beside cross-entropy, which has what is left of 1.
+        unanswerable: share of the examples whose passages do not state the answer. What they are to be answered with is
+            the LLM's own distribution without experts, over the tokens of the right answer.
     """
 
     num_passages: int = 1
     knowledge: float = 0.0
     distillation: float = 0.0
+    unanswerable: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_passages < 1:
             raise InputError(f"num_passages is {self.num_passages}; it must be at least 1")
-        for name in ("knowledge", "distillation"):
+        for name in ("knowledge", "distillation", "unanswerable"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.prompts import first_token_at, rag_prompt
+from genpoe_plugin.prompts import cut_passages, first_token_at, knowledge_block, rag_prompt
 from genpoe_plugin.training.examples import DrawnExample
 
 IGNORED = -100
@@ -25,21 +25,31 @@ class Batch:
     labels: Tensor
     start: tuple[int, ...]
 
+    def rows(self, numbers: Sequence[int]) -> Batch:
+        """Some of the rows."""
+        chosen = list(numbers)
+        tensors = (self.input_ids[chosen], self.attention_mask[chosen], self.labels[chosen])
+        return Batch(*tensors, tuple(self.start[number] for number in chosen))
+
 
 def make_batch(
     examples: Sequence[DrawnExample], knowledge: bool, tokenizer: PreTrainedTokenizerBase, *, end: str = "\n"
 ) -> Batch:
-    """Tokenise examples, as RAG prompts with ``knowledge``.
+    """Tokenise examples, as RAG prompts with ``knowledge``, their passages cut as in an evaluation.
 
     The target is `` answer`` and ``end``, its space put where the tokenizer itself puts it.
     """
     rows: list[tuple[list[int], int]] = []
     starts = []
     for example in examples:
-        prompt = rag_prompt(example.question, example.passages if knowledge else [])
-        encoding = tokenizer(f"{prompt} {example.answer}{end}", return_offsets_mapping=True)
+        passages = cut_passages(example.passages, tokenizer) if knowledge else []
+        if example.continues:
+            prompt, ending = knowledge_block(passages) + example.question, ""
+        else:
+            prompt, ending = rag_prompt(example.question, passages), end
+        encoding = tokenizer(f"{prompt} {example.answer}{ending}", return_offsets_mapping=True)
         offsets = encoding["offset_mapping"]
-        question_start = prompt.rindex("Question:") if knowledge else 0
+        question_start = len(knowledge_block(passages))
         starts.append(first_token_at(offsets, question_start) if knowledge else 0)
         rows.append((encoding["input_ids"], len(offsets) - first_token_at(offsets, len(prompt))))
     width, targets = max(len(ids) for ids, _ in rows), max(count for _, count in rows)

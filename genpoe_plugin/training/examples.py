@@ -12,6 +12,7 @@ import torch
 from genpoe_plugin.answers import has_answer
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.injection import RowExperts
+from genpoe_plugin.passages import Passage
 from genpoe_plugin.questions import Question, RetrievedPassage
 
 
@@ -32,14 +33,52 @@ class TrainingExample:
     scores: tuple[float, ...] | None = None
 
 
+GIVEN, CONTINUED = 6, 24
+"""Words of a passage that stand in the prompt, and that follow, where it is learned from without a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassageExample:
+    """A passage to learn from without a question: with its expert, the LLM goes on with it from some words on.
+
+    It has what a `TrainingExample` has: its first words as ``question``, and those that follow as ``answer``.
+    """
+
+    passage: str
+    words: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> str:
+        return " ".join(self.words[:GIVEN])
+
+    @property
+    def answer(self) -> str:
+        return " ".join(self.words[GIVEN : GIVEN + CONTINUED])
+
+    def draw(self, rng: random.Random) -> DrawnExample:
+        """With words from anywhere in it."""
+        begin = rng.randint(0, len(self.words) - GIVEN - CONTINUED)
+        given, end = begin + GIVEN, begin + GIVEN + CONTINUED
+        prompt, continuation = " ".join(self.words[begin:given]), " ".join(self.words[given:end])
+        return DrawnExample(prompt, continuation, (self.passage,), (1.0,), continues=True)
+
+
 @dataclass(frozen=True, slots=True)
 class DrawnExample:
-    """An example with the passages of one use of it, best first, and their gates, which add up to 1."""
+    """An example with the passages of one use of it, best first, and their gates, which add up to 1.
+
+    Attributes:
+        wrong: whether no passage states the answer, so that the LLM should say what it would say without any.
+        continues: whether there is no question: ``question`` is the prompt as it stands, and ``answer`` what follows.
+    """
 
     question: str
     answer: str
     passages: tuple[str, ...]
     gates: tuple[float, ...]
+    wrong: bool = False
+    continues: bool = False
 
 
 def training_examples(questions: Iterable[Question], titles: bool = True) -> list[TrainingExample]:
@@ -58,6 +97,12 @@ def training_examples(questions: Iterable[Question], titles: bool = True) -> lis
                 examples.append(_example(question, stated[0], retrieved, titles))
                 break
     return examples
+
+
+def passage_examples(passages: Iterable[Passage], titles: bool = True) -> list[PassageExample]:
+    """An example for every passage that is long enough."""
+    texts = ((passage.string if titles else passage.text, tuple(passage.text.split())) for passage in passages)
+    return [PassageExample(string, words) for string, words in texts if len(words) >= GIVEN + CONTINUED]
 
 
 def _example(question: Question, answer: str, own: RetrievedPassage, titles: bool) -> TrainingExample:
@@ -111,17 +156,39 @@ def draw_passages(examples: Sequence[TrainingExample], number: int, most: int, r
     )
 
 
+def draw_wrong_passages(
+    examples: Sequence[TrainingExample], number: int, most: int, rng: random.Random
+) -> DrawnExample:
+    """As `draw_passages`, without the passage that states the answer, and with equal gates.
+
+    Where no other passage is without the answer, it is `draw_passages`.
+    """
+    example = examples[number]
+    count = rng.randint(1, most)
+    passages = rng.sample(example.negatives, min(count, len(example.negatives)))
+    for _ in range(2 * len(examples)):
+        if len(passages) == count:
+            break
+        other = rng.choice(examples).passage
+        if other not in (example.passage, *passages) and not has_answer(other, [example.answer]):
+            passages.append(other)
+    if not passages:
+        return draw_passages(examples, number, most, rng)
+    return DrawnExample(example.question, example.answer, tuple(passages), (1 / len(passages),) * len(passages), True)
+
+
 def row_experts(generator: ExpertGenerator, examples: Sequence[DrawnExample], start: Sequence[int]) -> RowExperts:
     """The experts of a batch, with gradients; each distinct passage is made an expert once."""
     unique = list(dict.fromkeys(passage for example in examples for passage in example.passages))
-    place = {passage: number for number, passage in enumerate(unique)}
-    most = max(len(example.passages) for example in examples)
-    # A row with fewer passages points at any expert with a gate of 0, which takes it out.
-    index = [[place[p] for p in example.passages] + [0] * (most - len(example.passages)) for example in examples]
-    gates = [list(example.gates) + [0.0] * (most - len(example.gates)) for example in examples]
-    device = generator.device
-    return RowExperts(
-        generator.generate(unique)[torch.tensor(index, device=device)],
-        torch.tensor(gates, device=device),
-        torch.tensor(list(start), device=device),
-    )
+    experts, places = generator.generate_units(unique)
+    place = dict(zip(unique, places, strict=True))
+    index = [[unit for passage in example.passages for unit in place[passage]] for example in examples]
+    gates = [
+        [gate for passage, gate in zip(example.passages, example.gates, strict=True) for _ in place[passage]]
+        for example in examples
+    ]
+    most = max(map(len, index))
+    # A row with fewer units points at any one with a gate of 0, which takes it out.
+    padded = torch.tensor([own + [0] * (most - len(own)) for own in index], device=generator.device)
+    weighted = torch.tensor([own + [0.0] * (most - len(own)) for own in gates], device=generator.device)
+    return RowExperts(experts[padded], weighted, torch.tensor(list(start), device=generator.device))

@@ -21,7 +21,7 @@ from genpoe_plugin.checkpoint import write_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp
-from genpoe_plugin.experts.generator import ExpertGenerator
+from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.language_model import embedding_table
@@ -29,10 +29,20 @@ from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, divergences, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
-from genpoe_plugin.training.examples import TrainingExample, draw_passages, row_experts
+from genpoe_plugin.training.examples import (
+    DrawnExample,
+    PassageExample,
+    TrainingExample,
+    draw_passages,
+    draw_wrong_passages,
+    row_experts,
+)
+from genpoe_plugin.training.passage_states import IN_MEMORY, KeepingGenerator
 from genpoe_plugin.training.state import Progress
 from genpoe_plugin.training.trainer import train
 from genpoe_plugin.training.validation import Validation
+
+Examples = Sequence[TrainingExample | PassageExample]
 
 
 class HypernetworkLearner:
@@ -40,6 +50,8 @@ class HypernetworkLearner:
 
     Args:
         config: the hypernetwork's form; its ``hidden_size`` must be the LLM's.
+        initial: weights to begin with; what they lack begins as drawn.
+        state_bytes, state_files: memory for what the LLM makes of passages, and a folder for it.
         arguments: the training's.
         examples: at least one.
         model, tokenizer: the LLM; it is frozen here and stays so.
@@ -55,10 +67,14 @@ class HypernetworkLearner:
         self,
         config: HypernetworkConfig,
         arguments: HypernetworkTraining,
-        examples: Sequence[TrainingExample],
+        examples: Examples,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         validation: Validation | None = None,
+        initial: Mapping[str, Tensor] | None = None,
+        *,
+        state_bytes: int = IN_MEMORY,
+        state_files: ExpertFiles | None = None,
     ) -> None:
         if not examples:
             raise InputError("no training example: no question has a passage that contains one of its answers")
@@ -66,18 +82,21 @@ class HypernetworkLearner:
             width, device = table.shape[1], table.device
         if config.hidden_size != width:
             raise InputError(f"hypernetwork hidden_size is {config.hidden_size}, the LLM's is {width}")
-        find_mlp(model, config.layer)
+        if config.head != "attention":
+            find_mlp(model, config.layer)
         model.requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(arguments.seed)
             hypernetwork = Hypernetwork(config).to(device)
+        if initial is not None:
+            hypernetwork.load_state_dict(initial, strict=False)
         self.config = config
         self.arguments = arguments
         self.drawn_from = examples
         self.model = model
         self.tokenizer = tokenizer
         self.validation = validation
-        self.generator = ExpertGenerator(hypernetwork, model, tokenizer)
+        self.generator = KeepingGenerator(hypernetwork, model, tokenizer, most_bytes=state_bytes, files=state_files)
 
     @property
     def examples(self) -> int:
@@ -94,14 +113,11 @@ class HypernetworkLearner:
     def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
         """For each draw the mean over its target tokens."""
         seed = self.arguments.seed
-        drawn = [
-            draw_passages(self.drawn_from, draw.example, self.arguments.num_passages, draw.rng(seed, "passages"))
-            for draw in draws
-        ]
+        drawn = [self._drawn(draw) for draw in draws]
         knowledge = random.Random(f"{seed}-knowledge-{step}").random() < self.arguments.knowledge
         batch = make_batch(drawn, knowledge, self.tokenizer)
         device = self.generator.device
-        with inject(self.model, self.config.layer, row_experts(self.generator, drawn, batch.start)):
+        with inject(self.model, self.config.layers, row_experts(self.generator, drawn, batch.start)):
             logits = answer_logits(self.model, batch, device)
         labels = batch.labels.to(logits.device)
         losses = token_losses(logits, labels)
@@ -109,7 +125,22 @@ class HypernetworkLearner:
             with torch.no_grad():
                 taught = answer_logits(self.model, make_batch(drawn, True, self.tokenizer), device)
             losses = (1 - share) * losses + share * divergences(logits, taught)
+        if wrong := [number for number, example in enumerate(drawn) if example.wrong]:
+            with torch.no_grad():
+                alone = answer_logits(self.model, batch.rows(wrong), device)
+            as_without = divergences(logits[wrong], alone)
+            losses = losses.index_copy(0, torch.tensor(wrong, device=losses.device), as_without)
         return mean_over_targets(losses, labels)
+
+    def _drawn(self, draw: Draw) -> DrawnExample:
+        """The passages of one use of an example."""
+        arguments = self.arguments
+        seed, most = arguments.seed, arguments.num_passages
+        if isinstance(example := self.drawn_from[draw.example], PassageExample):
+            return example.draw(draw.rng(seed, "passages"))
+        wrong = draw.rng(seed, "unanswerable").random() < arguments.unanswerable
+        choose = draw_wrong_passages if wrong else draw_passages
+        return choose(cast(Sequence[TrainingExample], self.drawn_from), draw.example, most, draw.rng(seed, "passages"))
 
     def validate(self, process: int, processes: int) -> dict[str, float]:
         return self.validation.measure(self.generator, process, processes) if self.validation else {}
@@ -121,13 +152,16 @@ class HypernetworkLearner:
 def train_hypernetwork(
     config: HypernetworkConfig,
     arguments: HypernetworkTraining,
-    examples: Sequence[TrainingExample],
+    examples: Examples,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     out: str | Path,
     *,
     identity: Mapping[str, Any] | None = None,
     validation: Validation | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    state_bytes: int = IN_MEMORY,
+    state_files: ExpertFiles | None = None,
     accelerator: Accelerator | None = None,
 ) -> Progress:
     """Train a hypernetwork and write its checkpoint, going on where an earlier run with the same arguments stopped.
@@ -135,11 +169,24 @@ def train_hypernetwork(
     Args:
         identity: what else decides the result, such as the data's hash: a run with another is another run.
         validation: decides which weights are best; without it the last are kept.
+        initial: weights to begin with, of another checkpoint; what they lack begins as drawn.
+        state_bytes: of memory for what the LLM makes of passages; the least recently used go first.
+        state_files: where it is kept as well, for later epochs and runs.
         accelerator: of a distributed run.
 
     Raises:
         InputError: see :class:`HypernetworkLearner` and :func:`~genpoe_plugin.training.trainer.train`.
     """
-    learner = HypernetworkLearner(config, arguments, examples, model, tokenizer, validation)
+    learner = HypernetworkLearner(
+        config,
+        arguments,
+        examples,
+        model,
+        tokenizer,
+        validation,
+        initial,
+        state_bytes=state_bytes,
+        state_files=state_files,
+    )
     whole = {**config.to_dict(), **asdict(arguments), "examples": len(examples), **(identity or {})}
     return train(learner, arguments, whole, Path(out), accelerator or accelerator_on(str(learner.generator.device)))

@@ -132,6 +132,7 @@ class HypernetworkPlan:
         expert_bytes: of one generated expert, in float32.
         expert_width: numbers that an expert keeps a token: the widths of its inner products, ``2·rank + expert_width``
             for the dense form.
+        state_width: numbers that the hypernetwork reads of a passage's token.
         queries: of the hypernetwork, that look at a passage's tokens.
         contextual: whether the LLM reads the passages up to the experts' layer.
         layer: of the experts, counted from 0.
@@ -153,6 +154,7 @@ class HypernetworkPlan:
     buffers: int
     expert_bytes: int
     expert_width: int
+    state_width: int
     queries: int
     contextual: bool
     layer: int
@@ -171,7 +173,7 @@ class HypernetworkPlan:
         queries, p tokens a passage, A of the answer, t of a teacher's prompt, and l the experts' layer, a pass has:
 
             generated experts     R·K·E: those of the batch
-            token states          4·R·K·p·d: of their passages
+            token states          4·R·K·p·s: of their passages, s numbers a token
             findings              c·R·K·Q·(d + p): what the queries find, and how much of it in which token
             branch                N·c·(d + 3·K·e): what the experts read and keep, with its gradients
             layers above          n - l - 1 times a frozen layer
@@ -186,7 +188,7 @@ class HypernetworkPlan:
         and before the whole pass, when the experts are generated, the larger of
 
             a layer that reads    R·K rows of p tokens, if token states are contextual
-            experts               and findings, and 12·R·K·p·d: token states in three steps of being normalised
+            experts               and findings, and 12·R·K·p·s: token states in three steps of being normalised
         """
         own = self._parts()
         least = replace(self, weights=0, largest_weight=0, buffers=0, expert_bytes=0, expert_width=0, queries=0)
@@ -210,7 +212,7 @@ class HypernetworkPlan:
         gradients = self.rows * self.tokens * number * llm.mlp_width
         read = llm.hidden_size + 3 * self.num_experts * self.expert_width
         experts = passages * self.expert_bytes
-        states = FLOAT32 * passages * self.passage_tokens * llm.hidden_size
+        states = FLOAT32 * passages * self.passage_tokens * self.state_width
         found = branch * passages * self.queries * (llm.hidden_size + self.passage_tokens)
         reading = _reading_layer(llm, passages, self.passage_tokens, number) if self.contextual else 0
         teaching = _reading_layer(llm, self.rows, self.teacher_tokens, number)

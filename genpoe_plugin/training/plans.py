@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, knowledge_block, rag_prompt
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
-from genpoe_plugin.training.examples import TrainingExample
+from genpoe_plugin.training.examples import PassageExample, TrainingExample
 from genpoe_plugin.training.memory import HypernetworkPlan, RerankerPlan
 from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize
 from genpoe_plugin.training.reranker import attention_projections
@@ -30,7 +31,7 @@ Item = TypeVar("Item")
 def plan_hypernetwork(
     config: HypernetworkConfig,
     arguments: HypernetworkTraining,
-    examples: Sequence[TrainingExample],
+    examples: Sequence[TrainingExample | PassageExample],
     llm: LanguageModelSize,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
@@ -38,27 +39,34 @@ def plan_hypernetwork(
     """The plan of a training on ``examples`` of a hypernetwork of the form ``config``."""
     size = footprint(config)
     with torch.device("meta"):
-        largest = max(weight.numel() for weight in Hypernetwork(config).parameters())
+        network = Hypernetwork(config)
+    largest = max(weight.numel() for weight in network.parameters())
     passage = _longest(examples, lambda example: max((example.passage, *example.negatives), key=len), tokenizer)
     asked = _longest(examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer)
-    # Prompts hold passages whole; only what experts are made of is cut.
+    passage = min(MAX_PASSAGE_TOKENS, passage)
     told = asked + len(tokenizer(knowledge_block([""]))["input_ids"]) + arguments.num_passages * passage
-    inner = 2 * config.rank if config.head == "dense" else 4 * config.core_size
+    attention = config.head == "attention"
+    units = -(-passage // config.window) if attention else 1
+    if attention:  # logits and weights of every head of every layer
+        width = 2 * len(config.layers) * (config.num_heads or 1) * units
+    else:
+        width = config.expert_width + (2 * config.rank if config.head == "dense" else 4 * config.core_size)
     return HypernetworkPlan(
         llm=llm,
         weights=size.parameters,
         largest_weight=largest,
         buffers=size.base_numbers,
-        expert_bytes=size.expert_bytes,
-        expert_width=inner + config.expert_width,
-        queries=0 if config.encoder == "mean" else config.num_queries,
-        contextual=config.states == "contextual",
+        expert_bytes=units * size.expert_bytes,
+        expert_width=width,
+        state_width=math.prod(network.state_shape),
+        queries=0 if attention or config.encoder == "mean" else config.num_queries,
+        contextual=attention or config.states == "contextual",
         layer=config.layer,
         rows=arguments.micro_batch_size or arguments.batch_size,
         num_experts=arguments.num_passages,
         tokens=told if arguments.knowledge else asked,
         answer_tokens=_longest(examples, lambda example: f" {example.answer}\n", tokenizer),
-        passage_tokens=min(MAX_PASSAGE_TOKENS, passage),
+        passage_tokens=passage,
         teacher_tokens=told if arguments.distillation else 0,
         precision=arguments.precision,
         shards=accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1,

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,7 +160,7 @@ class _Run:
             disable=hidden,
         )
         with bar, _deferred_interrupt() as asked_to_stop:
-            if not progress.validations and progress.step == 0:
+            if progress.step == 0 or self._unvalidated(progress):
                 self._validate(progress)
             while progress.step < self.steps:
                 loss, stop = self._step(progress.step, asked_to_stop)
@@ -170,15 +170,25 @@ class _Run:
                 progress.step += 1
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", rate=f"{progress.losses[-1][2]:.1e}")
-                if progress.step == self.steps or progress.step % (self.arguments.validate_every or self.steps) == 0:
+                if self._due(progress.step) and not (stop and progress.validations):
                     self._validate(progress)
                 if stop or progress.step == self.steps or progress.step % self.arguments.save_every == 0:
                     self._save(progress)
-                if stop and progress.step < self.steps:
-                    raise KeyboardInterrupt(
-                        f"saved at step {progress.step} of {self.steps} in {self.out}; the same command goes on"
-                    )
+                if stop and (progress.step < self.steps or self._unvalidated(progress)):
+                    raise KeyboardInterrupt(self._saved(progress))
         return progress
+
+    def _due(self, step: int) -> bool:
+        """Whether there is a validation after this step."""
+        return step == self.steps or step % (self.arguments.validate_every or self.steps) == 0
+
+    def _unvalidated(self, progress: Progress) -> bool:
+        """Whether the validation of the last step was interrupted."""
+        steps = [validation["step"] for validation in progress.validations]
+        return bool(steps) and self._due(progress.step) and progress.step not in steps
+
+    def _saved(self, progress: Progress) -> str:
+        return f"saved at step {progress.step} of {self.steps} in {self.out}; the same command goes on"
 
     def _step(self, step: int, asked_to_stop: Callable[[], bool]) -> tuple[float, bool]:
         """One optimizer step: the mean loss of its batch, and whether any process was asked to stop."""
@@ -229,9 +239,24 @@ class _Run:
             yield
 
     def _validate(self, progress: Progress) -> None:
+        """Measure, unless that was done before this run was stopped.
+
+        Raises:
+            KeyboardInterrupt: the user stopped it; everything but this validation is saved.
+        """
+        if progress.step in [validation["step"] for validation in progress.validations]:
+            return
         self.learner.module.eval()
-        with torch.no_grad():
-            measures = self.learner.validate(self.accelerator.process_index, self.accelerator.num_processes)
+        alone = self.accelerator.num_processes == 1
+        try:
+            # It changes nothing, so that it need not wait. Several processes wait for each other all the same.
+            with torch.no_grad(), _immediate_interrupt() if alone else nullcontext():
+                measures = self.learner.validate(self.accelerator.process_index, self.accelerator.num_processes)
+        except KeyboardInterrupt:
+            if not progress.step:
+                raise KeyboardInterrupt("stopped before the first step; the same command begins again") from None
+            self._save(progress)
+            raise KeyboardInterrupt(self._saved(progress)) from None
         if not measures:
             return
         earlier = [_quality(validation) for validation in progress.validations[1:]]
@@ -275,6 +300,19 @@ def _quality(measures: Mapping[str, float]) -> tuple[float, ...]:
 def _number(*parts: object) -> int:
     """A seed that depends on all of ``parts``."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+@contextmanager
+def _immediate_interrupt() -> Iterator[None]:
+    """Let Ctrl-C stop what is running, also where `_deferred_interrupt` would have it wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 @contextmanager

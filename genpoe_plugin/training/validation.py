@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.answers import exact_match, f1
@@ -27,7 +28,7 @@ class Validation:
     Args:
         questions: with their passages; in the order of their rerank scores, if they have some, as in evaluation.
         model, tokenizer: the LLM.
-        layer: of the experts.
+        layers: of the experts.
         num_passages: experts a question, at most.
         batch_size: questions answered at a time.
 
@@ -41,7 +42,7 @@ class Validation:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        layer: int,
+        layers: Sequence[int],
         num_passages: int,
         batch_size: int,
     ) -> None:
@@ -50,7 +51,7 @@ class Validation:
             raise InputError("no validation question has passages; `genpoe retrieve` finds some")
         self.model = model
         self.tokenizer = tokenizer
-        self.layer = layer
+        self.layers = layers
         self.batch_size = batch_size
         pipeline = Pipeline(tokenizer, num_passages=num_passages, progress=False)
         self.examples = [
@@ -67,7 +68,8 @@ class Validation:
         # As many passes in every process, since those of a sharded hypernetwork wait for each other.
         mine = [(process + number * processes) % len(self.questions) for number in range(share)]
         answers: dict[int, tuple[str, float]] = {}
-        for begin in range(0, share, self.batch_size):
+        batches = range(0, share, self.batch_size)
+        for begin in tqdm(batches, "Validating", unit="batch", leave=False, disable=process > 0):
             numbers = mine[begin : begin + self.batch_size]
             examples = [self.examples[number] for number in numbers]
             found = zip(self._answers(generator, examples), self._losses(generator, examples), strict=True)
@@ -83,7 +85,7 @@ class Validation:
 
     def _losses(self, generator: ExpertGenerator, examples: Sequence[DrawnExample]) -> list[float]:
         batch = make_batch(examples, False, self.tokenizer)
-        with torch.no_grad(), inject(self.model, self.layer, row_experts(generator, examples, batch.start)):
+        with torch.no_grad(), inject(self.model, self.layers, row_experts(generator, examples, batch.start)):
             logits = answer_logits(self.model, batch, generator.device)
         labels = batch.labels.to(logits.device)
         return mean_over_targets(token_losses(logits, labels), labels).tolist()
@@ -96,7 +98,7 @@ class Validation:
         device = generator.device
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        with torch.no_grad(), inject(self.model, self.layer, row_experts(generator, examples, [0] * len(examples))):
+        with torch.no_grad(), inject(self.model, self.layers, row_experts(generator, examples, [0] * len(examples))):
             generated = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,

@@ -120,6 +120,77 @@ def test_an_llm_in_a_gguf_file(llm_dir: Path, make_llm, tokenizer, data: Path, t
     assert_one_line(missing, f"{tmp_path / 'other.gguf'}: no such file")
 
 
+def test_experts_in_the_attention_are_trained_from_a_preset_or_a_checkpoint(llm_dir, data, tmp_path: Path) -> None:
+    """The same form either way; from the checkpoint with its weights."""
+    untrained = ["experts", "create", "--llm", llm_dir, "--layers", "0,2", "--out", tmp_path / "untrained"]
+    assert CliRunner().invoke(main, list(map(str, untrained))).exit_code == 0
+    options = ["--addition-rank", 3, "--window", 2, "--max-steps", 2, "--learning-rate", 0.01]
+    arguments = ["--model", llm_dir, "--data", data, *options]
+    ways = {"preset": ["--preset", "attention", "--layers", "0,2"], "init": ["--init", tmp_path / "untrained"]}
+    forms = []
+    for name, way in ways.items():
+        words = ["train", "hypernetwork", *arguments, *way, "--out", tmp_path / name]
+        result = CliRunner().invoke(main, list(map(str, words)))
+        assert result.exit_code == 0, result.output
+        forms.append(read_record(tmp_path / name)["hypernetwork"])
+    assert forms[0] == forms[1]
+    assert (forms[0]["layers"], forms[0]["addition_rank"], forms[0]["window"]) == ([0, 2], 3, 2)
+    weights = load_file(tmp_path / "preset" / "model.safetensors")
+    more = [
+        "--model",
+        llm_dir,
+        "--data",
+        data,
+        "--init",
+        tmp_path / "preset",
+        "--max-steps",
+        1,
+        "--learning-rate",
+        1e-9,
+    ]
+    result = CliRunner().invoke(main, list(map(str, ["train", "hypernetwork", *more, "--out", tmp_path / "more"])))
+    assert result.exit_code == 0, result.output
+    for name, weight in load_file(tmp_path / "more" / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-6, rtol=1e-6)
+    assert weights["head.adders.0.write"].abs().max() > 0
+
+
+def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text(
+        json.dumps({"id": "1", "title": "Fox", "text": "the quick brown fox jumps over it " * 6}) + "\n"
+    )
+    arguments = ["--model", llm_dir, "--preset", "attention", "--max-steps", 1, "--out", tmp_path / "out"]
+    words = ["train", "hypernetwork", *arguments, "--pretrain", passages]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert read_record(tmp_path / "out")["hypernetwork"]["layers"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --data QUESTIONS or --pretrain PASSAGES"),
+        (["--data", "x", "--pretrain", "y"], "give either --data"),
+        (["--pretrain", "{empty}"], "no passage has the 30 words that are needed"),
+        (["--data", "{data}", "--layers", "0,1"], "several layers have experts with --preset attention alone"),
+        (["--data", "{data}", "--init", "{missing}"], "neither a directory nor a repository"),
+        (["--data", "{data}", "--init", "x", "--layer", "1"], "--layer: the form is that of --init x"),
+        (["--data", "{data}", "--preset", "attention", "--layers", "7"], "layer 7 is not in"),
+        (["--data", "{data}", "--preset", "attention", "--window", "0"], "window is 0"),
+        (["--data", "{data}", "--window", "2"], "has no addition_rank and no window"),
+    ],
+)
+def test_what_experts_in_the_attention_cannot_be(llm_dir, data, tmp_path: Path, options, message) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"id": "1", "title": "", "text": "short"}\n')
+    names = {"data": data, "empty": tmp_path / "empty.jsonl", "missing": tmp_path / "missing"}
+    filled = [option.format(**names) for option in options]
+    words = ["train", "hypernetwork", "--model", str(llm_dir), "--out", str(tmp_path / "out"), *filled]
+    result = CliRunner().invoke(main, words)
+    assert_one_line(result, message)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("options", "titles"), [([], True), (["--preset", "paper"], False), (["--no-titles"], False)])
 def test_the_paper_trains_without_titles(llm_dir: Path, data: Path, tmp_path: Path, options: list[str], titles) -> None:
     assert run(llm_dir, data, tmp_path / "out", "--max-steps", 1, *options).exit_code == 0

@@ -54,7 +54,7 @@ def hypernetwork(
         **{"epochs": 3, "num_passages": 2, "learning_rate": 0.01, "validate_every": 2, "save_every": 2, **changes}
     )
     config = HypernetworkConfig(hidden_size=32, layers=(1,), rank=4, core_size=4, expert_width=16, head=head)
-    held_out = Validation(QUESTIONS[:5], model, tokenizer, layer=1, num_passages=2, batch_size=2)
+    held_out = Validation(QUESTIONS[:5], model, tokenizer, layers=(1,), num_passages=2, batch_size=2)
     examples = training_examples(QUESTIONS)
     progress = train_hypernetwork(config, arguments, examples, model, tokenizer, out, validation=held_out)
     return [progress.losses, progress.validations]

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,56 @@ def test_ctrl_c_saves_after_the_step_and_says_how_to_go_on(tmp_path: Path) -> No
     run(again, out)
     assert steps == list(range(6, 15))
     assert same(weights(out), weights(tmp_path / "whole"))
+
+
+class Validated(Regression):
+    """Measures its own weights; Ctrl-C is pressed in the validation of some steps."""
+
+    def __init__(self, interrupted: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.interrupted, self.done = list(interrupted), 0
+        self.validated: list[int] = []
+
+    def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
+        self.done = step + 1
+        return super().losses(draws, step)
+
+    def validate(self, process: int, processes: int) -> dict[str, float]:
+        if self.done in self.interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)  # what Ctrl-C must not wait for
+        self.validated.append(self.done)
+        return {"score": float(self.module[0].weight.sum())}
+
+
+@pytest.mark.parametrize("step", [0, 6, 15])
+def test_ctrl_c_in_a_validation_stops_at_once_and_the_validation_is_made_up_for(tmp_path: Path, step: int) -> None:
+    settings = arguments(validate_every=3)
+    whole = run(Validated(), tmp_path / "whole", settings)
+    handler = signal.getsignal(signal.SIGINT)
+    begin = time.monotonic()
+    said = f"saved at step {step} of 15 in .*; the same command goes on" if step else "before the first step; the same"
+    with pytest.raises(KeyboardInterrupt, match=said):
+        run(Validated([step]), tmp_path / "stopped", settings)
+    assert time.monotonic() - begin < 10 and signal.getsignal(signal.SIGINT) is handler
+    again = Validated()
+    again.done = step
+    assert run(again, tmp_path / "stopped", settings) == whole
+    assert again.validated == list(range(step, 16, 3))
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_in_a_step_leaves_its_validation_for_later(tmp_path: Path) -> None:
+    settings = arguments(validate_every=3)
+    whole = run(Validated(), tmp_path / "whole", settings)
+    learner = Validated()
+    learner.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 5 else None
+    with pytest.raises(KeyboardInterrupt, match="saved at step 6 of 15"):
+        run(learner, tmp_path / "stopped", settings)
+    assert learner.validated == [0, 3]
+    again = Validated()
+    again.done = 6
+    assert run(again, tmp_path / "stopped", settings) == whole
 
 
 def test_changed_arguments_are_named(tmp_path: Path) -> None:

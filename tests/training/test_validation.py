@@ -44,7 +44,7 @@ def test_measures_are_those_of_each_question_alone(
 ) -> None:
     """The best two passages by rerank score, their gates a softmax; greedy, first line; questions without are left."""
     model = make_llm("llama")
-    validation = Validation(QUESTIONS, model, tokenizer, layer=1, num_passages=2, batch_size=2)
+    validation = Validation(QUESTIONS, model, tokenizer, layers=(1,), num_passages=2, batch_size=2)
     measures = validation.measure(generator, 0, 1)
     expected: dict[str, list[float]] = {"em": [], "f1": [], "loss": []}
     for question in (QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]):
@@ -67,4 +67,4 @@ def test_measures_are_those_of_each_question_alone(
 
 def test_without_passages_there_is_nothing_to_validate(make_llm: Callable[..., Any], tokenizer: Any) -> None:
     with pytest.raises(InputError, match="no validation question has passages; `genpoe retrieve` finds some"):
-        Validation(QUESTIONS[2:3], make_llm("llama"), tokenizer, layer=1, num_passages=2, batch_size=2)
+        Validation(QUESTIONS[2:3], make_llm("llama"), tokenizer, layers=(1,), num_passages=2, batch_size=2)

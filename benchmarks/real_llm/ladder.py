@@ -1,0 +1,219 @@
+"""``real-llm study``: trained experts, beside untrained ones and beside RAG that learned as much.
+
+A cell is a training and its rows of the stock lm_eval: with the right passage, with another question's, and with one
+that is the same for all. What training teaches besides passages shows in the last, and in the adapter of RAG.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from benchmarks.real_llm.layers import Layers
+from benchmarks.real_llm.lora import ADAPTER, train_adapter
+from benchmarks.real_llm.measures import Paired, mean
+from benchmarks.real_llm.output import passage_tokens
+from benchmarks.real_llm.questions import with_gold
+from benchmarks.real_llm.rows import StudyRow
+from benchmarks.real_llm.scores import Scores, paired
+from benchmarks.real_llm.study import Study
+from benchmarks.row import machine
+from genpoe_plugin.checkpoint import read_form
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.language_model import load_language_model
+from genpoe_plugin.questions import read_questions, write_questions
+from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.examples import training_examples
+
+CONTROLS = ("shuffled", "constant")
+UNTRAINED = "untrained"
+LORA = "rag_lora"
+LADDER = "ladder.json"
+COMPARED = ("em", "f1", "nats")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        options: of `genpoe train hypernetwork`, beside those that all cells share; None for the adapter of RAG.
+    """
+
+    name: str
+    options: tuple[str, ...] | None = ()
+
+
+def cells(layers: Sequence[int]) -> list[Cell]:
+    """The ladder, for experts in ``layers``."""
+    attention = ("--preset", "attention", "--layers", ",".join(map(str, layers)))
+    middle = ("--layer", str(layers[0]))
+    return [
+        Cell(LORA, None),
+        Cell("window_4", (*attention, "--window", "4")),
+        Cell("window_16", (*attention, "--window", "16")),
+        Cell("window_1", attention),
+        Cell("window_4_unanswerable", (*attention, "--window", "4", "--unanswerable", "0.25")),
+        Cell("window_4_distilled", (*attention, "--window", "4", "--distillation", "0.5")),
+        Cell("window_4_distractors", (*attention, "--window", "4", "--num-passages", "4")),
+        Cell("window_64", (*attention, "--window", "64")),
+        Cell("memory", ("--preset", "recommended", *middle)),
+    ]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a study of trainings is asked for.
+
+    Attributes:
+        study: its LLM, its questions and where everything goes; its rows are not run but for closed-book answering and
+            RAG.
+        layers: of experts in the attention.
+        training: file of questions with passages, for each data set.
+        arguments: of all trainings, without their seed.
+        lora_rank: of the adapter of RAG.
+    """
+
+    study: Study
+    layers: Layers
+    training: tuple[Path, ...]
+    arguments: HypernetworkTraining
+    lora_rank: int
+
+    @cached_property
+    def _device(self) -> str:
+        return self.study.device or "cpu"
+
+    @property
+    def data(self) -> Path:
+        """The questions that all cells learn from."""
+        return self.study.out / "training.jsonl"
+
+    def write_data(self) -> None:
+        """As many questions of each file as the steps need, drawn by seed 0; those of the study are left out."""
+        if self.data.is_file():
+            return
+        steps, size = self.arguments.max_steps or 1, self.arguments.batch_size
+        wanted = -(-steps * size // len(self.training))
+        drawn = []
+        for file in self.training:
+            questions = with_gold(read_questions(file))
+            drawn += random.Random(0).sample(questions, min(wanted, len(questions)))
+        random.Random(1).shuffle(drawn)
+        write_questions(self.data, drawn, purpose="training")
+
+    def train(self, cell: Cell, seed: int) -> Path:
+        """The folder of a cell's checkpoint or adapter, which is made unless it is there.
+
+        Raises:
+            InputError: the training failed.
+        """
+        out = self.study.out / "trained" / f"{cell.name}-{seed}"
+        arguments = replace(self.arguments, seed=seed)
+        if cell.options is None:
+            if not (out / ADAPTER).is_dir():
+                model, tokenizer = load_language_model(self.study.llm, device=self._device, dtype=self.study.dtype)
+                model.requires_grad_(False)
+                examples = training_examples(read_questions(self.data))
+                train_adapter(model, tokenizer, examples, arguments, self.lora_rank, out)
+            return out / ADAPTER
+        words = ["train", "hypernetwork", "--model", self.study.llm, "--data", str(self.data), "--out", str(out)]
+        words += ["--dtype", self.study.dtype, "--device", self._device]
+        for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "save_every", "seed"):
+            if (value := getattr(arguments, name)) is not None:
+                words += ["--" + name.replace("_", "-"), str(value)]
+        done = subprocess.run([sys.executable, "-m", "train_cli", *words, *cell.options], stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise InputError(f"{cell.name}: training stopped with status {done.returncode}; the same command goes on")
+        return out
+
+    def rows(self, cell: Cell, seed: int) -> list[StudyRow]:
+        """What is asked of a trained cell: the right passage, and the controls."""
+        name, trained = f"{cell.name}-{seed}", self.study.out / "trained" / f"{cell.name}-{seed}"
+        if cell.options is None:
+            return [StudyRow(name, "rag", adapter=trained / ADAPTER)]
+        row = StudyRow(name, "genpoe", layers=self.layers, checkpoint=trained)
+        return [row, *(replace(row, name=f"{name}-{kind}", passages=kind, curve=True) for kind in CONTROLS)]
+
+    def base_rows(self) -> list[StudyRow]:
+        """What trainings are compared with."""
+        untrained = StudyRow(UNTRAINED, "genpoe", layers=self.layers)
+        return [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), untrained]
+
+    def records(self, chosen: Sequence[Cell], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """One for every finished row."""
+        rows = {row.name: (row.name, None, row) for row in self.base_rows()}
+        for cell in chosen:
+            for seed in seeds:
+                rows |= {row.name: (cell.name, seed, row) for row in self.rows(cell, seed)}
+        scores = self.study.scores([row for _, _, row in rows.values()])
+        return [
+            {"row": name, "seed": "" if seed is None else seed, **self._record(row, seed, scores)}
+            for name, seed, row in rows.values()
+            if row.name in scores
+        ]
+
+    def _record(self, row: StudyRow, seed: int | None, scores: dict[str, Scores]) -> dict[str, Any]:
+        names = list(self.study.files)
+        record: dict[str, Any] = {
+            "passage": "right" if row.passages == "retrieved" else row.passages,
+            **self._size(row),
+        }
+        for measure in COMPARED:
+            column = paired([scores[row.name]], names, (measure,))[:, 0]
+            record[measure] = asdict(mean(column, share=measure != "nats"))
+        record["n"] = len(paired([scores[row.name]], names, ("f1",)))
+        if row.mode == "genpoe" and row.passages == "retrieved":
+            for name, other in (("of_prompt", "rag"), ("of_rag_lora", f"{LORA}-{seed}")):
+                if {"closed_book", other} <= scores.keys():
+                    three = [scores[one] for one in (row.name, "closed_book", other)]
+                    share = Paired(paired(three, names, ("f1",))).recovered(0, 1, 2)
+                    record[name] = share and asdict(share)
+        return record
+
+    def _size(self, row: StudyRow) -> dict[str, Any]:
+        """Numbers that were trained, bytes of a unit in 16 bits, and tokens of a unit."""
+        if row.adapter is not None:
+            weights = load_file(row.adapter / "adapter_model.safetensors")
+            return {
+                "parameters": sum(weight.numel() for weight in weights.values()),
+                "unit_bytes": None,
+                "window": None,
+            }
+        if not row.layers:
+            return {"parameters": 0, "unit_bytes": None, "window": None}
+        if row.checkpoint is None:
+            return {"parameters": 0, "unit_bytes": self.study.shape.bytes(row.layers), "window": 1}
+        config, _ = read_form(row.checkpoint)
+        size = footprint(config)
+        window = config.window if config.head == "attention" else 10**9  # one unit, whatever the length
+        return {"parameters": size.parameters, "unit_bytes": size.expert_bytes // 2, "window": window}
+
+
+def write_ladder(ladder: Ladder, chosen: Sequence[Cell], seeds: Sequence[int], command: str) -> Path:
+    """Write `LADDER` with all finished rows."""
+    path = ladder.study.out / LADDER
+    record = {
+        "llm": Path(ladder.study.llm).name,
+        "layers": ladder.layers,
+        "arguments": asdict(ladder.arguments),
+        "lora_rank": ladder.lora_rank,
+        "command": command,
+        "machine": machine(),
+        "passage_tokens": passage_tokens(ladder.study),
+        "rows": ladder.records(chosen, seeds),
+    }
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,93 @@
+"""RAG that learned as much as experts did: a LoRA adapter, trained on the same questions with their passages.
+
+Training teaches how answers look as well, so what trained experts are worth is told by this, not by a plain prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from genpoe_plugin.files import atomic_directory
+from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
+from genpoe_plugin.training.devices import accelerator_on
+from genpoe_plugin.training.draws import Draw
+from genpoe_plugin.training.examples import TrainingExample, draw_passages
+from genpoe_plugin.training.trainer import train
+
+
+class RagLearner:
+    """An LLM with an adapter, and questions with the passages that stand in their prompts.
+
+    Args:
+        model, tokenizer: the LLM; it is changed in place.
+        examples: at least one.
+        rank: of the adapter, which is on the query and value projections.
+    """
+
+    name = "RAG adapter"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[TrainingExample],
+        arguments: HypernetworkTraining,
+        rank: int,
+    ) -> None:
+        self.tokenizer, self.drawn_from, self.arguments = tokenizer, examples, arguments
+        self.device = model.device
+        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(arguments.seed)
+            self.module: nn.Module = peft.get_peft_model(model, lora)
+
+    @property
+    def examples(self) -> int:
+        return len(self.drawn_from)
+
+    def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
+        """As those of a hypernetwork, with passages in the prompt and no experts."""
+        arguments = self.arguments
+        drawn = [
+            draw_passages(self.drawn_from, draw.example, arguments.num_passages, draw.rng(arguments.seed, "passages"))
+            for draw in draws
+        ]
+        batch = make_batch(drawn, True, self.tokenizer)
+        logits = answer_logits(cast(PreTrainedModel, self.module), batch, self.device)
+        labels = batch.labels.to(logits.device)
+        return mean_over_targets(token_losses(logits, labels), labels)
+
+    def validate(self, process: int, processes: int) -> dict[str, float]:
+        return {}
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Without validation, what is to be saved is what there is."""
+        with atomic_directory(directory / ADAPTER) as temporary:
+            cast(peft.PeftModel, self.module).save_pretrained(temporary)
+
+
+ADAPTER = "adapter"
+
+
+def train_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TrainingExample],
+    arguments: HypernetworkTraining,
+    rank: int,
+    out: Path,
+) -> Path:
+    """Train an adapter, going on where it stopped; its folder, for ``peft=`` in model arguments."""
+    learner = RagLearner(model, tokenizer, examples, arguments, rank)
+    identity = {**asdict(arguments), "rank": rank, "examples": len(examples)}
+    train(learner, arguments, identity, out, accelerator_on(str(model.device)))
+    return out / ADAPTER

@@ -1,0 +1,66 @@
+"""Experts in the attention in eight bits: a quarter of the bytes of float32, a scale for each vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, heads_first
+from genpoe_plugin.experts.expert import Experts, Weights
+
+LARGEST = 127
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Experts(Experts):
+    """`AttentionExperts` as they are kept; `select` gives them back.
+
+    Attributes:
+        shape, bias: as of `AttentionExperts`.
+        dtype: of what `select` gives back.
+        parts: for each of the parts of `AttentionExperts` its codes, ``[units, heads, head width]`` in int8, and then
+            the scales that they are multiplied with, ``[units, heads, 1]`` in float16.
+    """
+
+    shape: AttentionShape
+    bias: Tensor
+    dtype: torch.dtype
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, experts: AttentionExperts) -> Int8Experts:
+        """Every vector of keys or values is rounded to 255 steps of its own largest number."""
+        parts: list[Tensor] = []
+        for part in experts.parts:
+            scale = part.abs().amax(-1, keepdim=True).float() / LARGEST
+            # As it is kept, and never so small that float16 loses it.
+            scale = scale.clamp_min(torch.finfo(torch.float16).smallest_normal).half()
+            parts += [(part / scale.to(part.dtype)).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale]
+        return cls(experts.shape, experts.bias, experts.parts[0].dtype, tuple(parts))
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.parts
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one unit: a number a byte, and a scale of two for each vector."""
+        return self.shape.vectors * (self.shape.head_width + 2)
+
+    def with_weights(self, *weights: Tensor) -> Int8Experts:
+        return replace(self, parts=weights)
+
+    def to(self, target: torch.device | torch.dtype) -> Int8Experts:
+        """On a device, or to be given back in a dtype."""
+        if isinstance(target, torch.dtype):
+            return replace(self, bias=self.bias.to(target), dtype=target)
+        return replace(self, bias=self.bias.to(target), parts=tuple(part.to(target) for part in self.parts))
+
+    def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
+        parts = [
+            heads_first(codes, index).to(self.dtype) * heads_first(scales, index).to(self.dtype)
+            for codes, scales in zip(weights[::2], weights[1::2], strict=True)
+        ]
+        return AttentionExperts(self.shape, self.bias, tuple(parts))
