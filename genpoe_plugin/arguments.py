@@ -30,8 +30,8 @@ class GenPoEArguments:
         expert_layers: of the checkpoint's layers those that are used, as ``5+11+12``; all of them without it. For
             experts in the attention.
         question_field: where a doc holds its question; the prompt's last question where a doc does not.
-        expert_dtype: in which experts are kept: ``auto`` (the LLM's), ``float32``, ``float16``, ``bfloat16``, or, for
-            experts in the attention, ``int8``.
+        expert_dtype: of the experts that are kept: ``float32``, ``float16``, ``bfloat16``, or, for experts in the
+            attention, ``int8``; the LLM's without it.
         expert_store: folder that keeps experts for later runs.
         expert_gb: budget for the experts kept beside what makes them.
         trace: JSON Lines file to write, one line a sample.
@@ -51,16 +51,16 @@ class GenPoEArguments:
     passages: str = "retrieved"
     expert_layers: str | int | None = None
     question_field: str = "question"
-    expert_dtype: str = "auto"
+    expert_dtype: str | None = None
     expert_store: str | None = None
     expert_gb: float = ON_DEVICE / 10**9
     trace: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = (("mode", MODES), ("gates", GATES), ("passages", CONTROLS), ("expert_dtype", ("auto", *DTYPES)))
+        choices = (("mode", MODES), ("gates", GATES), ("passages", CONTROLS), ("expert_dtype", tuple(DTYPES)))
         for name, allowed in choices:
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and (name, self.expert_dtype) != ("expert_dtype", None):
                 raise InputError(f"{name}={getattr(self, name)}: not one of {', '.join(allowed)}")
         for name, least in (("num_retrieved", 1), ("num_passages", 1), ("seed", 0)):
             value = getattr(self, name)

@@ -203,18 +203,13 @@ def load_hypernetwork(
         return hypernetwork.to(table.device).eval().requires_grad_(False)
 
 
-def read_form(name: str | Path) -> tuple[HypernetworkConfig, dict[str, Tensor]]:
-    """The configuration and the weights of a checkpoint, whatever LLM it is for.
+def read_config(name: str | Path) -> HypernetworkConfig:
+    """The configuration of a checkpoint, whatever LLM it is for.
 
     Raises:
-        InputError: files are missing or damaged.
+        InputError: files are missing, or it is not one of ours.
     """
-    directory = resolve_checkpoint(name)
-    try:
-        weights = load_file(directory / WEIGHTS)
-    except SafetensorError as error:
-        raise InputError(f"{directory / WEIGHTS}: damaged ({error})") from error
-    return HypernetworkConfig.from_dict(read_record(directory)["hypernetwork"]), weights
+    return HypernetworkConfig.from_dict(read_record(resolve_checkpoint(name))["hypernetwork"])
 
 
 def checkpoint_fingerprint(name: str | Path) -> str:

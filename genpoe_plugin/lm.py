@@ -58,7 +58,7 @@ class GenPoELM(PassageRequests, HFLM):
         passages: str = "retrieved",
         expert_layers: str | int | None = None,
         question_field: str = "question",
-        expert_dtype: str = "auto",
+        expert_dtype: str | None = None,
         expert_store: str | None = None,
         expert_gb: float = ON_DEVICE / 10**9,
         trace: str | None = None,

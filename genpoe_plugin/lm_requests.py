@@ -132,14 +132,15 @@ class PassageRequests(TemplateLM):
     ) -> ExpertStore:
         """What keeps the experts of ``network``, in ``dtype`` or that of ``model``, whose states it reads."""
         arguments, files = self.arguments, None
-        if arguments.expert_dtype != "auto":
+        if arguments.expert_dtype is not None:
             dtype = DTYPES[arguments.expert_dtype]
         if arguments.expert_store is not None:
             # Those that this checkpoint made of this LLM's states, in this precision.
             names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
             facts = {name: self.fingerprint.get(name) for name in names}
-            kept = [] if arguments.expert_dtype == "auto" else [arguments.expert_dtype]
-            content = json.dumps([FORMAT, llm_identity(model), weights_sample(model), facts, *kept])
+            if arguments.expert_dtype is not None:
+                facts["expert_dtype"] = arguments.expert_dtype
+            content = json.dumps([FORMAT, llm_identity(model), weights_sample(model), facts])
             files = ExpertFiles(arguments.expert_store, hashlib.sha256(content.encode()).hexdigest()[:16])
         return ExpertStore(
             network, model, tokenizer, dtype=dtype, device_bytes=int(arguments.expert_gb * 10**9), files=files
@@ -182,6 +183,8 @@ class PassageRequests(TemplateLM):
             facts["hypernetwork"] = checkpoint_fingerprint(arguments.hypernetwork)
             if arguments.expert_layers is not None:
                 facts["expert_layers"] = arguments.wanted_layers
+            if arguments.expert_dtype is not None:
+                facts["expert_dtype"] = arguments.expert_dtype
         if arguments.mode != "closed_book":
             facts |= {
                 "index": pipeline.retriever and pipeline.retriever.fingerprint,

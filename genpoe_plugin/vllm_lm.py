@@ -15,6 +15,7 @@ import torch
 
 from genpoe_plugin.arguments import GenPoEArguments
 from genpoe_plugin.comparison.runs import HOW
+from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.language_model import load_tokenizer
 from genpoe_plugin.lm_requests import PassageRequests, PlacedContext, options
@@ -84,6 +85,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         passages: str = "retrieved",
         expert_layers: str | int | None = None,
         question_field: str = "question",
+        expert_dtype: str | None = None,
         expert_store: str | None = None,
         expert_gb: float = ON_DEVICE / 10**9,
         trace: str | None = None,
@@ -109,6 +111,8 @@ class GenPoEVLLM(PassageRequests, VLLM):
             trace=trace,
             seed=seed,
         )
+        if expert_dtype is not None:
+            raise InputError(f"expert_dtype={expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe")
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
         if arguments.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ ADDITION_RANK = 64
 @click.option("--model", required=True, help="The frozen LLM: directory or hub name.")
 @click.option("--data", help="Questions with passages: DPR results, or what `genpoe retrieve` writes.")
 @click.option(
-    "--pretrain", help="Passages to learn from without questions: their experts go on with them. Then --init, --data."
+    "--pretrain", help="Passages to train on without questions; then train on questions with --init and --data."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
 @click.option("--validation", help="Held-out questions with passages; the weights that answer them best are kept.")
 @click.option(
     "--titles/--no-titles", default=None, help="Passages with their titles.  [default: yes; no for the paper's preset]"
 )
+@click.option(
+    "--state-gb", default=4.0, show_default=True, help="Memory for what the LLM computes of passages, over all epochs."
+)
+@click.option("--state-store", type=click.Path(file_okay=False), help="Folder that keeps it, for later runs too.")
 @click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
 @form_options
 @training_options(HypernetworkTraining)
@@ -40,6 +45,8 @@ def hypernetwork(
     out: Path,
     validation: str | None,
     titles: bool | None,
+    state_gb: float,
+    state_store: str | None,
     estimate: bool,
     preset: str,
     init: str | None,
@@ -50,7 +57,7 @@ def hypernetwork(
     **options: Any,
 ) -> None:
     """Train a hypernetwork: passages in, experts for a frozen LLM out."""
-    from genpoe_plugin.checkpoint import read_form
+    from genpoe_plugin.checkpoint import checkpoint_fingerprint, load_hypernetwork, read_config
     from genpoe_plugin.experts.config import HypernetworkConfig
     from genpoe_plugin.experts.creation import attention_config
     from genpoe_plugin.experts.footprint import footprint
@@ -62,25 +69,26 @@ def hypernetwork(
     from genpoe_plugin.training.examples import CONTINUED, GIVEN, passage_examples, training_examples
     from genpoe_plugin.training.hypernetwork import Examples, train_hypernetwork
     from genpoe_plugin.training.model_size import empty_model, read_size
+    from genpoe_plugin.training.passage_states import state_files
     from genpoe_plugin.training.plans import plan_hypernetwork
     from genpoe_plugin.training.trainer import is_finished
     from genpoe_plugin.training.validation import Validation
 
     form = {name: options.pop(name) for name in ("layer", "layers", *FORM_HELP)}
-    if preset != "attention" and init is None and form["layers"] is not None:
-        raise InputError("--layers: several layers have experts with --preset attention alone; --layer names one")
-    if init is not None and any(value is not None for value in form.values()):
-        named = next(name for name, value in form.items() if value is not None).replace("_", "-")
-        if named not in ("addition-rank", "window"):
-            raise InputError(f"--{named}: the form is that of --init {init}, but for --addition-rank and --window")
+    changes = {name: value for name, value in form.items() if value is not None}
+    _check_form(preset, init, changes)
     if (data is None) == (pretrain is None):
         raise InputError("give either --data QUESTIONS or --pretrain PASSAGES")
     arguments = HypernetworkTraining(**options)
+    if pretrain is not None and (arguments.unanswerable or arguments.num_passages > 1):
+        raise InputError("--unanswerable and --num-passages are for questions; --pretrain has none")
+    from_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     titles = preset != "paper" if titles is None else titles
     source = str(data or pretrain)
     examples: Examples
     if pretrain is not None:
-        examples = passage_examples(read_passages(pretrain), titles)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, **from_gguf)
+        examples = passage_examples(read_passages(pretrain), tokenizer, titles)
         if not examples:
             raise InputError(f"{pretrain}: no passage has the {GIVEN + CONTINUED} words that are needed")
     else:
@@ -90,32 +98,25 @@ def hypernetwork(
     accelerator = accelerator_on(device)
     finished_before = is_finished(out)
 
-    from_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     llm_size = read_size(model, dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf)
-    changes = {name: value for name, value in form.items() if value is not None}
-    initial = None
     if init is not None:
-        config, initial = read_form(init)
-        config = replace(config, **changes)
+        config = replace(read_config(init), **changes)
         if config.head != "attention":
             raise InputError(f"--init {init}: its experts are not in the attention")
     elif preset == "attention":
+        layers = changes.pop("layers", None)
         shape = empty_model(model, trust_remote_code=trust_remote_code, **from_gguf)
-        layers = changes.pop("layers", None) or ((changes.pop("layer"),) if "layer" in changes else None)
         config = replace(attention_config(shape, layers), **changes)
     else:
         layer = changes.pop("layer", llm_size.layers // 3)
         config = HypernetworkConfig.preset(preset, hidden_size=llm_size.hidden_size, layer=layer, **changes)
     if config.head == "attention" and config.addition_rank is None:
         config = replace(config, addition_rank=ADDITION_RANK)
-    if config.hidden_size != llm_size.hidden_size:
-        raise InputError(
-            f"--init {init}: made for an LLM of width {config.hidden_size}, {model} has {llm_size.hidden_size}"
-        )
     size = footprint(config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, **from_gguf)
+    unit = f"{config.window} tokens of a passage" if config.head == "attention" else "an expert"
     if accelerator.is_main_process:
-        click.echo(f"hypernetwork: {size.parameters:,} parameters; an expert: {size.expert_bytes:,} bytes", err=True)
+        click.echo(f"hypernetwork: {size.parameters:,} parameters; {unit}: {size.expert_bytes:,} bytes", err=True)
     plan = plan_hypernetwork(config, arguments, examples, llm_size, tokenizer, accelerator)
     if not show_memory(plan.estimate(), accelerator, device, estimate):
         return
@@ -123,6 +124,7 @@ def hypernetwork(
     llm, tokenizer = load_language_model(
         model, device=device or str(accelerator.device), dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf
     )
+    initial = None if init is None else load_hypernetwork(init, llm, tokenizer)
     files = [DataFile.read("training", source, len(examples))]
     held_out = None
     if validation:
@@ -143,9 +145,14 @@ def hypernetwork(
         llm,
         tokenizer,
         out,
-        identity={"model": model, **from_gguf, "dtype": dtype, "titles": titles, **digests(files)},
+        identity={
+            **{"model": model, **from_gguf, "dtype": dtype, "titles": titles, **digests(files)},
+            **({} if init is None else {"init": checkpoint_fingerprint(init)}),
+        },
         validation=held_out,
         initial=initial,
+        state_bytes=int(state_gb * 10**9),
+        state_files=None if state_store is None else state_files(state_store, config, llm, tokenizer),
         accelerator=accelerator,
     )
     if accelerator.is_main_process:
@@ -154,10 +161,29 @@ def hypernetwork(
             "hypernetwork",
             model,
             out,
-            {**config.to_dict(), "parameters": size.parameters, "bytes of an expert": size.expert_bytes},
+            {**config.to_dict(), "parameters": size.parameters, f"bytes of {unit}": size.expert_bytes},
             files,
             arguments,
             progress,
             accelerator.num_processes,
             {**from_gguf, "num_passages": arguments.num_passages},
         )
+
+
+def _check_form(preset: str, init: str | None, changes: Mapping[str, Any]) -> None:
+    """Refuse options of a form that do not go together.
+
+    Raises:
+        InputError: there are some.
+    """
+    if init is not None:
+        if other := sorted(changes.keys() - {"addition_rank", "window"}):
+            option = other[0].replace("_", "-")
+            raise InputError(f"--{option}: the form is that of --init {init}, but for --addition-rank and --window")
+        return
+    if changes.get("head") == "attention":
+        raise InputError("--head attention: give --preset attention, or --init with a checkpoint of such experts")
+    if preset == "attention" and "layer" in changes:
+        raise InputError("--layer: give --layers, which may be one, with --preset attention")
+    if preset != "attention" and "layers" in changes:
+        raise InputError("--layers: several layers have experts with --preset attention alone; --layer names one")

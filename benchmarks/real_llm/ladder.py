@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,17 @@ from benchmarks.real_llm.layers import Layers
 from benchmarks.real_llm.lora import ADAPTER, train_adapter
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.output import passage_tokens
-from benchmarks.real_llm.questions import with_gold
+from benchmarks.real_llm.questions import file_of, with_gold
 from benchmarks.real_llm.rows import StudyRow
 from benchmarks.real_llm.scores import Scores, paired
 from benchmarks.real_llm.study import Study
 from benchmarks.row import machine
-from genpoe_plugin.checkpoint import read_form
+from genpoe_plugin.checkpoint import read_config
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.footprint import footprint
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.language_model import load_language_model
+from genpoe_plugin.prompts import normalise_question
 from genpoe_plugin.questions import read_questions, write_questions
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
@@ -91,25 +91,33 @@ class Ladder:
     arguments: HypernetworkTraining
     lora_rank: int
 
-    @cached_property
-    def _device(self) -> str:
-        return self.study.device or "cpu"
+    @property
+    def _wanted(self) -> int:
+        """Questions that the steps need."""
+        return (self.arguments.max_steps or 1) * self.arguments.batch_size
 
     @property
     def data(self) -> Path:
         """The questions that all cells learn from."""
-        return self.study.out / "training.jsonl"
+        return self.study.out / f"training-{self._wanted}.jsonl"
 
     def write_data(self) -> None:
-        """As many questions of each file as the steps need, drawn by seed 0; those of the study are left out."""
+        """As many questions of each file as the steps need, drawn by seed 0, without those that the study asks."""
         if self.data.is_file():
             return
-        steps, size = self.arguments.max_steps or 1, self.arguments.batch_size
-        wanted = -(-steps * size // len(self.training))
+        asked = {
+            normalise_question(question.question).casefold()
+            for name in self.study.files
+            for question in read_questions(file_of(self.study.out, name, "gold"))
+        }
         drawn = []
         for file in self.training:
-            questions = with_gold(read_questions(file))
-            drawn += random.Random(0).sample(questions, min(wanted, len(questions)))
+            questions = [
+                question
+                for question in with_gold(read_questions(file))
+                if normalise_question(question.question).casefold() not in asked
+            ]
+            drawn += random.Random(0).sample(questions, min(-(-self._wanted // len(self.training)), len(questions)))
         random.Random(1).shuffle(drawn)
         write_questions(self.data, drawn, purpose="training")
 
@@ -122,14 +130,13 @@ class Ladder:
         out = self.study.out / "trained" / f"{cell.name}-{seed}"
         arguments = replace(self.arguments, seed=seed)
         if cell.options is None:
-            if not (out / ADAPTER).is_dir():
-                model, tokenizer = load_language_model(self.study.llm, device=self._device, dtype=self.study.dtype)
-                model.requires_grad_(False)
-                examples = training_examples(read_questions(self.data))
-                train_adapter(model, tokenizer, examples, arguments, self.lora_rank, out)
-            return out / ADAPTER
+            model, tokenizer = load_language_model(self.study.llm, device=self.study.device, dtype=self.study.dtype)
+            model.requires_grad_(False)
+            examples = training_examples(read_questions(self.data))
+            identity = {"llm": self.study.llm, "dtype": self.study.dtype, "data": file_digest(self.data)}
+            return train_adapter(model, tokenizer, examples, arguments, self.lora_rank, out, identity)
         words = ["train", "hypernetwork", "--model", self.study.llm, "--data", str(self.data), "--out", str(out)]
-        words += ["--dtype", self.study.dtype, "--device", self._device]
+        words += ["--dtype", self.study.dtype, "--device", str(self.study.device)]
         for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "save_every", "seed"):
             if (value := getattr(arguments, name)) is not None:
                 words += ["--" + name.replace("_", "-"), str(value)]
@@ -151,11 +158,12 @@ class Ladder:
         untrained = StudyRow(UNTRAINED, "genpoe", layers=self.layers)
         return [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), untrained]
 
-    def records(self, chosen: Sequence[Cell], seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """One for every finished row."""
+    def records(self) -> list[dict[str, Any]]:
+        """One for every finished row, of whichever command."""
         rows = {row.name: (row.name, None, row) for row in self.base_rows()}
-        for cell in chosen:
-            for seed in seeds:
+        for cell in cells(self.layers):
+            folders = (self.study.out / "trained").glob(f"{cell.name}-*")
+            for seed in sorted(int(end) for folder in folders if (end := folder.name[len(cell.name) + 1 :]).isdigit()):
                 rows |= {row.name: (cell.name, seed, row) for row in self.rows(cell, seed)}
         scores = self.study.scores([row for _, _, row in rows.values()])
         return [
@@ -195,13 +203,13 @@ class Ladder:
             return {"parameters": 0, "unit_bytes": None, "window": None}
         if row.checkpoint is None:
             return {"parameters": 0, "unit_bytes": self.study.shape.bytes(row.layers), "window": 1}
-        config, _ = read_form(row.checkpoint)
+        config = read_config(row.checkpoint)
         size = footprint(config)
         window = config.window if config.head == "attention" else 10**9  # one unit, whatever the length
         return {"parameters": size.parameters, "unit_bytes": size.expert_bytes // 2, "window": window}
 
 
-def write_ladder(ladder: Ladder, chosen: Sequence[Cell], seeds: Sequence[int], command: str) -> Path:
+def write_ladder(ladder: Ladder, command: str) -> Path:
     """Write `LADDER` with all finished rows."""
     path = ladder.study.out / LADDER
     record = {
@@ -212,7 +220,7 @@ def write_ladder(ladder: Ladder, chosen: Sequence[Cell], seeds: Sequence[int], c
         "command": command,
         "machine": machine(),
         "passage_tokens": passage_tokens(ladder.study),
-        "rows": ladder.records(chosen, seeds),
+        "rows": ladder.records(),
     }
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

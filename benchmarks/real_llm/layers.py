@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from genpoe_plugin.checkpoint import read_record, resolve_checkpoint
+from genpoe_plugin.checkpoint import read_config
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.config import HypernetworkConfig
 
 Layers = tuple[int, ...]
 Heads = tuple[tuple[int, ...], ...]
@@ -114,7 +113,7 @@ def read_heads(checkpoint: Path) -> tuple[Layers, Heads]:
     Raises:
         InputError: there is no checkpoint, or one with all heads of its layers.
     """
-    config = HypernetworkConfig.from_dict(read_record(resolve_checkpoint(checkpoint))["hypernetwork"])
+    config = read_config(checkpoint)
     if config.kv_heads is None:
         raise InputError(f"--heads {checkpoint}: has all heads of its layers; create it with --heads")
     return config.layers, config.kv_heads

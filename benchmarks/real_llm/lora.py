@@ -21,6 +21,7 @@ from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample, draw_passages
+from genpoe_plugin.training.reranker import attention_projections
 from genpoe_plugin.training.trainer import train
 
 
@@ -30,7 +31,7 @@ class RagLearner:
     Args:
         model, tokenizer: the LLM; it is changed in place.
         examples: at least one.
-        rank: of the adapter, which is on the query and value projections.
+        rank: of the adapter, which is on all projections of the attention.
     """
 
     name = "RAG adapter"
@@ -45,7 +46,8 @@ class RagLearner:
     ) -> None:
         self.tokenizer, self.drawn_from, self.arguments = tokenizer, examples, arguments
         self.device = model.device
-        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        targets = attention_projections(model)
+        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(arguments.seed)
             self.module: nn.Module = peft.get_peft_model(model, lora)
@@ -85,9 +87,17 @@ def train_adapter(
     arguments: HypernetworkTraining,
     rank: int,
     out: Path,
+    identity: Mapping[str, Any],
 ) -> Path:
-    """Train an adapter, going on where it stopped; its folder, for ``peft=`` in model arguments."""
+    """Train an adapter, going on where it stopped; its folder, for ``peft=`` in model arguments.
+
+    Args:
+        identity: of LLM and data.
+
+    Raises:
+        InputError: ``out`` has another training.
+    """
     learner = RagLearner(model, tokenizer, examples, arguments, rank)
-    identity = {**asdict(arguments), "rank": rank, "examples": len(examples)}
+    identity = {**asdict(arguments), "rank": rank, "examples": len(examples), **identity}
     train(learner, arguments, identity, out, accelerator_on(str(model.device)))
     return out / ADAPTER

@@ -33,7 +33,7 @@ def deciding(arguments: Mapping[str, Any]) -> Settings:
     control = "none" if mode == "closed_book" else arguments.get("passages", "retrieved")
     unused = {*HOW, *_UNUSED[control]}
     if mode not in EXPERT_MODES:
-        unused |= {"hypernetwork", "expert_layers", "gates"}
+        unused |= {"hypernetwork", "expert_layers", "expert_dtype", "gates"}
     kept = {name: value for name, value in arguments.items() if name not in unused and value is not None}
     return kept | {"mode": mode, "passages": control}
 

@@ -67,7 +67,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, eq=False)
 class AttentionExperts(Experts):
-    """Keys and values of passages' tokens: a unit a token, so an expert is as many units as its passage has tokens.
+    """Keys and values of passages' tokens: a unit for each token, or for each window of tokens.
 
     Attributes:
         shape: which layers and heads.

@@ -32,7 +32,7 @@ class Experts(ABC):
     kept, and `nbytes` leaves it out.
 
     An expert beside an MLP is one entry of the leading dimensions. An expert in the attention is as many entries as
-    its passage has tokens; an entry of either kind is called a unit.
+    its passage has tokens, or windows of tokens; an entry of either kind is called a unit.
     """
 
     @property

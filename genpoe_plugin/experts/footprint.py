@@ -18,7 +18,7 @@ class Footprint:
         parameters: numbers that are trained.
         base_numbers: numbers that are saved with them but stay as drawn.
         expert_bytes: of one expert's own weights; in the attention, of one of its units, which it has one of for each
-            token. What all experts share is among the parameters.
+            window of tokens. What all experts share is among the parameters.
     """
 
     parameters: int

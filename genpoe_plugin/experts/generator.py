@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -18,7 +19,7 @@ from genpoe_plugin.experts.decoder import find_attention, find_layer
 from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, unit_mask
-from genpoe_plugin.experts.states import LayerStates, hidden_states, keys_and_values
+from genpoe_plugin.experts.states import hidden_states, keys_and_values
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block
 
@@ -89,15 +90,14 @@ class ExpertGenerator:
 
     def _attention_states(self, ids: Tensor, real: Tensor) -> Tensor:
         config = self.config
+        read = keys_and_values(self.model, config.layers, ids, real, hidden=config.reads_states)
         # Each layer of a large LLM may be on a device of its own.
-        read = {
-            layer: LayerStates(*(state.to(self.device) for state in states))
-            for layer, states in keys_and_values(self.model, config.layers, ids, real).items()
-        }
-        units = AttentionShape.of(config).join({layer: (own.keys, own.values) for layer, own in read.items()})
+        own = {layer: (states.keys.to(self.device), states.values.to(self.device)) for layer, states in read.items()}
+        units = AttentionShape.of(config).join(own)
         if not config.reads_states:
             return units
-        return torch.cat([units.flatten(-2), *(read[layer].hidden for layer in config.layers)], -1)
+        hidden = [states.hidden.to(self.device) for states in read.values() if states.hidden is not None]
+        return torch.cat([units.flatten(-2), *hidden], -1)
 
     def _tokenise(self, passages: Sequence[str]) -> BatchEncoding:
         added = self.contextual or self.attention
@@ -133,7 +133,8 @@ class ExpertGenerator:
         """How many passages at a time a quarter of the free memory has room for; more than `MOST` gain nothing."""
         one = 2 * footprint(self.config).expert_bytes
         if self.attention:
-            one = MAX_PASSAGE_TOKENS * one
+            read = 4 * math.prod(self.hypernetwork.state_shape) if self.config.reads_states else 0
+            one = MAX_PASSAGE_TOKENS * (one + read)
         # States as they are and normalised; a layer of the LLM, with its MLP, has about 16 times as many numbers.
         one += MAX_PASSAGE_TOKENS * self.config.hidden_size * 4 * (4 if not (self.contextual or self.attention) else 20)
         most = MOST_READ_ON_CPU if self.attention and self.device.type == "cpu" else MOST

@@ -227,8 +227,8 @@ class AttentionHead(nn.Module):
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.shape = AttentionShape.of(config)
-        self.window, self.width = config.window, config.hidden_size
-        # A unit stands for the tokens of a window, so it has as much of the softmax as they would have.
+        self.window, self.width, self.reads_states = config.window, config.hidden_size, config.reads_states
+        # A unit stands for the tokens of a window, and begins with as much of the softmax as so many alike have.
         self.bias = nn.Parameter(torch.full((len(self.shape.layers), self.shape.num_heads), math.log(self.window)))
         self.adders = nn.ModuleList(LayerAddition(config, len(heads)) for heads in self.shape.kv_heads)
 
@@ -245,10 +245,6 @@ class AttentionHead(nn.Module):
             keys, values = parts[2 * number : 2 * number + 2]
             found += adder(keys, values, functional.rms_norm(state, state.shape[-1:]), windows, inside)
         return AttentionExperts(self.shape, self.bias, tuple(found))
-
-    @property
-    def reads_states(self) -> bool:
-        return any(True for adder in self.adders for _ in adder.parameters())
 
 
 class LayerAddition(nn.Module):

@@ -21,7 +21,7 @@ class Int8Experts(Experts):
         shape, bias: as of `AttentionExperts`.
         dtype: of what `select` gives back.
         parts: for each of the parts of `AttentionExperts` its codes, ``[units, heads, head width]`` in int8, and then
-            the scales that they are multiplied with, ``[units, heads, 1]`` in float16.
+            the scales that they are multiplied with, ``[units, heads, 1]`` in float32.
     """
 
     shape: AttentionShape
@@ -34,10 +34,8 @@ class Int8Experts(Experts):
         """Every vector of keys or values is rounded to 255 steps of its own largest number."""
         parts: list[Tensor] = []
         for part in experts.parts:
-            scale = part.abs().amax(-1, keepdim=True).float() / LARGEST
-            # As it is kept, and never so small that float16 loses it.
-            scale = scale.clamp_min(torch.finfo(torch.float16).smallest_normal).half()
-            parts += [(part / scale.to(part.dtype)).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale]
+            scale = part.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+            parts += [(part.float() / scale).round().to(torch.int8), scale]
         return cls(experts.shape, experts.bias, experts.parts[0].dtype, tuple(parts))
 
     @property
@@ -46,8 +44,8 @@ class Int8Experts(Experts):
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of one unit: a number a byte, and a scale of two for each vector."""
-        return self.shape.vectors * (self.shape.head_width + 2)
+        """Bytes of one unit: a number a byte, and a scale of four for each vector."""
+        return self.shape.vectors * (self.shape.head_width + 4)
 
     def with_weights(self, *weights: Tensor) -> Int8Experts:
         return replace(self, parts=weights)
@@ -60,7 +58,7 @@ class Int8Experts(Experts):
 
     def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
         parts = [
-            heads_first(codes, index).to(self.dtype) * heads_first(scales, index).to(self.dtype)
+            (heads_first(codes, index) * heads_first(scales, index)).to(self.dtype)
             for codes, scales in zip(weights[::2], weights[1::2], strict=True)
         ]
         return AttentionExperts(self.shape, self.bias, tuple(parts))

@@ -15,7 +15,7 @@ from genpoe_plugin.experts.expert import Weights
 class Slab:
     """At most ``capacity`` units of experts on one device; those that were used longest ago make room for others.
 
-    An expert beside an MLP is one unit; one in the attention has a unit for each token. It takes the memory of the
+    An expert beside an MLP is one unit; one in the attention has several. It takes the memory of the
     units that it has been given room for (`reserve`), not of its capacity.
 
     Args:

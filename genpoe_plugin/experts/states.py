@@ -59,12 +59,12 @@ class LayerStates(NamedTuple):
 
     Attributes:
         keys, values: ``[n, KV heads, tokens, head width]``.
-        hidden: what enters the layer, ``[n, tokens, d]``.
+        hidden: what enters the layer, ``[n, tokens, d]``, if it was asked for.
     """
 
     keys: Tensor
     values: Tensor
-    hidden: Tensor
+    hidden: Tensor | None = None
 
 
 class _AllRead(Exception):
@@ -73,7 +73,12 @@ class _AllRead(Exception):
 
 @torch.no_grad()
 def keys_and_values(
-    model: PreTrainedModel, layers: Sequence[int], input_ids: Tensor, attention_mask: Tensor
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    hidden: bool = False,
 ) -> dict[int, LayerStates]:
     """What the attention of some layers computes for a text, which ends right before position 0.
 
@@ -85,9 +90,7 @@ def keys_and_values(
         layers: counted from 0, in ascending order.
         input_ids: ``[n, tokens]``, padded on the right.
         attention_mask: ``[n, tokens]``, true on real tokens.
-
-    Returns:
-        For each layer its keys, its values and the hidden states that enter it.
+        hidden: whether the hidden states that enter the layers are wanted too.
 
     Raises:
         InputError: the model has no such layer, or one of another attention.
@@ -103,7 +106,7 @@ def keys_and_values(
         return find_layer(model, layer).register_forward_pre_hook(note, with_kwargs=True)
 
     def note(call: Call) -> Output:
-        found[call.layer] = LayerStates(call.key, call.value, entering[call.layer])
+        found[call.layer] = LayerStates(call.key, call.value, entering.get(call.layer))
         if call.layer == layers[-1]:
             raise _AllRead
         return call.plain()
@@ -113,7 +116,7 @@ def keys_and_values(
     with ExitStack() as hooks:
         hooks.enter_context(branch_off())
         hooks.enter_context(listening(model, layers, note))
-        for layer in layers:
+        for layer in layers if hidden else ():
             hooks.callback(note_states(layer).remove)
         try:
             decoder(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False)

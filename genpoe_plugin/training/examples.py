@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from genpoe_plugin.answers import has_answer
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.injection import RowExperts
 from genpoe_plugin.passages import Passage
+from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.questions import Question, RetrievedPassage
 
 
@@ -42,25 +44,30 @@ class PassageExample:
     """A passage to learn from without a question: with its expert, the LLM goes on with it from some words on.
 
     It has what a `TrainingExample` has: its first words as ``question``, and those that follow as ``answer``.
+
+    Attributes:
+        passage: as its expert is made of it, title and all.
+        text: of it, from which words are drawn.
     """
 
     passage: str
-    words: tuple[str, ...]
+    text: str
     negatives: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
-        return " ".join(self.words[:GIVEN])
+        return " ".join(self.text.split()[:GIVEN])
 
     @property
     def answer(self) -> str:
-        return " ".join(self.words[GIVEN : GIVEN + CONTINUED])
+        return " ".join(self.text.split()[GIVEN : GIVEN + CONTINUED])
 
     def draw(self, rng: random.Random) -> DrawnExample:
         """With words from anywhere in it."""
-        begin = rng.randint(0, len(self.words) - GIVEN - CONTINUED)
+        words = self.text.split()
+        begin = rng.randint(0, len(words) - GIVEN - CONTINUED)
         given, end = begin + GIVEN, begin + GIVEN + CONTINUED
-        prompt, continuation = " ".join(self.words[begin:given]), " ".join(self.words[given:end])
+        prompt, continuation = " ".join(words[begin:given]), " ".join(words[given:end])
         return DrawnExample(prompt, continuation, (self.passage,), (1.0,), continues=True)
 
 
@@ -99,10 +106,18 @@ def training_examples(questions: Iterable[Question], titles: bool = True) -> lis
     return examples
 
 
-def passage_examples(passages: Iterable[Passage], titles: bool = True) -> list[PassageExample]:
-    """An example for every passage that is long enough."""
-    texts = ((passage.string if titles else passage.text, tuple(passage.text.split())) for passage in passages)
-    return [PassageExample(string, words) for string, words in texts if len(words) >= GIVEN + CONTINUED]
+def passage_examples(
+    passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase, titles: bool = True
+) -> list[PassageExample]:
+    """An example for every passage that is long enough, of as much of it as its expert is made of."""
+    examples = []
+    for passage in passages:
+        title = f"{passage.title}: " if titles and passage.title else ""
+        (string,) = cut_passages([title + passage.text], tokenizer)
+        text = string[len(title) :]
+        if len(text.split()) >= GIVEN + CONTINUED:
+            examples.append(PassageExample(string, text))
+    return examples
 
 
 def _example(question: Question, answer: str, own: RetrievedPassage, titles: bool) -> TrainingExample:

@@ -1,11 +1,12 @@
 """Training a hypernetwork: the LLM is frozen, and only what generates the experts learns.
 
 One example is a question, its answer and a passage that states it, at wish among others that do not. The answer's
-tokens are predicted by the LLM with the passages' experts beside its MLP; cross-entropy on those tokens is the loss.
+tokens are predicted by the LLM with the passages' experts in it; cross-entropy on those tokens is the loss.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp
 from genpoe_plugin.experts.files import ExpertFiles
-from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.experts.generator import ExpertGenerator
+from genpoe_plugin.experts.hypernetwork import AttentionHead, Hypernetwork
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.language_model import embedding_table
 from genpoe_plugin.training.arguments import HypernetworkTraining
@@ -50,7 +52,7 @@ class HypernetworkLearner:
 
     Args:
         config: the hypernetwork's form; its ``hidden_size`` must be the LLM's.
-        initial: weights to begin with; what they lack begins as drawn.
+        initial: a hypernetwork to begin with; what it lacks begins as drawn.
         state_bytes, state_files: memory for what the LLM makes of passages, and a folder for it.
         arguments: the training's.
         examples: at least one.
@@ -71,7 +73,7 @@ class HypernetworkLearner:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         validation: Validation | None = None,
-        initial: Mapping[str, Tensor] | None = None,
+        initial: Hypernetwork | None = None,
         *,
         state_bytes: int = IN_MEMORY,
         state_files: ExpertFiles | None = None,
@@ -89,14 +91,21 @@ class HypernetworkLearner:
             torch.manual_seed(arguments.seed)
             hypernetwork = Hypernetwork(config).to(device)
         if initial is not None:
-            hypernetwork.load_state_dict(initial, strict=False)
+            _begin_with(hypernetwork, initial)
         self.config = config
         self.arguments = arguments
         self.drawn_from = examples
         self.model = model
         self.tokenizer = tokenizer
         self.validation = validation
-        self.generator = KeepingGenerator(hypernetwork, model, tokenizer, most_bytes=state_bytes, files=state_files)
+        # Kept where a passage comes again; else those of a batch are read together.
+        again = arguments.steps(len(examples), 1) * arguments.batch_size > len(examples)
+        if again or state_files is not None:
+            self.generator: ExpertGenerator = KeepingGenerator(
+                hypernetwork, model, tokenizer, most_bytes=state_bytes, files=state_files
+            )
+        else:
+            self.generator = ExpertGenerator(hypernetwork, model, tokenizer)
 
     @property
     def examples(self) -> int:
@@ -149,6 +158,26 @@ class HypernetworkLearner:
         write_hypernetwork(directory, self.config, weights, self.model, self.tokenizer, record)
 
 
+def _begin_with(hypernetwork: Hypernetwork, initial: Hypernetwork) -> None:
+    """Give the weights of another.
+
+    Raises:
+        InputError: it has some that find no place.
+    """
+    weights = initial.state_dict()
+    own = hypernetwork.state_dict()
+    lost = [name for name, weight in weights.items() if name not in own or own[name].shape != weight.shape]
+    if lost:
+        raise InputError(
+            f"the checkpoint to begin with has {lost[0]} of shape {tuple(weights[lost[0]].shape)}, which the new form "
+            "has not; keep its addition_rank and window"
+        )
+    hypernetwork.load_state_dict(weights, strict=False)
+    if isinstance(hypernetwork.head, AttentionHead):
+        with torch.no_grad():  # units of more tokens begin with as much more of the softmax
+            hypernetwork.head.bias.add_(math.log(hypernetwork.config.window / initial.config.window))
+
+
 def train_hypernetwork(
     config: HypernetworkConfig,
     arguments: HypernetworkTraining,
@@ -159,7 +188,7 @@ def train_hypernetwork(
     *,
     identity: Mapping[str, Any] | None = None,
     validation: Validation | None = None,
-    initial: Mapping[str, Tensor] | None = None,
+    initial: Hypernetwork | None = None,
     state_bytes: int = IN_MEMORY,
     state_files: ExpertFiles | None = None,
     accelerator: Accelerator | None = None,
@@ -169,7 +198,7 @@ def train_hypernetwork(
     Args:
         identity: what else decides the result, such as the data's hash: a run with another is another run.
         validation: decides which weights are best; without it the last are kept.
-        initial: weights to begin with, of another checkpoint; what they lack begins as drawn.
+        initial: a hypernetwork of experts in the attention to begin with; what it lacks begins as drawn.
         state_bytes: of memory for what the LLM makes of passages; the least recently used go first.
         state_files: where it is kept as well, for later epochs and runs.
         accelerator: of a distributed run.

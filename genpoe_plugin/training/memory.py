@@ -134,6 +134,7 @@ class HypernetworkPlan:
             for the dense form.
         state_width: numbers that the hypernetwork reads of a passage's token.
         queries: of the hypernetwork, that look at a passage's tokens.
+        attention: whether the experts are in the LLM's attention.
         contextual: whether the LLM reads the passages up to the experts' layer.
         layer: of the experts, counted from 0.
         rows: examples in memory at a time.
@@ -163,6 +164,7 @@ class HypernetworkPlan:
     tokens: int
     answer_tokens: int
     passage_tokens: int
+    attention: bool = False
     teacher_tokens: int = 0
     precision: Precision = "float32"
     shards: int = 1
@@ -196,8 +198,8 @@ class HypernetworkPlan:
             _fewer_rows(self.rows, lambda rows: replace(self, rows=rows)._parts()),
             [("precision=bfloat16", replace(self, precision="bfloat16")._parts())],
             [("an LLM in bfloat16", replace(self, llm=_in_bfloat16(self.llm))._parts())],
-            [("states=embeddings", replace(self, contextual=False)._parts())],
-            [("distillation=0", replace(self, teacher_tokens=0)._parts())],
+            [] if self.attention else [("states=embeddings", replace(self, contextual=False)._parts())],
+            [("distillation=0 and unanswerable=0", replace(self, teacher_tokens=0)._parts())],
             [("a hypernetwork of a fraction of the size (another head, a lower rank)", least._parts())],
             [(f"sharding over {shards} devices", replace(self, shards=shards)._parts()) for shards in (2, 4, 8)],
         ]

@@ -5,19 +5,34 @@ States are kept in memory within a budget, the least recently used go first, and
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genpoe_plugin.checkpoint import llm_identity, tokenizer_fingerprint
+from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
+from genpoe_plugin.language_model import weights_sample
 
 IN_MEMORY = 4 * 10**9  # bytes, where nothing else is said
+
+
+def state_files(
+    folder: str | Path, config: HypernetworkConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> ExpertFiles:
+    """Where states are kept for later runs: of this LLM and tokenizer, and of what ``config`` reads of them."""
+    read = {name: getattr(config, name) for name in ("head", "states", "layers", "kv_heads", "reads_states")}
+    facts = [llm_identity(model), weights_sample(model), str(model.dtype), tokenizer_fingerprint(tokenizer), read]
+    return ExpertFiles(folder, f"states-{sha256(json.dumps(facts).encode()).hexdigest()[:16]}")
 
 
 class KeepingGenerator(ExpertGenerator):
@@ -61,8 +76,10 @@ class KeepingGenerator(ExpertGenerator):
             elif self.files is not None and passage in self.files:
                 (found[passage],) = self.files.read([passage])
             else:
-                # By itself: among others it would be rounded as they require, and a resumed run has others.
-                states, mask = super().embed([passage])
+                # By itself, and in the LLM's own precision: among others, or in a step of a training in bfloat16, it
+                # would be rounded otherwise, and a resumed run reads it at another time.
+                with torch.autocast(self.device.type, enabled=False):
+                    states, mask = super().embed([passage])
                 found[passage] = own = states[mask].cpu()
                 if self.files is not None:
                     self.files.write([passage], (own,), [len(own)])

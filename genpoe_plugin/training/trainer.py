@@ -253,6 +253,8 @@ class _Run:
             with torch.no_grad(), _immediate_interrupt() if alone else nullcontext():
                 measures = self.learner.validate(self.accelerator.process_index, self.accelerator.num_processes)
         except KeyboardInterrupt:
+            if not alone:
+                raise
             if not progress.step:
                 raise KeyboardInterrupt("stopped before the first step; the same command begins again") from None
             self._save(progress)

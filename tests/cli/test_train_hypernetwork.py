@@ -150,6 +150,8 @@ def test_experts_in_the_attention_are_trained_from_a_preset_or_a_checkpoint(llm_
     ]
     result = CliRunner().invoke(main, list(map(str, ["train", "hypernetwork", *more, "--out", tmp_path / "more"])))
     assert result.exit_code == 0, result.output
+    forms = [load_file(tmp_path / name / "model.safetensors") for name in ways]
+    torch.testing.assert_close(forms[0], forms[1], atol=1e-6, rtol=1e-6)  # the same beginning, and so the same end
     for name, weight in load_file(tmp_path / "more" / "model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], atol=1e-6, rtol=1e-6)
     assert weights["head.adders.0.write"].abs().max() > 0
@@ -179,6 +181,9 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
         (["--data", "{data}", "--preset", "attention", "--layers", "7"], "layer 7 is not in"),
         (["--data", "{data}", "--preset", "attention", "--window", "0"], "window is 0"),
         (["--data", "{data}", "--window", "2"], "has no addition_rank and no window"),
+        (["--data", "{data}", "--preset", "attention", "--layer", "1"], "--layer: give --layers"),
+        (["--data", "{data}", "--head", "attention"], "--head attention: give --preset attention"),
+        (["--pretrain", "{data}", "--unanswerable", "0.5"], "--unanswerable and --num-passages are for questions"),
     ],
 )
 def test_what_experts_in_the_attention_cannot_be(llm_dir, data, tmp_path: Path, options, message) -> None:

@@ -32,16 +32,16 @@ def logits(llm, tokenizer, store: ExpertStore) -> torch.Tensor:
 def test_every_number_is_within_half_a_step_of_its_vector():
     shape = AttentionShape((1,), ((0, 1),), 4, 2, 8)
     torch.manual_seed(0)
-    parts = tuple(torch.randn(5, 2, 8) * scale for scale in (1.0, 300.0))
+    parts = tuple(torch.randn(5, 2, 8) * scale for scale in (1e-4, 300.0))
     parts[0][3] = 0
     experts = AttentionExperts(shape, torch.zeros(1, 4), parts)
     kept = Int8Experts.of(experts)
     back = kept.select(kept.weights, torch.arange(5))
     for one, other in zip(back.parts, parts, strict=True):
         step = other.abs().amax(-1, keepdim=True) / 127
-        assert ((one - other).abs() <= 0.51 * step + 1e-4).all()
+        assert ((one - other).abs() <= 0.501 * step).all()
     assert (back.parts[0][3] == 0).all()
-    assert {weight.dtype for weight in kept.weights} == {torch.int8, torch.float16}
+    assert {weight.dtype for weight in kept.weights} == {torch.int8, torch.float32}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -54,7 +54,7 @@ def test_answers_are_nearly_the_same_from_a_quarter_of_the_bytes(make_llm, token
     assert not torch.equal(found, expected)
     bytes_of = [sum(w.nbytes for w in store._slab.weights) / len(store._slab.weights[0]) for store in (whole, small)]
     width = 8
-    assert bytes_of[1] / bytes_of[0] == pytest.approx((width + 2) / (4 * width))
+    assert bytes_of[1] / bytes_of[0] == pytest.approx((width + 4) / (4 * width))
     again = store_of(llm, tokenizer, dtype=torch.int8, files=ExpertFiles(tmp_path, "int8"))
     again._generator.generate_units = None  # type: ignore[method-assign,assignment]
     assert torch.equal(logits(llm, tokenizer, again), found), "from the folder"

@@ -69,7 +69,7 @@ def test_units_are_those_of_a_loop_over_tokens_in_float64(make_llm, tokenizer, r
     for passage, own in zip(PASSAGES, places, strict=True):
         ids = torch.tensor([tokenizer(knowledge_block([passage]))["input_ids"]])
         real = torch.ones_like(ids)
-        read = keys_and_values(llm, config.layers, ids, real)
+        read = keys_and_values(llm, config.layers, ids, real, hidden=True)
         tokens = range(1, ids.shape[1])  # without BOS
         windows = [list(tokens)[begin : begin + window] for begin in range(0, len(tokens), window)]
         assert len(own) == len(windows)
@@ -144,7 +144,7 @@ def test_values_are_pooled_by_learned_scores(make_llm, tokenizer):
     network = Hypernetwork(replace(attention_config(llm, (1,)), window=64)).requires_grad_(False)
     generator = ExpertGenerator(network, llm, tokenizer)
     ids = torch.tensor([tokenizer(knowledge_block([PASSAGES[2]]))["input_ids"]])
-    read = keys_and_values(llm, (1,), ids, torch.ones_like(ids))[1]
+    read = keys_and_values(llm, (1,), ids, torch.ones_like(ids), hidden=True)[1]
     state = functional.rms_norm(read.hidden[0], read.hidden.shape[-1:])
     network.head.adders[0].scores.copy_(50 * state[4].expand(2, -1))
     units, _ = generator.generate_units([PASSAGES[2]])

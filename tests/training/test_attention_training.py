@@ -161,8 +161,13 @@ def test_a_passage_is_learned_from_by_going_on_with_it(make_llm, tokenizer):
         f"{word}{number}" for number in range(5) for word in ("the", "quick", "brown", "fox", "jumps", "over")
     )
     text += " the lazy dog again and again"
-    (example,) = passage_examples([Passage("1", "Fox", text), Passage("2", "Short", "too few words")])
+    (example,) = passage_examples([Passage("1", "Fox", text), Passage("2", "Short", "too few words")], tokenizer)
     assert example.passage == f"Fox: {text}"
+    (long,) = passage_examples([Passage("1", "Fox", "the quick brown fox " * 300)], tokenizer)
+    assert (
+        long.passage == f"Fox: {long.text}"
+        and len(tokenizer(long.passage, add_special_tokens=False)["input_ids"]) <= 256
+    )
     llm = make_llm("llama")
     config = replace(attention_config(llm, (0, 2)), addition_rank=4)
     learner = HypernetworkLearner(config, HypernetworkTraining(batch_size=2), [example], llm, tokenizer)

@@ -56,16 +56,16 @@ def test_a_hypernetworks_plan_is_of_its_longest_batch(
     assert (plan.queries, plan.contextual, plan.teacher_tokens) == (64, True, 0)
 
 
-def test_a_teachers_prompts_hold_whole_passages(make_llm: Callable[..., Any], tokenizer: Any) -> None:
-    """Its own and a distractor, the longest of which are negatives; experts are made of their beginnings."""
+def test_a_teachers_prompts_hold_passages_as_they_are_cut(make_llm: Callable[..., Any], tokenizer: Any) -> None:
+    """Its own and a distractor, the longest of which are negatives: in prompts and for experts their beginnings."""
     model = make_llm("llama")
     long = tuple(f"{number} " + "She discovered radium. " * 60 for number in range(2))
     examples = [TrainingExample("who is it", "Marie Curie", "Short.", long)] * 2
     config = HypernetworkConfig.preset("paper", hidden_size=32, layer=1, rank=4, expert_width=16)
     arguments = HypernetworkTraining(batch_size=2, distillation=0.5, num_passages=3)
     plan = plan_hypernetwork(config, arguments, examples, LanguageModelSize.of(model), tokenizer, accelerator_on("cpu"))
-    whole = make_batch([DrawnExample("who is it", "Marie Curie", (long[0],) * 3, (1.0,))], True, tokenizer)
-    assert whole.input_ids.shape[1] <= plan.teacher_tokens <= whole.input_ids.shape[1] + 8
+    longest = make_batch([DrawnExample("who is it", "Marie Curie", (long[0],) * 3, (1.0,))], True, tokenizer)
+    assert 3 * 250 < longest.input_ids.shape[1] <= plan.teacher_tokens <= longest.input_ids.shape[1] + 16
     assert plan.tokens < 60 and plan.passage_tokens == 256
     assert (plan.queries, plan.contextual) == (0, False)
 
