@@ -1,0 +1,131 @@
+"""The study of trainings: real trainings of a tiny LLM, and an lm_eval that makes its results up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from benchmarks.__main__ import main
+from benchmarks.real_llm.ladder import LADDER, cells
+from genpoe_plugin.questions import read_questions
+from tests.benchmarks.test_real_llm_table import LIMIT, LmEval, data, letters  # noqa: F401
+from train_cli.main import main as genpoe
+
+
+class Trains(LmEval):
+    """Also trains, as `genpoe train hypernetwork` does, in this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: list[list[str]] = []
+        self.arguments: dict[str, dict[str, str]] = {}
+
+    def __call__(self, command, **options):
+        words = command[2:]
+        if words[0] == "train_cli":
+            self.trained += [words[1:]] if words[1] == "train" else []
+            return SimpleNamespace(returncode=CliRunner().invoke(genpoe, words[1:]).exit_code)
+        given = dict(pairwise(words))
+        pairs = given["--model_args"].split(",")
+        self.arguments[Path(given["--output_path"]).name] = dict(pair.split("=", 1) for pair in pairs)
+        return super().__call__(command, **options)
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> Trains:
+    trains = Trains()
+    monkeypatch.setattr(subprocess, "run", trains)
+    return trains
+
+
+@pytest.fixture
+def run(data, letters, stand_in, llm_dir, tmp_path):  # noqa: F811
+    """``run(*more)``: the command, with its exit status and what it said. One training question is also asked."""
+    asked = next(iter(read_questions(next(data.rglob("nq-open*")))))
+    rows = [
+        {
+            "question": asked.question if number == 0 else f"where does number {number} live",
+            "answers": [f"town {number}"],
+            "ctxs": [{"id": str(number), "title": f"T{number}", "text": f"Number {number} lives in town {number}."}],
+        }
+        for number in range(9)
+    ]
+    (data / "nq_qed.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(*more: str):
+        words = ["real-llm", "study", "--llm", llm_dir, "--layers", "0,2", "--data", data, "--out", tmp_path / "study"]
+        words += ["--limit", LIMIT, "--limit-controls", 4, "--limit-nats", 4, "--steps", 2, "--train-batch-size", 4]
+        words += ["--lora-rank", 2]
+        return CliRunner().invoke(main, [*map(str, words), *more])
+
+    return command
+
+
+def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_path, monkeypatch):  # noqa: F811
+    out = tmp_path / "study"
+    result = run("--cells", "window_4,rag_lora")
+    assert result.exit_code == 0, result.output
+    assert len(stand_in.trained) == 1 and "--window" in stand_in.trained[0]
+    assert stand_in.arguments["window_4-0"]["hypernetwork"] == str(out / "trained" / "window_4-0")
+    assert stand_in.arguments["window_4-0-constant"]["passages"] == "constant"
+    assert stand_in.arguments["rag_lora-0"]["mode"] == "rag"
+    adapter = Path(stand_in.arguments["rag_lora-0"]["peft"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name), "it has learned"
+
+    asked = {q.question for f in (out / "questions").glob("*-gold.jsonl") for q in read_questions(f)}
+    training = list(read_questions(next(out.glob("training-*.jsonl"))))
+    assert len(training) == 8 and not asked & {question.question for question in training}
+
+    study = json.loads((out / LADDER).read_text())
+    found = {(row["row"], row["passage"]): row for row in study["rows"]}
+    assert set(found) == {
+        *((name, "right") for name in ("closed_book", "rag", "untrained", "window_4", "rag_lora")),
+        ("window_4", "shuffled"),
+        ("window_4", "constant"),
+    }
+    trained, untrained = found["window_4", "right"], found["untrained", "right"]
+    assert trained["unit_bytes"] == untrained["unit_bytes"] and trained["window"] == 4
+    assert trained["parameters"] > found["rag_lora", "right"]["parameters"] > 0 == untrained["parameters"]
+    # Of 8 questions, 2 have a number that 4 divides, which experts leave; closed-book answers none and the prompt all.
+    assert trained["of_prompt"]["value"] == trained["of_rag_lora"]["value"] == pytest.approx(6 / 8)
+    assert found["window_4", "shuffled"]["f1"]["value"] == 0 and found["window_4", "shuffled"]["n"] == 8
+
+    again = run("--cells", "window_4,rag_lora")
+    assert again.exit_code == 0 and len(stand_in.runs) == len(set(stand_in.runs)), "nothing is asked twice"
+    more = run("--cells", "window_16", "--seeds", "1")
+    assert more.exit_code == 0, more.output
+    rows = json.loads((out / LADDER).read_text())["rows"]
+    assert {(row["row"], row["seed"]) for row in rows} >= {("window_4", 0), ("window_16", 1)}
+
+    report = CliRunner().invoke(main, ["real-llm", "report", str(out), "--out", str(tmp_path / "REAL.md")])
+    assert report.exit_code == 0, report.output
+    text = (tmp_path / "REAL.md").read_text()
+    assert ", trained" in text and "| window_4 | 0 |" in text and "### With other passages" in text
+
+
+def test_another_adapter_than_the_one_that_is_there_is_refused(run):
+    assert run("--cells", "rag_lora").exit_code == 0
+    other = run("--cells", "rag_lora", "--lora-rank", "3")
+    assert other.exit_code == 2 and "rank was 2, is 3" in other.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--cells", "other"], "--cells other: not one of"), (["--seeds", "a"], "is not a list of seeds")],
+)
+def test_bad_input_is_one_line(run, more, message):
+    result = run(*more)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+def test_names_of_cells_are_all_different():
+    names = [cell.name for cell in cells((0, 2))]
+    assert len(set(names)) == len(names)
