@@ -322,6 +322,21 @@ def test_half_precision(make_attention_lm, make_llm, docs, generation):
     assert {weight.dtype for weight in lm.store._slab.weights} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_experts_in_fewer_bits(make_attention_lm, docs, choices, tmp_path, dtype):
+    """Nearly the same likelihoods, another fingerprint, and a folder of their own."""
+    plain = make_attention_lm(expert_store=str(tmp_path))
+    small = make_attention_lm(expert_dtype=dtype, expert_store=str(tmp_path))
+    expected, found = (lm.loglikelihood(choices(docs)) for lm in (plain, small))
+    assert found != expected
+    assert all(abs(one - other) < 0.05 * abs(other) for (one, _), (other, _) in zip(found, expected, strict=True))
+    assert small.fingerprint != plain.fingerprint and len(list(tmp_path.iterdir())) == 2
+    assert small.store._slab.weights[0].dtype == getattr(torch, dtype)
+    assert make_attention_lm(expert_dtype=dtype, expert_store=str(tmp_path)).loglikelihood(choices(docs)) == found
+    with pytest.raises(InputError, match="expert_dtype=int4: not one of float32, float16, bfloat16, int8"):
+        make_attention_lm(expert_dtype="int4")
+
+
 def test_experts_on_disk_are_those_of_these_very_weights(make_llm):
     """Also where two LLMs have one name and the same embeddings, as with an adapter that was trained on."""
     one, other = make_llm("llama"), make_llm("llama")
