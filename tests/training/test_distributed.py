@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.passages import Passage
 from genpoe_plugin.questions import Question, RetrievedPassage
 from genpoe_plugin.reranking import Reranker
@@ -46,15 +48,18 @@ def hypernetwork(
     make_llm: Callable[..., Any],
     tokenizer: Any,
     out: Path,
-    head: Literal["dense", "factored", "memory"] = "dense",
+    head: Literal["dense", "factored", "memory", "attention"] = "dense",
     **changes: Any,
 ) -> list[Any]:
     model = make_llm("llama")
     arguments = HypernetworkTraining(
         **{"epochs": 3, "num_passages": 2, "learning_rate": 0.01, "validate_every": 2, "save_every": 2, **changes}
     )
-    config = HypernetworkConfig(hidden_size=32, layers=(1,), rank=4, core_size=4, expert_width=16, head=head)
-    held_out = Validation(QUESTIONS[:5], model, tokenizer, layers=(1,), num_passages=2, batch_size=2)
+    config = HypernetworkConfig(hidden_size=32, layers=(1,), rank=4, core_size=4, expert_width=16, head="dense")
+    if head == "attention":
+        config = replace(attention_config(model, (0, 2)), addition_rank=4, window=3)
+    config = replace(config, head=head)
+    held_out = Validation(QUESTIONS[:5], model, tokenizer, layers=config.layers, num_passages=2, batch_size=2)
     examples = training_examples(QUESTIONS)
     progress = train_hypernetwork(config, arguments, examples, model, tokenizer, out, validation=held_out)
     return [progress.losses, progress.validations]
@@ -86,7 +91,13 @@ def assert_weights(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"micro_batch_size": 1, "head": "factored"}, {"knowledge": 0.5, "distillation": 0.3}]
+    "changes",
+    [
+        {},
+        {"micro_batch_size": 1, "head": "factored"},
+        {"knowledge": 0.5, "distillation": 0.3},
+        {"micro_batch_size": 1, "head": "attention", "unanswerable": 0.3},
+    ],
 )
 def test_hypernetwork(make_llm, tokenizer, in_two_processes, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Seven examples in batches of four: the second batch of an epoch is short, and one process has less to do."""
