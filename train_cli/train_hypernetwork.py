@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from train_cli.training_options import FORM_HELP, describe, digests, form_options, report, show_memory, training_options
 
-ADDITION_RANK = 64
+ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
+"""Of experts in the attention, where nothing else is said."""
 
 
 @click.command()
@@ -110,8 +112,10 @@ def hypernetwork(
     else:
         layer = changes.pop("layer", llm_size.layers // 3)
         config = HypernetworkConfig.preset(preset, hidden_size=llm_size.hidden_size, layer=layer, **changes)
-    if config.head == "attention" and config.addition_rank is None:
-        config = replace(config, addition_rank=ADDITION_RANK)
+    if config.head == "attention":
+        config = replace(config, addition_rank=config.addition_rank or ADDITION_RANK)
+        if click.get_current_context().get_parameter_source("learning_rate") is ParameterSource.DEFAULT:
+            arguments = replace(arguments, learning_rate=ATTENTION_RATE)
     size = footprint(config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, **from_gguf)
     unit = f"{config.window} tokens of a passage" if config.head == "attention" else "an expert"

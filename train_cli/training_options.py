@@ -29,7 +29,7 @@ HELP = {
     "max_steps": "Optimizer steps, instead of epochs.",
     "batch_size": "Examples an optimizer step, of each process.",
     "micro_batch_size": "Examples in memory at a time; gradients are accumulated.",
-    "learning_rate": "Peak of AdamW's rate.",
+    "learning_rate": "Peak of AdamW's rate; 1e-3 by default where experts in the attention are trained.",
     "warmup_ratio": "Share of the steps that the rate rises in.",
     "final_rate": "What the cosine ends at, as a share of the peak.",
     "weight_decay": "AdamW's.",

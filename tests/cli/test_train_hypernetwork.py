@@ -166,7 +166,9 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
     words = ["train", "hypernetwork", *arguments, "--pretrain", passages]
     result = CliRunner().invoke(main, list(map(str, words)))
     assert result.exit_code == 0, result.output
-    assert read_record(tmp_path / "out")["hypernetwork"]["layers"] == [0, 1, 2]
+    record = read_record(tmp_path / "out")
+    assert record["hypernetwork"]["layers"] == [0, 1, 2]
+    assert record["training"]["arguments"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(
