@@ -37,7 +37,7 @@ from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 
 CONTROLS = ("shuffled", "constant")
-UNTRAINED = "untrained"
+UNTRAINED, INT8 = "untrained", "int8"
 LORA = "rag_lora"
 LADDER = "ladder.json"
 COMPARED = ("em", "f1", "nats")
@@ -151,23 +151,25 @@ class Ladder:
         if cell.options is None:
             return [StudyRow(name, "rag", adapter=trained / ADAPTER)]
         row = StudyRow(name, "genpoe", layers=self.layers, checkpoint=trained)
-        return [row, *(replace(row, name=f"{name}-{kind}", passages=kind, curve=True) for kind in CONTROLS)]
+        rows = [row, *(replace(row, name=f"{name}-{kind}", passages=kind, curve=True) for kind in CONTROLS)]
+        return [*rows, _in_int8(row)] if "attention" in cell.options else rows
 
     def base_rows(self) -> list[StudyRow]:
         """What trainings are compared with."""
         untrained = StudyRow(UNTRAINED, "genpoe", layers=self.layers)
-        return [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), untrained]
+        return [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), untrained, _in_int8(untrained)]
 
     def records(self) -> list[dict[str, Any]]:
         """One for every finished row, of whichever command."""
-        rows = {row.name: (row.name, None, row) for row in self.base_rows()}
+        rows = {row.name: (row.name.removesuffix(f"-{INT8}"), None, row) for row in self.base_rows()}
         for cell in cells(self.layers):
             folders = (self.study.out / "trained").glob(f"{cell.name}-*")
             for seed in sorted(int(end) for folder in folders if (end := folder.name[len(cell.name) + 1 :]).isdigit()):
                 rows |= {row.name: (cell.name, seed, row) for row in self.rows(cell, seed)}
         scores = self.study.scores([row for _, _, row in rows.values()])
         return [
-            {"row": name, "seed": "" if seed is None else seed, **self._record(row, seed, scores)}
+            {"row": name + (f", {INT8}" if row.expert_dtype else ""), "seed": "" if seed is None else seed}
+            | self._record(row, seed, scores)
             for name, seed, row in rows.values()
             if row.name in scores
         ]
@@ -191,7 +193,7 @@ class Ladder:
         return record
 
     def _size(self, row: StudyRow) -> dict[str, Any]:
-        """Numbers that were trained, bytes of a unit in 16 bits, and tokens of a unit."""
+        """Numbers that were trained, bytes of a unit in 16 bits or as it is kept, and tokens of a unit."""
         if row.adapter is not None:
             weights = load_file(row.adapter / "adapter_model.safetensors")
             return {
@@ -202,11 +204,18 @@ class Ladder:
         if not row.layers:
             return {"parameters": 0, "unit_bytes": None, "window": None}
         if row.checkpoint is None:
-            return {"parameters": 0, "unit_bytes": self.study.shape.bytes(row.layers), "window": 1}
-        config = read_config(row.checkpoint)
-        size = footprint(config)
-        window = config.window if config.head == "attention" else 10**9  # one unit, whatever the length
-        return {"parameters": size.parameters, "unit_bytes": size.expert_bytes // 2, "window": window}
+            size, parameters, window = self.study.shape.bytes(row.layers), 0, 1
+        else:
+            config = read_config(row.checkpoint)
+            size, parameters = footprint(config).expert_bytes // 2, footprint(config).parameters
+            window = config.window if config.head == "attention" else 10**9  # one unit, whatever the length
+        if row.expert_dtype == INT8:  # a byte a number, and a scale of four bytes for each vector
+            size = size // 2 + 4 * (size // 2 // self.study.shape.width)
+        return {"parameters": parameters, "unit_bytes": size, "window": window}
+
+
+def _in_int8(row: StudyRow) -> StudyRow:
+    return replace(row, name=f"{row.name}-{INT8}", expert_dtype=INT8, curve=True)
 
 
 def write_ladder(ladder: Ladder, command: str) -> Path:

@@ -20,6 +20,7 @@ class StudyRow:
         heads: key-value heads of the layers, where not all.
         checkpoint: of the experts; without it that of the study, which has all layers.
         adapter: of the LLM, that has learned to read its prompt.
+        expert_dtype: in which experts are kept, where not in the LLM's.
         curve: asked with the smaller number of questions.
         against: rows that it is compared with, question by question.
     """
@@ -34,6 +35,7 @@ class StudyRow:
     heads: Heads = ()
     checkpoint: Path | None = None
     adapter: Path | None = None
+    expert_dtype: str | None = None
     curve: bool = False
     against: tuple[str, ...] = ("closed_book",)
 

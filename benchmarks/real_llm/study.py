@@ -141,6 +141,8 @@ class Study:
             arguments |= {"passages": row.passages, "num_passages": row.num_passages}
         if row.adapter is not None:
             arguments["peft"] = row.adapter
+        if row.expert_dtype is not None:
+            arguments["expert_dtype"] = row.expert_dtype
         if row.layers:
             # One checkpoint for all sets of layers, so that every passage is read once for all rows.
             arguments |= {"hypernetwork": row.checkpoint or self._checkpoint, "gates": row.gates}

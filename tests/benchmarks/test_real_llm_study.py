@@ -88,11 +88,15 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     found = {(row["row"], row["passage"]): row for row in study["rows"]}
     assert set(found) == {
         *((name, "right") for name in ("closed_book", "rag", "untrained", "window_4", "rag_lora")),
+        *((f"{name}, int8", "right") for name in ("untrained", "window_4")),
         ("window_4", "shuffled"),
         ("window_4", "constant"),
     }
     trained, untrained = found["window_4", "right"], found["untrained", "right"]
     assert trained["unit_bytes"] == untrained["unit_bytes"] and trained["window"] == 4
+    # Two layers, keys and values of two heads of 8 numbers: a byte each, and four for each vector's scale.
+    assert found["window_4, int8", "right"]["unit_bytes"] == 2 * 2 * 2 * (8 + 4) == trained["unit_bytes"] * 3 // 4
+    assert stand_in.arguments["window_4-0-int8"]["expert_dtype"] == "int8"
     assert trained["parameters"] > found["rag_lora", "right"]["parameters"] > 0 == untrained["parameters"]
     # Of 8 questions, 2 have a number that 4 divides, which experts leave; closed-book answers none and the prompt all.
     assert trained["of_prompt"]["value"] == trained["of_rag_lora"]["value"] == pytest.approx(6 / 8)

@@ -204,7 +204,7 @@ def test_what_is_no_set_of_layers(tmp_path, text):
 
 
 def test_rows_are_all_explained_and_compared_with_rows_that_are_there():
-    heads = (0, 1), ((0,), (0, 1))
+    heads = Path("heads"), (0, 1), ((0,), (0, 1))
     rows = study_rows({1: (2,), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2, 3)}, (0, 2), (2,), (0, 1, 2, 3), heads)
     names = [row.name for row in rows]
     assert len(set(names)) == len(names) and names[:3] == ["closed_book", "rag", "genpoe"]
@@ -218,7 +218,7 @@ def test_rows_are_all_explained_and_compared_with_rows_that_are_there():
         "genpoe_all_layers",
         "layers_3",
     ]
-    assert [(row.layers, row.heads) for row in rows if row.heads] == [heads]
+    assert [(row.checkpoint, row.layers, row.heads) for row in rows if row.heads] == [heads]
     assert all(row.layers == (0, 2) for row in rows if row.mode.startswith("genpoe") and row.passages != "retrieved")
 
 
