@@ -44,7 +44,8 @@ def plan_hypernetwork(
     passage = _longest(examples, lambda example: max((example.passage, *example.negatives), key=len), tokenizer)
     asked = _longest(examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer)
     passage = min(MAX_PASSAGE_TOKENS, passage)
-    told = asked + len(tokenizer(knowledge_block([""]))["input_ids"]) + arguments.num_passages * passage
+    # Each with a line break.
+    told = asked + len(tokenizer(knowledge_block([""]))["input_ids"]) + arguments.num_passages * (passage + 1)
     attention = config.head == "attention"
     units = -(-passage // config.window) if attention else 1
     if attention:  # logits and weights of every head of every layer

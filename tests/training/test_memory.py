@@ -456,7 +456,7 @@ def test_advice_on_a_hypernetwork_holds() -> None:
                 assert text == "a hypernetwork of a fraction of the size (another head, a lower rank)"
     assert "sharding over 4 devices" in advice(paper().estimate(), 30 << 30)
     enough = paper(rows=64).estimate().total
-    assert "distillation=0" in advice(paper(rows=64, teacher_tokens=2000).estimate(), enough)
+    assert "distillation=0 and unanswerable=0" in advice(paper(rows=64, teacher_tokens=2000).estimate(), enough)
     many = paper(rows=64, num_experts=4, tokens=16, weights=0, largest_weight=0, expert_bytes=1 << 15)
     assert "states=embeddings" in advice(replace(many, contextual=True).estimate(), many.estimate().total)
 
