@@ -30,7 +30,11 @@ ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
     "--titles/--no-titles", default=None, help="Passages with their titles.  [default: yes; no for the paper's preset]"
 )
 @click.option(
-    "--state-gb", default=4.0, show_default=True, help="Memory for what the LLM computes of passages, over all epochs."
+    "--state-gb",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Memory for what the LLM computes of passages, over all epochs.",
 )
 @click.option("--state-store", type=click.Path(file_okay=False), help="Folder that keeps it, for later runs too.")
 @click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
@@ -121,7 +125,8 @@ def hypernetwork(
     unit = f"{config.window} tokens of a passage" if config.head == "attention" else "an expert"
     if accelerator.is_main_process:
         click.echo(f"hypernetwork: {size.parameters:,} parameters; {unit}: {size.expert_bytes:,} bytes", err=True)
-    plan = plan_hypernetwork(config, arguments, examples, llm_size, tokenizer, accelerator)
+    state_bytes = int(state_gb * 10**9)
+    plan = plan_hypernetwork(config, arguments, examples, llm_size, tokenizer, accelerator, state_bytes)
     if not show_memory(plan.estimate(), accelerator, device, estimate):
         return
 
@@ -155,7 +160,7 @@ def hypernetwork(
         },
         validation=held_out,
         initial=initial,
-        state_bytes=int(state_gb * 10**9),
+        state_bytes=state_bytes,
         state_files=None if state_store is None else state_files(state_store, config, llm, tokenizer),
         accelerator=accelerator,
     )

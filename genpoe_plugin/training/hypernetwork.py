@@ -39,7 +39,7 @@ from genpoe_plugin.training.examples import (
     draw_wrong_passages,
     row_experts,
 )
-from genpoe_plugin.training.passage_states import IN_MEMORY, KeepingGenerator
+from genpoe_plugin.training.passage_states import IN_MEMORY, KeepingGenerator, keeps_states
 from genpoe_plugin.training.state import Progress
 from genpoe_plugin.training.trainer import train
 from genpoe_plugin.training.validation import Validation
@@ -99,8 +99,7 @@ class HypernetworkLearner:
         self.tokenizer = tokenizer
         self.validation = validation
         # Kept where a passage comes again; else those of a batch are read together.
-        again = arguments.steps(len(examples), 1) * arguments.batch_size > len(examples)
-        if again or state_files is not None:
+        if keeps_states(config, arguments, len(examples)) or state_files is not None:
             self.generator: ExpertGenerator = KeepingGenerator(
                 hypernetwork, model, tokenizer, most_bytes=state_bytes, files=state_files
             )

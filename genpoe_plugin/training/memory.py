@@ -144,6 +144,7 @@ class HypernetworkPlan:
         passage_tokens: of the longest passage.
         teacher_tokens: of the longest prompt with its passages and answer, which the LLM reads as a teacher; 0 if none
             does.
+        kept_states: bytes of what the LLM made of passages, where they are in the memory that is counted.
         precision: that the forward pass computes in.
         shards: devices that what learns is sharded over.
         device_type: where the optimizer runs, as ``torch.device`` has it.
@@ -166,6 +167,7 @@ class HypernetworkPlan:
     passage_tokens: int
     attention: bool = False
     teacher_tokens: int = 0
+    kept_states: int = 0
     precision: Precision = "float32"
     shards: int = 1
     device_type: str = "cpu"
@@ -223,6 +225,7 @@ class HypernetworkPlan:
             Part("LLM weights", llm.weight_bytes),
             *_learning("hypernetwork", self.weights, self.largest_weight, self),
             Part("hypernetwork base", FLOAT32 * self.buffers),
+            Part("states of passages that are kept", self.kept_states),
             Part("passages", max(reading, 3 * states + found + experts), "generating"),
             Part("generated experts", experts, "pass"),
             Part("token states of passages", states, "pass"),

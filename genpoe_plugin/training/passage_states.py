@@ -22,8 +22,15 @@ from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.language_model import weights_sample
+from genpoe_plugin.training.arguments import HypernetworkTraining
 
 IN_MEMORY = 4 * 10**9  # bytes, where nothing else is said
+
+
+def keeps_states(config: HypernetworkConfig, arguments: HypernetworkTraining, examples: int) -> bool:
+    """Whether passages come again in a training, and there is something of them to keep."""
+    reads = config.head == "attention" or config.states == "contextual"
+    return reads and arguments.steps(examples, 1) * arguments.batch_size > examples
 
 
 def state_files(

@@ -19,6 +19,7 @@ from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTrain
 from genpoe_plugin.training.examples import PassageExample, TrainingExample
 from genpoe_plugin.training.memory import HypernetworkPlan, RerankerPlan
 from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize
+from genpoe_plugin.training.passage_states import keeps_states
 from genpoe_plugin.training.reranker import attention_projections
 from genpoe_plugin.training.reranker_data import RerankerExample
 
@@ -35,8 +36,13 @@ def plan_hypernetwork(
     llm: LanguageModelSize,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
+    state_bytes: int = 0,
 ) -> HypernetworkPlan:
-    """The plan of a training on ``examples`` of a hypernetwork of the form ``config``."""
+    """The plan of a training on ``examples`` of a hypernetwork of the form ``config``.
+
+    Args:
+        state_bytes: budget for what the LLM makes of passages, where that is kept.
+    """
     size = footprint(config)
     with torch.device("meta"):
         network = Hypernetwork(config)
@@ -72,6 +78,9 @@ def plan_hypernetwork(
         teacher_tokens=told if arguments.distillation else asked if arguments.unanswerable else 0,
         precision=arguments.precision,
         shards=accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1,
+        kept_states=min(state_bytes, len(examples) * passage * math.prod(network.state_shape) * llm.number_bytes)
+        if keeps_states(config, arguments, len(examples)) and accelerator.device.type == "cpu"
+        else 0,
         device_type=accelerator.device.type,
     )
 

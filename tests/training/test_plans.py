@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.devices import accelerator_on
@@ -68,6 +70,26 @@ def test_a_teachers_prompts_hold_passages_as_they_are_cut(make_llm: Callable[...
     assert 3 * 250 < longest.input_ids.shape[1] <= plan.teacher_tokens <= longest.input_ids.shape[1] + 16
     assert plan.tokens < 60 and plan.passage_tokens == 256
     assert (plan.queries, plan.contextual) == (0, False)
+
+
+def test_states_that_are_kept_are_counted_up_to_their_budget(make_llm: Callable[..., Any], tokenizer: Any) -> None:
+    """Where passages come again: keys, values and hidden states of two layers, four bytes a number."""
+    model = make_llm("llama")
+    examples = [TrainingExample("who is it", "Marie Curie", f"Marie Curie discovered element {n}.") for n in range(4)]
+    config = replace(attention_config(model, (0, 2)), addition_rank=4)
+
+    def kept(budget: int, **changes: Any) -> int:
+        arguments = HypernetworkTraining(batch_size=2, **changes)
+        size = LanguageModelSize.of(model)
+        plan = plan_hypernetwork(config, arguments, examples, size, tokenizer, accelerator_on("cpu"), budget)
+        assert plan.estimate().total >= plan.kept_states
+        return plan.kept_states
+
+    tokens = max(len(tokenizer(e.passage, add_special_tokens=False)["input_ids"]) for e in examples)
+    whole = kept(10**9, epochs=2)
+    numbers = 2 * (2 * 2 * 8 + 32)
+    assert 4 * len(examples) * tokens * numbers <= whole <= 4 * len(examples) * (tokens + 2) * numbers
+    assert (kept(10**9, epochs=1), kept(100, epochs=2)) == (0, 100)
 
 
 def test_a_rerankers_plan_is_of_its_longest_pair(make_llm: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
