@@ -40,6 +40,13 @@ CONTROLS = ("shuffled", "constant")
 UNTRAINED, INT8 = "untrained", "int8"
 LORA = "rag_lora"
 LADDER = "ladder.json"
+LABELS = {
+    f"-{INT8}": f", {INT8}",
+    "-experts": ", untrained experts",
+    "-experts-shuffled": ", untrained experts",
+    "-experts-all": ", untrained experts in all layers",
+}
+"""Ends of the names of rows, and what a table has beside the name of the training."""
 COMPARED = ("em", "f1", "nats")
 
 
@@ -149,7 +156,14 @@ class Ladder:
         """What is asked of a trained cell: the right passage, and the controls."""
         name, trained = f"{cell.name}-{seed}", self.study.out / "trained" / f"{cell.name}-{seed}"
         if cell.options is None:
-            return [StudyRow(name, "rag", adapter=trained / ADAPTER)]
+            # What has learned to read its prompt reads experts as well, though none of them was trained.
+            experts = StudyRow(f"{name}-experts", "genpoe", layers=self.layers, adapter=trained / ADAPTER)
+            return [
+                StudyRow(name, "rag", adapter=trained / ADAPTER),
+                experts,
+                replace(experts, name=f"{name}-experts-shuffled", passages="shuffled", curve=True),
+                replace(experts, name=f"{name}-experts-all", layers=self.study.shape.all, curve=True),
+            ]
         row = StudyRow(name, "genpoe", layers=self.layers, checkpoint=trained)
         rows = [row, *(replace(row, name=f"{name}-{kind}", passages=kind, curve=True) for kind in CONTROLS)]
         return [*rows, _in_int8(row)] if "attention" in cell.options else rows
@@ -161,15 +175,18 @@ class Ladder:
 
     def records(self) -> list[dict[str, Any]]:
         """One for every finished row, of whichever command."""
-        rows = {row.name: (row.name.removesuffix(f"-{INT8}"), None, row) for row in self.base_rows()}
+        rows = {row.name: (_label(row.name, row.name.removesuffix(f"-{INT8}")), None, row) for row in self.base_rows()}
         for cell in cells(self.layers):
             folders = (self.study.out / "trained").glob(f"{cell.name}-*")
             for seed in sorted(int(end) for folder in folders if (end := folder.name[len(cell.name) + 1 :]).isdigit()):
-                rows |= {row.name: (cell.name, seed, row) for row in self.rows(cell, seed)}
+                own = f"{cell.name}-{seed}"
+                rows |= {
+                    row.name: (cell.name + _label(row.name, own)[len(own) :], seed, row)
+                    for row in self.rows(cell, seed)
+                }
         scores = self.study.scores([row for _, _, row in rows.values()])
         return [
-            {"row": name + (f", {INT8}" if row.expert_dtype else ""), "seed": "" if seed is None else seed}
-            | self._record(row, seed, scores)
+            {"row": name, "seed": "" if seed is None else seed} | self._record(row, seed, scores)
             for name, seed, row in rows.values()
             if row.name in scores
         ]
@@ -194,17 +211,14 @@ class Ladder:
 
     def _size(self, row: StudyRow) -> dict[str, Any]:
         """Numbers that were trained, bytes of a unit in 16 bits or as it is kept, and tokens of a unit."""
+        parameters = 0
         if row.adapter is not None:
             weights = load_file(row.adapter / "adapter_model.safetensors")
-            return {
-                "parameters": sum(weight.numel() for weight in weights.values()),
-                "unit_bytes": None,
-                "window": None,
-            }
+            parameters = sum(weight.numel() for weight in weights.values())
         if not row.layers:
-            return {"parameters": 0, "unit_bytes": None, "window": None}
+            return {"parameters": parameters, "unit_bytes": None, "window": None}
         if row.checkpoint is None:
-            size, parameters, window = self.study.shape.bytes(row.layers), 0, 1
+            size, window = self.study.shape.bytes(row.layers), 1
         else:
             config = read_config(row.checkpoint)
             size, parameters = footprint(config).expert_bytes // 2, footprint(config).parameters
@@ -212,6 +226,12 @@ class Ladder:
         if row.expert_dtype == INT8:  # a byte a number, and a scale of four bytes for each vector
             size = size // 2 + 4 * (size // 2 // self.study.shape.width)
         return {"parameters": parameters, "unit_bytes": size, "window": window}
+
+
+def _label(name: str, own: str) -> str:
+    """``own``, the name of a training or of a row without one, and what a table has for the rest of ``name``."""
+    rest = name[len(own) :]
+    return own + LABELS.get(rest, "")
 
 
 def _in_int8(row: StudyRow) -> StudyRow:

@@ -77,6 +77,9 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     assert stand_in.arguments["window_4-0-constant"]["passages"] == "constant"
     assert stand_in.arguments["rag_lora-0"]["mode"] == "rag"
     adapter = Path(stand_in.arguments["rag_lora-0"]["peft"])
+    experts = stand_in.arguments["rag_lora-0-experts"]
+    assert (experts["mode"], experts["peft"], experts["expert_layers"]) == ("genpoe", str(adapter), "0+2")
+    assert "expert_layers" not in stand_in.arguments["rag_lora-0-experts-all"]
     weights = load_file(adapter / "adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name), "it has learned"
 
@@ -89,6 +92,8 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     assert set(found) == {
         *((name, "right") for name in ("closed_book", "rag", "untrained", "window_4", "rag_lora")),
         *((f"{name}, int8", "right") for name in ("untrained", "window_4")),
+        *((f"rag_lora, untrained experts{where}", "right") for where in ("", " in all layers")),
+        ("rag_lora, untrained experts", "shuffled"),
         ("window_4", "shuffled"),
         ("window_4", "constant"),
     }
