@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,11 @@ class GenPoEArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = (("mode", MODES), ("gates", GATES), ("passages", CONTROLS), ("expert_dtype", tuple(DTYPES)))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed and (name, self.expert_dtype) != ("expert_dtype", None):
+        choices: dict[str, Collection[str]] = {"mode": MODES, "gates": GATES, "passages": CONTROLS}
+        if self.expert_dtype is not None:
+            choices["expert_dtype"] = DTYPES
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)}: not one of {', '.join(allowed)}")
         for name, least in (("num_retrieved", 1), ("num_passages", 1), ("seed", 0)):
             value = getattr(self, name)

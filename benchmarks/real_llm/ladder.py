@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.real_llm.layers import Layers
+from benchmarks.real_llm.layers import BYTES, Layers
 from benchmarks.real_llm.lora import ADAPTER, train_adapter
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.output import passage_tokens
@@ -29,6 +29,7 @@ from benchmarks.row import machine
 from genpoe_plugin.checkpoint import read_config
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.footprint import footprint
+from genpoe_plugin.experts.int8 import unit_bytes
 from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.language_model import load_language_model
 from genpoe_plugin.prompts import normalise_question
@@ -223,8 +224,9 @@ class Ladder:
             config = read_config(row.checkpoint)
             size, parameters = footprint(config).expert_bytes // 2, footprint(config).parameters
             window = config.window if config.head == "attention" else 10**9  # one unit, whatever the length
-        if row.expert_dtype == INT8:  # a byte a number, and a scale of four bytes for each vector
-            size = size // 2 + 4 * (size // 2 // self.study.shape.width)
+        if row.expert_dtype == INT8:
+            width = self.study.shape.width
+            size = unit_bytes(size // BYTES // width, width)
         return {"parameters": parameters, "unit_bytes": size, "window": window}
 
 

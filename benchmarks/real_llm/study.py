@@ -69,6 +69,23 @@ class Study:
             if "," in value:
                 raise InputError(f"{value}: has a comma, at which lm_eval would split it; give another directory")
 
+    @classmethod
+    def asked(
+        cls, llm: str, out: Path, *, limit: int, limit_curve: int | None, limit_nats: int | None, **more: Any
+    ) -> Study:
+        """As a command asks for it: limits that are not given are ``limit``.
+
+        Rows are known again by their command, so paths are whole in it, however they are spelt.
+        """
+        return cls(
+            llm=str(Path(llm).resolve()) if Path(llm).is_dir() else llm,
+            out=out.resolve(),
+            limit=limit,
+            limit_curve=limit if limit_curve is None else limit_curve,
+            limit_nats=limit if limit_nats is None else limit_nats,
+            **more,
+        )
+
     @cached_property
     def main(self) -> Layers:
         return largest_set(dict(self.sets), self.shape.depth // 2)

@@ -77,15 +77,15 @@ def study(
     training = tuple(found[0] for pattern in TRAINING if (found := sorted(data.rglob(pattern))))
     if not training:
         raise InputError(f"{data}: none of {' and '.join(TRAINING)} to train on")
-    base = Study(
-        llm=str(Path(llm).resolve()) if Path(llm).is_dir() else llm,
-        out=out.resolve(),
+    base = Study.asked(
+        llm,
+        out,
         files=find_files(data, ()),
         sets={len(layers): layers},
         shape=Shape.of(llm),
         limit=limit,
-        limit_curve=limit if limit_controls is None else limit_controls,
-        limit_nats=limit if limit_nats is None else limit_nats,
+        limit_curve=limit_controls,
+        limit_nats=limit_nats,
         dtype=dtype,
         batch_size=batch_size,
         max_tokens=max_tokens,

@@ -65,16 +65,15 @@ def table(
     Rows that --out has already are not run again, and the table has all of them.
     """
     shape = Shape.of(llm)
-    study = Study(
-        # Rows are known again by their command, however these are spelt.
-        llm=str(Path(llm).resolve()) if Path(llm).is_dir() else llm,
-        out=out.resolve(),
+    study = Study.asked(
+        llm,
+        out,
         files=find_files(data, questions),
         sets=read_layers(layers_file, shape.depth),
         shape=shape,
         limit=limit,
-        limit_curve=limit if limit_curve is None else limit_curve,
-        limit_nats=limit if limit_nats is None else limit_nats,
+        limit_curve=limit_curve,
+        limit_nats=limit_nats,
         dtype=dtype,
         batch_size=batch_size,
         max_tokens=max_tokens,

@@ -13,6 +13,11 @@ from genpoe_plugin.experts.expert import Experts, Weights
 LARGEST = 127
 
 
+def unit_bytes(vectors: int, width: int) -> int:
+    """Bytes of a unit of so many vectors: a number a byte, and a scale of four for each vector."""
+    return vectors * (width + 4)
+
+
 @dataclass(frozen=True, eq=False)
 class Int8Experts(Experts):
     """`AttentionExperts` as they are kept; `select` gives them back.
@@ -44,8 +49,7 @@ class Int8Experts(Experts):
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of one unit: a number a byte, and a scale of four for each vector."""
-        return self.shape.vectors * (self.shape.head_width + 4)
+        return unit_bytes(self.shape.vectors, self.shape.head_width)
 
     def with_weights(self, *weights: Tensor) -> Int8Experts:
         return replace(self, parts=weights)

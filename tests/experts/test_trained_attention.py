@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention import AttentionExperts
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, into_windows
-from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.states import hidden_states, keys_and_values
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
@@ -97,6 +98,28 @@ def test_units_are_those_of_a_loop_over_tokens_in_float64(make_llm, tokenizer, r
 def test_a_unit_has_as_much_of_the_softmax_as_its_tokens_would_have(make_llm):
     config = replace(attention_config(make_llm("llama")), window=4)
     assert torch.allclose(Hypernetwork(config).head.bias, torch.tensor(4.0).log())
+
+
+def test_alike_tokens_in_a_window_are_attended_to_as_one_by_one(make_llm, tokenizer):
+    """Four times the same key and value have four times the mass of one."""
+    llm = make_llm("llama")
+    pooled = Hypernetwork(replace(attention_config(llm), window=4)).requires_grad_(False)
+    shape = pooled.head.shape
+    states = torch.randn(1, 2, *pooled.state_shape, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 1)
+    units = pooled(states, torch.ones(1, 8, dtype=torch.bool))
+    kept = shape.vectors * shape.head_width
+    alone = AttentionExperts.of(
+        shape, torch.zeros_like(units.bias), states[..., :kept].unflatten(-1, (shape.vectors, shape.head_width))
+    )
+    question = torch.tensor([tokenizer(QUESTION)["input_ids"]])
+    found = []
+    with torch.no_grad():
+        for experts, count in ((units, 2), (alone, 8)):
+            with inject(llm, shape.layers, RowExperts(experts, torch.ones(1, count), torch.tensor([0]))):
+                found.append(llm(question).logits)
+        plain = llm(question).logits
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    assert (found[0] - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("window", [1, 4])
