@@ -140,10 +140,6 @@ class ExpertGenerator:
         most = MOST_READ_ON_CPU if self.attention and self.device.type == "cpu" else MOST
         return max(1, min(most, available_memory(str(self.device)) // 4 // one))
 
-    def generate(self, passages: Sequence[str]) -> Experts:
-        """One expert a passage, in the hypernetwork's dtype; see `Hypernetwork.forward`."""
-        return self.hypernetwork(*self.embed(passages))
-
     def generate_units(self, passages: Sequence[str]) -> tuple[Experts, list[list[int]]]:
         """The units of all experts, ``[units]`` in the hypernetwork's dtype, and which of them are each passage's."""
         states, mask = self.embed(passages)

@@ -61,7 +61,7 @@ def test_a_batch_equals_one_passage_at_a_time_in_its_order(
     hypernetwork = make_hypernetwork(encoder=encoder, head=head, states=states_form)
     generator = ExpertGenerator(hypernetwork, llm, tokenizer)
     for passages in (PASSAGES, PASSAGES[::-1]):
-        experts = generator.generate(passages)
+        experts = generator.generate_units(passages)[0]
         assert len(experts) == len(passages)
         for number, passage in enumerate(passages):
             assert_close(experts[number], alone(hypernetwork, llm, tokenizer, passage))
@@ -95,7 +95,9 @@ def test_contextual_states_know_the_order_of_words(make_hypernetwork, llm, token
     assert ids[0] == ids[1], "the same tokens"
     for states, blind in (("embeddings", True), ("contextual", False)):
         hypernetwork = make_hypernetwork(encoder="mean", states=states)
-        experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate([f" {passage}" for passage in passages])
+        experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate_units([f" {passage}" for passage in passages])[
+            0
+        ]
         assert torch.allclose(experts.w1[0], experts.w1[1], atol=1e-4) == blind
 
 
@@ -107,7 +109,7 @@ def test_a_layer_that_the_llm_lacks_is_named_at_once(make_hypernetwork, llm, tok
 def test_a_long_passage_counts_as_its_first_256_tokens(hypernetwork, llm, tokenizer):
     long = "The quick brown fox jumps over the lazy dog; " * 60
     assert len(tokenizer.encode(long)) > 300
-    experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate([long, "short"])
+    experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate_units([long, "short"])[0]
     assert_close(experts[0], alone(hypernetwork, llm, tokenizer, long))
     other = alone(hypernetwork, llm, tokenizer, long, limit=255)
     assert not torch.allclose(experts.w1[0], other.w1, atol=1e-5, rtol=1e-4)
@@ -116,7 +118,7 @@ def test_a_long_passage_counts_as_its_first_256_tokens(hypernetwork, llm, tokeni
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_llm_in_half_precision_is_read_in_float32(make_llm, make_hypernetwork, tokenizer, dtype):
     llm, hypernetwork = make_llm("llama").to(dtype), make_hypernetwork()
-    experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate(PASSAGES)
+    experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate_units(PASSAGES)[0]
     assert {weight.dtype for weight in experts.weights} == {torch.float32}
     for number, passage in enumerate(PASSAGES):
         assert_close(experts[number], alone(hypernetwork, llm, tokenizer, passage))
@@ -135,7 +137,7 @@ def test_contextual_states_of_an_llm_in_half_precision(make_llm, make_hypernetwo
 
 def test_gradients_reach_the_hypernetwork_and_not_the_llm(make_hypernetwork, llm, tokenizer, head, states_form):
     hypernetwork = make_hypernetwork(head=head, states=states_form).requires_grad_()
-    experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate(PASSAGES).unsqueeze(1)
+    experts = ExpertGenerator(hypernetwork, llm, tokenizer).generate_units(PASSAGES)[0].unsqueeze(1)
     experts.mix(torch.randn(len(PASSAGES), 3, 32), torch.ones(len(PASSAGES), 1)).square().mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in hypernetwork.parameters())
     assert all(parameter.grad is None for parameter in llm.parameters())
@@ -143,4 +145,4 @@ def test_gradients_reach_the_hypernetwork_and_not_the_llm(make_hypernetwork, llm
 
 def test_an_empty_passage_is_named_by_its_place(hypernetwork, llm, tokenizer):
     with pytest.raises(InputError, match="passage 1 of 3 is empty"):
-        ExpertGenerator(hypernetwork, llm, tokenizer).generate(["one", "", "three"])
+        ExpertGenerator(hypernetwork, llm, tokenizer).generate_units(["one", "", "three"])

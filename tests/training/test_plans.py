@@ -51,7 +51,7 @@ def test_a_hypernetworks_plan_is_of_its_longest_batch(
     assert seen["tokens"] <= plan.tokens <= seen["tokens"] + 8 + 26 * knowledge
     assert plan.weights == sum(weight.numel() for weight in learner.module.parameters())
     assert plan.largest_weight == max(weight.numel() for weight in learner.module.parameters())
-    expert = learner.generator.generate([EXAMPLES[0].passage])
+    expert = learner.generator.generate_units([EXAMPLES[0].passage])[0]
     assert plan.expert_bytes == expert.nbytes
     assert plan.passage_tokens >= len(tokenizer(EXAMPLES[0].passage, add_special_tokens=False)["input_ids"])
     assert (plan.rows, plan.num_experts, plan.layer, plan.shards) == (2, 1, 1, 1)

@@ -50,7 +50,9 @@ def test_measures_are_those_of_each_question_alone(
     for question in (QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]):
         best = sorted(question.passages, key=lambda item: -(item.rerank_score or 0))[:2]
         gates = torch.tensor([[item.rerank_score for item in best]]).softmax(1)
-        experts = generator.generate([item.passage.string for item in best]).map(lambda weight: weight.unsqueeze(0))
+        experts = generator.generate_units([item.passage.string for item in best])[0].map(
+            lambda weight: weight.unsqueeze(0)
+        )
         prompt = f"Question: {question.question.capitalize()}?\nAnswer:"
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         target = tokenizer(f"{prompt} {question.answers[0]}\n", return_tensors="pt")["input_ids"]
