@@ -186,9 +186,11 @@ def _check_form(preset: str, init: str | None, changes: Mapping[str, Any]) -> No
         InputError: there are some.
     """
     if init is not None:
-        if other := sorted(changes.keys() - {"addition_rank", "window"}):
+        if other := sorted(changes.keys() - {"addition_rank", "window", "place"}):
             option = other[0].replace("_", "-")
-            raise InputError(f"--{option}: the form is that of --init {init}, but for --addition-rank and --window")
+            raise InputError(
+                f"--{option}: the form is that of --init {init}, but for --addition-rank, --window and --place"
+            )
         return
     if changes.get("head") == "attention":
         raise InputError("--head attention: give --preset attention, or --init with a checkpoint of such experts")

@@ -64,6 +64,7 @@ FORM_HELP = {
     "generator_gain": "Factor on what is generated.",
     "addition_rank": "Of what is added to keys and values of experts in the attention.  [default: 64]",
     "window": "Consecutive tokens of a passage that become one unit of an expert in the attention.",
+    "place": "Where experts of passages' tokens are read: in the attention, or beside the MLP below.",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class AttentionShape:
         layers: those that have experts, in ascending order.
         kv_heads: for each of them the key-value heads that an expert has.
         num_heads, num_kv_heads, head_width: the LLM's.
+        place: as of `HypernetworkConfig`.
     """
 
     layers: tuple[int, ...]
@@ -38,6 +40,7 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_width: int
+    place: Literal["attention", "mlp"] = "attention"
 
     @classmethod
     def of(cls, config: HypernetworkConfig) -> AttentionShape:
@@ -45,7 +48,7 @@ class AttentionShape:
         assert config.num_heads and config.num_kv_heads and config.head_width
         every = tuple(range(config.num_kv_heads))
         kv_heads = config.kv_heads or (every,) * len(config.layers)
-        return cls(config.layers, kv_heads, config.num_heads, config.num_kv_heads, config.head_width)
+        return cls(config.layers, kv_heads, config.num_heads, config.num_kv_heads, config.head_width, config.place)
 
     @property
     def heads(self) -> list[int]:
@@ -191,6 +194,16 @@ def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
     units = experts.keys.shape[2]
     of_experts = _weighted(weights[..., :units], experts.values.transpose(0, 1))
     return of_experts + _weighted(weights[..., units:], call.value)
+
+
+def attend_with_null(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
+    """Attention over the experts alone: in the softmax, a null of logit 0 and no value has the own context's place.
+
+    Args, returns, raises: as of `attend`.
+    """
+    rows, kv_heads, _, width = call.key.shape
+    null = call.key.new_zeros(rows, kv_heads, 1, width)
+    return attend(replace(call, key=null, value=null, mask=None), experts, active)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -72,6 +72,9 @@ class HypernetworkConfig:
             the layers; None for an untrained one, which adds nothing and reads no states.
         window: so many consecutive tokens of a passage become one unit of an expert in the attention, pooled by
             learned scores of the states that enter the layer.
+        place: where experts of the ``attention`` head are read. ``attention``: in the softmax of each of ``layers``,
+            beside the own context. ``mlp``: beside the MLP of the layer below each of them, by that layer's own
+            attention weights, in a softmax with a null instead of the own context.
     """
 
     hidden_size: int
@@ -94,6 +97,7 @@ class HypernetworkConfig:
     kv_heads: tuple[tuple[int, ...], ...] | None = None
     addition_rank: int | None = None
     window: int = 1
+    place: Literal["attention", "mlp"] = "attention"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -111,8 +115,8 @@ class HypernetworkConfig:
             raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose queries find what it keeps")
         if self.head == "attention":
             self._check_heads()
-        elif self.addition_rank is not None or self.window != 1:
-            raise InputError(f"hypernetwork head {self.head!r} has no addition_rank and no window")
+        elif self.addition_rank is not None or self.window != 1 or self.place != "attention":
+            raise InputError(f"hypernetwork head {self.head!r} has no addition_rank, no window and no place")
         elif len(self.layers) > 1:
             raise InputError(f"hypernetwork layers is {self.layers!r}; head {self.head!r} has experts in one layer")
 
@@ -121,6 +125,8 @@ class HypernetworkConfig:
             raise InputError("hypernetwork head 'attention' needs num_heads, num_kv_heads and head_width, the LLM's")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"hypernetwork num_heads {self.num_heads} is not a multiple of {self.num_kv_heads}")
+        if self.place == "mlp" and self.layer == 0:
+            raise InputError("hypernetwork place 'mlp' needs layers from 1 on: no MLP is below layer 0")
         if self.kv_heads is None:
             return
         if not isinstance(self.kv_heads, tuple) or len(self.kv_heads) != len(self.layers):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend
+from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend, attend_with_null
 from genpoe_plugin.experts.attention_interface import Call, Output, listening
+from genpoe_plugin.experts.beside_mlp import RotaryPositions, read_beside_mlp
 from genpoe_plugin.experts.decoder import find_decoder, find_mlp
 from genpoe_plugin.experts.expert import Experts, Mixture, MLPExperts
 
@@ -126,7 +127,12 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
 
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
-        if isinstance(branch, _AttentionBranch):
+        if isinstance(branch, _AttentionBranch) and branch.beside_mlp:
+            positions = RotaryPositions(decoder)
+            hooks.callback(positions.remove)
+            for layer in layers:
+                hooks.enter_context(read_beside_mlp(model, layer, positions, branch))
+        elif isinstance(branch, _AttentionBranch):
             hooks.enter_context(listening(model, layers, branch.attended))
         else:
             (layer,) = layers
@@ -190,23 +196,52 @@ class _AttentionBranch(_Branch):
     def __init__(self, rows: RowExperts) -> None:
         super().__init__(rows)
         self.layers: dict[int, LayerExperts] = {}
+        assert isinstance(rows.experts, AttentionExperts)
+        self.beside_mlp = rows.experts.shape.place == "mlp"
 
     def attended(self, call: Call) -> Output:
         """What the layer attends to with the experts in its softmax."""
         if _off.get():
             return call.plain()
-        batch, _, tokens, _ = call.query.shape
-        rows = self.rows_for(batch, call.query.device)
-        active = _active_positions(rows.start, self.arguments, batch, tokens)
-        if call.layer not in self.layers:
-            self.layers[call.layer] = self._of_layer(call, rows)
-        experts = self.layers[call.layer]
+        rows, active, experts = self._for(call)
         if rows.served is None:
             return attend(call, experts, active), None
         # Rows without experts stay as the model computes them.
         output = call.plain()[0].clone()
         output[rows.served] = attend(call.rows(rows.served), experts, active[rows.served])
         return output, None
+
+    def read(self, call: Call) -> Output:
+        """What is read of the experts beside an MLP; nothing where there are none."""
+        rows, active, experts = self._for(call)
+        if rows.served is None:
+            return attend_with_null(call, experts, active), None
+        batch, heads, tokens, width = call.query.shape
+        output = call.query.new_zeros(batch, tokens, heads, width)
+        output[rows.served] = attend_with_null(call.rows(rows.served), experts, active[rows.served])
+        return output, None
+
+    @property
+    def off(self) -> bool:
+        return _off.get()
+
+    def active(self, states: Tensor) -> Tensor:
+        """``[rows, tokens, 1]``: 1 for tokens that have experts, else 0."""
+        batch, tokens = states.shape[:2]
+        rows = self.rows_for(batch, states.device)
+        active = _active_positions(rows.start, self.arguments, batch, tokens)
+        if rows.served is not None:
+            active = active & torch.zeros_like(active).index_fill(0, rows.served, True)
+        return active.unsqueeze(-1).to(states.dtype)
+
+    def _for(self, call: Call) -> tuple[RowExperts, Tensor, LayerExperts]:
+        """The rows of a call, which of its tokens are active, and the experts of its layer."""
+        batch, _, tokens, _ = call.query.shape
+        rows = self.rows_for(batch, call.query.device)
+        active = _active_positions(rows.start, self.arguments, batch, tokens)
+        if call.layer not in self.layers:
+            self.layers[call.layer] = self._of_layer(call, rows)
+        return rows, active, self.layers[call.layer]
 
     def _of_layer(self, call: Call, rows: RowExperts) -> LayerExperts:
         experts = rows.experts

@@ -182,7 +182,7 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
         (["--data", "{data}", "--init", "x", "--layer", "1"], "--layer: the form is that of --init x"),
         (["--data", "{data}", "--preset", "attention", "--layers", "7"], "layer 7 is not in"),
         (["--data", "{data}", "--preset", "attention", "--window", "0"], "window is 0"),
-        (["--data", "{data}", "--window", "2"], "has no addition_rank and no window"),
+        (["--data", "{data}", "--window", "2"], "has no addition_rank, no window and no place"),
         (["--data", "{data}", "--preset", "attention", "--layer", "1"], "--layer: give --layers"),
         (["--data", "{data}", "--head", "attention"], "--head attention: give --preset attention"),
         (["--pretrain", "{data}", "--unanswerable", "0.5"], "--unanswerable and --num-passages are for questions"),

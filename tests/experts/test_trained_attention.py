@@ -157,7 +157,7 @@ def test_sizes(make_llm):
 
 def test_other_heads_have_neither_additions_nor_windows():
     for change in ({"window": 2}, {"addition_rank": 4}):
-        with pytest.raises(InputError, match="has no addition_rank and no window"):
+        with pytest.raises(InputError, match="has no addition_rank, no window and no place"):
             HypernetworkConfig.preset("paper", hidden_size=32, layer=1, **change)
 
 
