@@ -121,7 +121,9 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
         if _off.get():
             return
         arguments = signature.bind_partial(*args, **kwargs).arguments
-        cache = arguments.get("past_key_values")
+        # transformers calls it ``cache`` from 5.24 on, and takes the older name too.
+        named = {**kwargs, **arguments}
+        cache = next((named[name] for name in ("past_key_values", "cache") if named.get(name) is not None), None)
         # Asked before the layers run, since each of them adds this pass's tokens to the cache.
         branch.arguments = {**arguments, "past": 0 if cache is None else cache.get_seq_length()}
 
