@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
+PLAIN = {"input_layernorm", "post_attention_layernorm"}
+"""The norms of a layer that has one before its attention and one before its MLP."""
+SANDWICH = PLAIN | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+"""Those of one that has another behind each of the two (Gemma 2 and 3)."""
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -84,3 +90,45 @@ def find_attention(model: PreTrainedModel, layer: int) -> nn.Module:
     if reason:
         raise InputError(f"layer {layer} of {name} {reason}, so there is no place in it for attention experts")
     return found[0]
+
+
+class BesideMLP(NamedTuple):
+    """The modules of two layers between which experts of tokens are read.
+
+    Attributes:
+        below: the layer whose MLP they stand beside.
+        before_mlp: its norm of what enters the MLP.
+        before_attention, attention, behind_attention: of the layer above; the last only where it has such a norm.
+    """
+
+    below: nn.Module
+    before_mlp: nn.Module
+    before_attention: nn.Module
+    attention: nn.Module
+    behind_attention: nn.Module | None
+
+
+def find_beside_mlp(model: PreTrainedModel, layer: int) -> BesideMLP:
+    """What reads experts of tokens beside the MLP of the layer below ``layer``, which is at least 1.
+
+    Raises:
+        InputError: the model has no such layer, or one of the two is built otherwise than a norm and an attention, then
+            a norm and an MLP, so that the modules by themselves do not say what it computes.
+    """
+    attention, (decoder, layers) = find_attention(model, layer), find_decoder(model)
+    below, own = layers[layer - 1], layers[layer]
+    norms = [{name for name, _ in one.named_children() if "norm" in name} for one in (below, own)]
+    scaled = hasattr(own, "residual_multiplier")
+    if norms[0] != norms[1] or norms[0] not in (PLAIN, SANDWICH) or scaled or not hasattr(decoder, "rotary_emb"):
+        raise InputError(
+            f"layers {layer - 1} and {layer} of {type(model).__name__} are not each a norm and an attention, then a "
+            "norm and an MLP, so experts of tokens have no place beside an MLP"
+        )
+    sandwich = norms[0] == SANDWICH
+    return BesideMLP(
+        below,
+        below.get_submodule("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
+        own.get_submodule("input_layernorm"),
+        attention,
+        own.get_submodule("post_attention_layernorm") if sandwich else None,
+    )

@@ -15,7 +15,7 @@ from genpoe_plugin.device_memory import available_memory
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.decoder import find_attention, find_layer
+from genpoe_plugin.experts.decoder import find_attention, find_beside_mlp, find_layer
 from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, unit_mask
@@ -177,6 +177,8 @@ def attention_dimensions(model: PreTrainedModel) -> dict[str, int]:
 def _check_heads(model: PreTrainedModel, config: HypernetworkConfig) -> None:
     for layer in config.layers:
         find_attention(model, layer)
+        if config.place == "mlp":
+            find_beside_mlp(model, layer)
     for name, here in attention_dimensions(model).items():
         if (there := getattr(config, name)) != here:
             raise InputError(f"hypernetwork {name} is {there}, the LLM's is {here}")

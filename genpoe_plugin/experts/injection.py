@@ -8,7 +8,7 @@ left and right padding, cached decoding, chunked prefill and static caches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend, attend_with_null
 from genpoe_plugin.experts.attention_interface import Call, Output, listening
-from genpoe_plugin.experts.beside_mlp import RotaryPositions, read_beside_mlp
+from genpoe_plugin.experts.beside_mlp import read_beside_mlp
 from genpoe_plugin.experts.decoder import find_decoder, find_mlp
 from genpoe_plugin.experts.expert import Experts, Mixture, MLPExperts
 
@@ -115,7 +115,7 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
     decoder, _ = find_decoder(model)
     signature = inspect.signature(decoder.forward)
-    branch = _AttentionBranch(rows) if isinstance(rows.experts, AttentionExperts) else _MLPBranch(rows)
+    branch = _branch(rows)
 
     def note_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _off.get():
@@ -125,20 +125,18 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
         named = {**kwargs, **arguments}
         cache = next((named[name] for name in ("past_key_values", "cache") if named.get(name) is not None), None)
         # Asked before the layers run, since each of them adds this pass's tokens to the cache.
-        branch.arguments = {**arguments, "past": 0 if cache is None else cache.get_seq_length()}
+        branch.begin({**arguments, "past": 0 if cache is None else cache.get_seq_length()})
 
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
-        if isinstance(branch, _AttentionBranch) and branch.beside_mlp:
-            positions = RotaryPositions(decoder)
-            hooks.callback(positions.remove)
-            for layer in layers:
-                hooks.enter_context(read_beside_mlp(model, layer, positions, branch))
-        elif isinstance(branch, _AttentionBranch):
-            hooks.enter_context(listening(model, layers, branch.attended))
-        else:
+        if isinstance(branch, _MLPBranch):
             (layer,) = layers
             hooks.callback(find_mlp(model, layer).register_forward_hook(branch.beside_mlp).remove)
+        else:
+            hooks.enter_context(listening(model, layers, branch.attended))
+        if isinstance(branch, _BesideMLPBranch):
+            for layer in layers:
+                hooks.enter_context(read_beside_mlp(model, layer, branch))
         yield
 
 
@@ -147,9 +145,22 @@ class _Branch:
 
     def __init__(self, rows: RowExperts) -> None:
         self.given = rows
-        self.arguments: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {}
+        self._active: dict[torch.device, Tensor] = {}
         self._batch = 0
         self._rows: dict[torch.device, RowExperts] = {}
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """A pass begins, with these arguments of the decoder."""
+        self._arguments = arguments
+        self._active.clear()
+
+    def active(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+        """``[rows, tokens]``: which tokens of the pass under way the experts act on; the same for all layers."""
+        if device not in self._active:
+            start = self.rows_for(batch, device).start
+            self._active[device] = _active_positions(start, self._arguments, batch, tokens)
+        return self._active[device]
 
     def rows_for(self, batch: int, device: torch.device) -> RowExperts:
         """The rows of a batch of this size there: repeated once a generation, and again where the size changes."""
@@ -184,7 +195,7 @@ class _MLPBranch(_Branch):
             if x.shape[-1] != (width := rows.experts.width):
                 raise InputError(f"experts of width {width} beside an MLP of width {x.shape[-1]}")
             self.mixture = rows.experts.mixture(rows.gates)
-        active = _active_positions(rows.start, self.arguments, batch, tokens)
+        active = self.active(batch, tokens, x.device)
         if rows.served is None:
             return output + self.mixture(x).to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
         mixed = self.mixture(x[rows.served]).to(x.dtype) * active[rows.served].unsqueeze(-1).to(x.dtype)
@@ -198,8 +209,6 @@ class _AttentionBranch(_Branch):
     def __init__(self, rows: RowExperts) -> None:
         super().__init__(rows)
         self.layers: dict[int, LayerExperts] = {}
-        assert isinstance(rows.experts, AttentionExperts)
-        self.beside_mlp = rows.experts.shape.place == "mlp"
 
     def attended(self, call: Call) -> Output:
         """What the layer attends to with the experts in its softmax."""
@@ -213,34 +222,11 @@ class _AttentionBranch(_Branch):
         output[rows.served] = attend(call.rows(rows.served), experts, active[rows.served])
         return output, None
 
-    def read(self, call: Call) -> Output:
-        """What is read of the experts beside an MLP; nothing where there are none."""
-        rows, active, experts = self._for(call)
-        if rows.served is None:
-            return attend_with_null(call, experts, active), None
-        batch, heads, tokens, width = call.query.shape
-        output = call.query.new_zeros(batch, tokens, heads, width)
-        output[rows.served] = attend_with_null(call.rows(rows.served), experts, active[rows.served])
-        return output, None
-
-    @property
-    def off(self) -> bool:
-        return _off.get()
-
-    def active(self, states: Tensor) -> Tensor:
-        """``[rows, tokens, 1]``: 1 for tokens that have experts, else 0."""
-        batch, tokens = states.shape[:2]
-        rows = self.rows_for(batch, states.device)
-        active = _active_positions(rows.start, self.arguments, batch, tokens)
-        if rows.served is not None:
-            active = active & torch.zeros_like(active).index_fill(0, rows.served, True)
-        return active.unsqueeze(-1).to(states.dtype)
-
     def _for(self, call: Call) -> tuple[RowExperts, Tensor, LayerExperts]:
         """The rows of a call, which of its tokens are active, and the experts of its layer."""
         batch, _, tokens, _ = call.query.shape
-        rows = self.rows_for(batch, call.query.device)
-        active = _active_positions(rows.start, self.arguments, batch, tokens)
+        device = call.query.device
+        rows, active = self.rows_for(batch, device), self.active(batch, tokens, device)
         if call.layer not in self.layers:
             self.layers[call.layer] = self._of_layer(call, rows)
         return rows, active, self.layers[call.layer]
@@ -264,3 +250,44 @@ class _AttentionBranch(_Branch):
 
     def forget(self) -> None:
         self.layers.clear()
+
+
+class _BesideMLPBranch(_AttentionBranch):
+    """Experts of tokens beside an MLP; the layers' own passes over the context stay as they are."""
+
+    _reads = False
+
+    @property
+    def off(self) -> bool:
+        return _off.get()
+
+    def reading(self, attention: Callable[[], Tensor]) -> Tensor:
+        """What ``attention`` returns where it attends to the experts alone, and zeros for tokens that have none."""
+        self._reads = True
+        try:
+            found = attention()
+        finally:
+            self._reads = False
+        batch, tokens = found.shape[:2]
+        rows, active = self.rows_for(batch, found.device), self.active(batch, tokens, found.device)
+        if rows.served is not None:
+            active = active & torch.zeros_like(active).index_fill(0, rows.served, True)
+        # Where nothing is attended to, an output projection with a bias returns that.
+        return found * active.unsqueeze(-1)
+
+    def attended(self, call: Call) -> Output:
+        if not self._reads:
+            return call.plain()
+        rows, active, experts = self._for(call)
+        if rows.served is None:
+            return attend_with_null(call, experts, active), None
+        batch, heads, tokens, width = call.query.shape
+        output = call.query.new_zeros(batch, tokens, heads, width)
+        output[rows.served] = attend_with_null(call.rows(rows.served), experts, active[rows.served])
+        return output, None
+
+
+def _branch(rows: RowExperts) -> _MLPBranch | _AttentionBranch:
+    if not isinstance(rows.experts, AttentionExperts):
+        return _MLPBranch(rows)
+    return _BesideMLPBranch(rows) if rows.experts.shape.place == "mlp" else _AttentionBranch(rows)

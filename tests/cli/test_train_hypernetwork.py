@@ -157,6 +157,17 @@ def test_experts_in_the_attention_are_trained_from_a_preset_or_a_checkpoint(llm_
     assert weights["head.adders.0.write"].abs().max() > 0
 
 
+def test_the_same_experts_are_trained_beside_an_mlp(llm_dir, data, tmp_path: Path) -> None:
+    words = ["train", "hypernetwork", "--model", llm_dir, "--data", data, "--preset", "attention", "--layers", "1,2"]
+    words += ["--place", "mlp", "--max-steps", 2, "--learning-rate", 0.01]
+    result = CliRunner().invoke(main, list(map(str, [*words, "--out", tmp_path / "out"])))
+    assert result.exit_code == 0, result.output
+    assert read_record(tmp_path / "out")["hypernetwork"]["place"] == "mlp"
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["head.adders.0.write"].abs().max() > 0
+    assert weights["head.bias"].abs().max() > 0
+
+
 def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
     passages = tmp_path / "passages.jsonl"
     passages.write_text(
@@ -184,6 +195,8 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
         (["--data", "{data}", "--preset", "attention", "--window", "0"], "window is 0"),
         (["--data", "{data}", "--window", "2"], "has no addition_rank, no window and no place"),
         (["--data", "{data}", "--preset", "attention", "--layer", "1"], "--layer: give --layers"),
+        (["--data", "{data}", "--preset", "attention", "--place", "mlp"], "no MLP is below layer 0"),
+        (["--data", "{data}", "--place", "mlp"], "has no addition_rank, no window and no place"),
         (["--data", "{data}", "--head", "attention"], "--head attention: give --preset attention"),
         (["--pretrain", "{data}", "--unanswerable", "0.5"], "--unanswerable and --num-passages are for questions"),
     ],

@@ -41,22 +41,25 @@ def make_store(tokenizer):
     return make
 
 
-def tokens(tokenizer, texts, side="left"):
-    return tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
+def tokens(tokenizer, texts):
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
 
 
 def written_out(model, ids, store, start) -> torch.Tensor:
-    """The logits of one prompt: the decoder's parts called one by one, experts read by loops over heads and tokens."""
+    """The logits of one prompt whose experts are read by loops over heads, tokens and units.
+
+    What enters an MLP is summed up from what enters its layer and what the layer's attention returns.
+    """
     decoder, layers = model.model, list(model.model.layers)
-    assert model.config._attn_implementation == "sdpa"  # which caps no logits
+    eager = model.config._attn_implementation == "eager"  # sdpa caps no logits
+    cap = getattr(model.config, "attn_logit_softcapping", None) if eager else None
     rotate = sys.modules[type(layers[0].self_attn).__module__].apply_rotary_pos_emb
+    sandwich = model.config.model_type.startswith("gemma")
     count = ids.shape[1]
     positions = torch.arange(count)[None]
     rows = store.rows([PASSAGES], [GATES], [start])
     shape = rows.experts.shape
-    states: list[torch.Tensor] = []
-    hooks = []
-    extra = {}
+    entered, attended = {}, {}
 
     def reading(layer: int, residual: torch.Tensor) -> torch.Tensor:
         own = layers[layer]
@@ -65,9 +68,8 @@ def written_out(model, ids, store, start) -> torch.Tensor:
         query = attention.q_proj(x).view(1, count, shape.num_heads, shape.head_width)
         if hasattr(attention, "q_norm"):
             query = attention.q_norm(query)
-        types = getattr(model.config, "layer_types", None)
-        by_type = ("gemma3" in model.config.model_type) and (types[layer],)
-        cos, sin = decoder.rotary_emb(x, positions, *(by_type or ()))
+        kinds = (model.config.layer_types[layer],) if model.config.model_type.startswith("gemma3") else ()
+        cos, sin = decoder.rotary_emb(x, positions, *kinds)
         query, _ = rotate(query.transpose(1, 2), query.transpose(1, 2), cos, sin)
         number = shape.layers.index(layer)
         keys, values = rows.experts.parts[2 * number : 2 * number + 2]
@@ -78,26 +80,40 @@ def written_out(model, ids, store, start) -> torch.Tensor:
                 mass, summed = 1.0, torch.zeros(shape.head_width, dtype=x.dtype)
                 for unit, gate in enumerate(rows.gates[0].tolist()):
                     logit = float(query[0, head, token] @ keys[0, unit, head // group]) * attention.scaling
+                    logit = logit if cap is None else cap * math.tanh(logit / cap)
                     weight = gate / max(GATES) * math.exp(logit + float(bias[head]))
                     mass += weight
                     summed = summed + weight * values[0, unit, head // group]
                 out[0, token, head] = summed / mass
         found = attention.o_proj(out.flatten(2))
-        if hasattr(own, "pre_feedforward_layernorm"):
-            found = own.post_attention_layernorm(found)
+        found = own.post_attention_layernorm(found) if sandwich else found
         return found * (positions >= start).unsqueeze(-1)
 
+    def enter(layer):
+        return lambda _, args: entered.update({layer: args[0]})
+
+    def attend(layer):
+        return lambda _, args, output: attended.update({layer: output[0]})
+
+    def add(layer):
+        def also_read(below, _, output):
+            own = attended[layer - 1]
+            residual = entered[layer - 1] + (below.post_attention_layernorm(own) if sandwich else own)
+            return output + reading(layer, residual)
+
+        return also_read
+
+    hooks = []
     for layer in shape.layers:
         below = layers[layer - 1]
-        norm = getattr(below, "pre_feedforward_layernorm", below.post_attention_layernorm)
-        hooks.append(norm.register_forward_pre_hook(lambda _, args, layer=layer: extra.update({layer: args[0]})))
-        hooks.append(below.register_forward_hook(lambda *a, layer=layer: a[2] + reading(layer, extra[layer])))
+        hooks.append(below.register_forward_pre_hook(enter(layer - 1)))
+        hooks.append(below.self_attn.register_forward_hook(attend(layer - 1)))
+        hooks.append(below.register_forward_hook(add(layer)))
     try:
-        states.append(model(ids).logits)
+        return model(ids).logits
     finally:
         for hook in hooks:
             hook.remove()
-    return states[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,9 +188,24 @@ def test_where_there_is_no_place_it_says_so(make_llm, make_store, tokenizer):
     with pytest.raises(InputError, match="no addition_rank, no window and no place"):
         HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, place="mlp")
     parallel = make_llm("phi")  # one norm for attention and MLP, side by side
-    store = make_store(parallel, (1,))
-    with (
-        pytest.raises(InputError, match="layer 1 of PhiForCausalLM is not a norm and an attention"),
-        inject(parallel, store.layers, store.rows([PASSAGES], [GATES], [0])),
-    ):
+    wrong = "layers 0 and 1 of PhiForCausalLM are not each a norm and an attention, then a norm and an MLP"
+    with pytest.raises(InputError, match=wrong):  # before anything is read or trained
+        make_store(parallel, (1,))
+    store = make_store(make_llm("llama", num_key_value_heads=4), (1,))
+    with pytest.raises(InputError, match=wrong), inject(parallel, (1,), store.rows([PASSAGES], [GATES], [0])):
         pass
+
+
+@torch.no_grad()
+def test_tokens_without_experts_get_no_bias_of_the_output_projection(make_llm, make_store, tokenizer):
+    model = make_llm("llama", attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias.fill_(3.0)
+    store = make_store(model)
+    batch = tokens(tokenizer, [QUESTION, QUESTION])
+    plain = model(**batch).logits
+    with inject(model, store.layers, store.rows([PASSAGES, []], [GATES, []], [3, 0])):
+        found = model(**batch).logits
+    torch.testing.assert_close(found[0, :3], plain[0, :3], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found[1], plain[1], atol=1e-6, rtol=1e-6)
+    assert (found[0, 3:] - plain[0, 3:]).abs().max() > 0.05

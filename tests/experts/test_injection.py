@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_mlp
@@ -76,6 +77,26 @@ def test_chunked_prefill_equals_one_pass(make_llm, rows, prompts):
         first = model(prompts[:, :2], use_cache=True)
         second = model(prompts[:, 2:], past_key_values=first.past_key_values, use_cache=True)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_is_found_by_either_of_its_names(make_llm, rows, prompts, monkeypatch):
+    """As of transformers 5.24, where a decoder's cache is called otherwise, and the older name is still taken."""
+    model = make_llm("llama")
+    decoder, forward = model.model, model.model.forward
+
+    def renamed(input_ids=None, *, cache=None, **kwargs):
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", renamed)
+    with inject(model, LAYER, rows):
+        whole = decoder(prompts).last_hidden_state
+        for name in ("cache", "past_key_values"):
+            cache = DynamicCache(config=model.config)
+            chunks = [decoder(prompts[:, part], **{name: cache})[0] for part in (slice(2), slice(2, None))]
+            torch.testing.assert_close(torch.cat(chunks, 1), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
