@@ -66,6 +66,7 @@ class Cell:
 def cells(layers: Sequence[int]) -> list[Cell]:
     """The ladder, for experts in ``layers``."""
     attention = ("--preset", "attention", "--layers", ",".join(map(str, layers)))
+    one_layer = ("--preset", "attention", "--layers", str(layers[-1]))
     middle = ("--layer", str(layers[0]))
     return [
         Cell(LORA, None),
@@ -76,6 +77,8 @@ def cells(layers: Sequence[int]) -> list[Cell]:
         Cell("window_4_distilled", (*attention, "--window", "4", "--distillation", "0.5")),
         Cell("window_4_distractors", (*attention, "--window", "4", "--num-passages", "4")),
         Cell("window_64", (*attention, "--window", "64")),
+        Cell("window_4_beside_mlp", (*attention, "--window", "4", "--place", "mlp")),
+        Cell("window_4_beside_one_mlp", (*one_layer, "--window", "4", "--place", "mlp")),
         Cell("memory", ("--preset", "recommended", *middle)),
     ]
 

@@ -17,6 +17,7 @@ from benchmarks.real_llm.ladder import LADDER, cells
 from genpoe_plugin.questions import read_questions
 from tests.benchmarks.test_real_llm_table import LIMIT, LmEval, data, letters  # noqa: F401
 from train_cli.main import main as genpoe
+from train_cli.train_hypernetwork import hypernetwork
 
 
 class Trains(LmEval):
@@ -138,3 +139,13 @@ def test_bad_input_is_one_line(run, more, message):
 def test_names_of_cells_are_all_different():
     names = [cell.name for cell in cells((0, 2))]
     assert len(set(names)) == len(names)
+
+
+def test_cells_have_options_that_the_training_takes():
+    shared = ["--model", "llm", "--data", "questions.jsonl", "--out", "out"]
+    for cell in cells((1, 2)):
+        if cell.options is not None:
+            hypernetwork.make_context("hypernetwork", [*shared, *cell.options])  # which refuses unknown ones
+    beside = {cell.name: cell.options for cell in cells((1, 2)) if "--place" in (cell.options or ())}
+    layers = {name: options[options.index("--layers") + 1] for name, options in beside.items()}
+    assert layers == {"window_4_beside_mlp": "1,2", "window_4_beside_one_mlp": "2"}
