@@ -45,6 +45,11 @@ def knowledge_block(passages: Sequence[str]) -> str:
     return "".join(f"{line}\n" for line in ("Knowledge:", *passages)) if passages else ""
 
 
+def paragraph(passage: str) -> str:
+    """The passage by itself, with an empty line behind it."""
+    return f"{passage}\n\n"
+
+
 def cut_passages(
     passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int = MAX_PASSAGE_TOKENS
 ) -> list[str]:

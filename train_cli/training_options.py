@@ -63,7 +63,9 @@ FORM_HELP = {
     "base": "What an untrained expert is.",
     "generator_gain": "Factor on what is generated.",
     "addition_rank": "Of what is added to keys and values of experts in the attention.  [default: 64]",
+    "query_rank": "Of what is added to the queries that read experts in the attention.",
     "window": "Consecutive tokens of a passage that become one unit of an expert in the attention.",
+    "layout": "How the LLM reads a passage for experts in the attention: as in RAG's prompt, or by itself.",
     "place": "Where experts of passages' tokens are read: in the attention, or beside the MLP below.",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,22 @@ class AttentionShape:
         return torch.cat(parts, -2)
 
 
+class QueryAddition(NamedTuple):
+    """What is added to the queries of a layer, from the state that enters their projection; shared by all experts."""
+
+    read: Tensor
+    """``[rank, d]``."""
+    write: Tensor
+    """``[rank, heads x head width]``."""
+
+    def to(self, target: torch.device | torch.dtype) -> QueryAddition:
+        return QueryAddition(self.read.to(target), self.write.to(target))
+
+    def of(self, state: Tensor) -> Tensor:
+        """``[..., d]`` to ``[..., heads x head width]``; the state is brought to unit root mean square."""
+        return functional.rms_norm(state, state.shape[-1:]) @ self.read.mT @ self.write
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionExperts(Experts):
     """Keys and values of passages' tokens: a unit for each token, or for each window of tokens.
@@ -76,11 +92,13 @@ class AttentionExperts(Experts):
         shape: which layers and heads.
         bias: ``b``, ``[layers, heads]``: added to the logits of all experts' tokens; shared by all experts.
         parts: for each layer its keys and then its values, each ``[..., heads, head width]``.
+        queries: for each layer what is added to the queries of the tokens that the experts act on; empty for nothing.
     """
 
     shape: AttentionShape
     bias: Tensor
     parts: tuple[Tensor, ...]
+    queries: tuple[QueryAddition, ...] = ()
 
     @classmethod
     def of(cls, shape: AttentionShape, bias: Tensor, units: Tensor) -> AttentionExperts:
@@ -100,7 +118,9 @@ class AttentionExperts(Experts):
         return replace(self, parts=weights)
 
     def to(self, target: torch.device | torch.dtype) -> AttentionExperts:
-        return replace(self, bias=self.bias.to(target), parts=tuple(part.to(target) for part in self.parts))
+        parts = tuple(part.to(target) for part in self.parts)
+        queries = tuple(query.to(target) for query in self.queries)
+        return replace(self, bias=self.bias.to(target), parts=parts, queries=queries)
 
     def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
         """As `Experts.select`; in memory, heads come before rows, which is the order that attention needs."""
@@ -113,7 +133,8 @@ class AttentionExperts(Experts):
         for number, heads in zip(numbers, shape.kv_heads, strict=True):
             index = [self.shape.kv_heads[number].index(head) for head in heads]
             parts += [part[..., index, :] for part in self.parts[2 * number : 2 * number + 2]]
-        return AttentionExperts(shape, self.bias[numbers], tuple(parts))
+        queries = tuple(self.queries[number] for number in numbers) if self.queries else ()
+        return AttentionExperts(shape, self.bias[numbers], tuple(parts), queries)
 
     def layer(self, layer: int, gates: Tensor) -> LayerExperts:
         """The experts of a batch in one layer, laid out for the passes of a generation.

@@ -35,6 +35,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+ATTENTION_ONLY = ("addition_rank", "query_rank", "window", "place", "layout")
+"""Fields that are used by the head ``attention`` alone."""
+
+
 @dataclass(frozen=True)
 class HypernetworkConfig:
     """Dimensions and forms of a hypernetwork and its experts.
@@ -70,8 +74,12 @@ class HypernetworkConfig:
         kv_heads: for each of ``layers`` the key-value heads that experts have, in ascending order; None for all.
         addition_rank: of what a trained ``attention`` head adds to keys and values, from the states that enter each of
             the layers; None for an untrained one, which adds nothing and reads no states.
+        query_rank: of what a trained ``attention`` head adds to the queries of the tokens that its experts act on; None
+            for nothing.
         window: so many consecutive tokens of a passage become one unit of an expert in the attention, pooled by
             learned scores of the states that enter the layer.
+        layout: how a passage is laid out where the LLM reads it for the ``attention`` head. ``knowledge``: as in the
+            prompt of RAG, after the line ``Knowledge:``. ``paragraph``: by itself, with an empty line behind it.
         place: where experts of the ``attention`` head are read. ``attention``: in the softmax of each of ``layers``,
             beside the own context. ``mlp``: beside the MLP of the layer below each of them, by that layer's own
             attention weights, in a softmax with a null instead of the own context.
@@ -96,8 +104,10 @@ class HypernetworkConfig:
     head_width: int | None = None
     kv_heads: tuple[tuple[int, ...], ...] | None = None
     addition_rank: int | None = None
+    query_rank: int | None = None
     window: int = 1
     place: Literal["attention", "mlp"] = "attention"
+    layout: Literal["knowledge", "paragraph"] = "knowledge"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -115,8 +125,8 @@ class HypernetworkConfig:
             raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose queries find what it keeps")
         if self.head == "attention":
             self._check_heads()
-        elif self.addition_rank is not None or self.window != 1 or self.place != "attention":
-            raise InputError(f"hypernetwork head {self.head!r} has no addition_rank, no window and no place")
+        elif wrong := [name for name in ATTENTION_ONLY if getattr(self, name) != _default(name)]:
+            raise InputError(f"hypernetwork {wrong[0]} is for head 'attention'; head {self.head!r} has none")
         elif len(self.layers) > 1:
             raise InputError(f"hypernetwork layers is {self.layers!r}; head {self.head!r} has experts in one layer")
 
@@ -192,6 +202,10 @@ class HypernetworkConfig:
         if isinstance(values.get("kv_heads"), list):
             values["kv_heads"] = tuple(tuple(own) if isinstance(own, list) else own for own in values["kv_heads"])
         return cls(**values)
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(HypernetworkConfig) if field.name == name)
 
 
 def _ascending(numbers: Any) -> bool:

@@ -92,6 +92,20 @@ def find_attention(model: PreTrainedModel, layer: int) -> nn.Module:
     return found[0]
 
 
+def find_query_projection(model: PreTrainedModel, layer: int) -> nn.Module:
+    """What makes the queries of decoder layer ``layer``, and nothing else.
+
+    Raises:
+        InputError: the model has no such layer, or the layer makes queries, keys and values in one product.
+    """
+    projection = getattr(find_attention(model, layer), "q_proj", None)
+    if projection is None:
+        raise InputError(
+            f"layer {layer} of {type(model).__name__} has no q_proj of its own, so nothing can be added to its queries"
+        )
+    return projection
+
+
 class BesideMLP(NamedTuple):
     """The modules of two layers between which experts of tokens are read.
 

@@ -15,13 +15,13 @@ from genpoe_plugin.device_memory import available_memory
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.decoder import find_attention, find_beside_mlp, find_layer
+from genpoe_plugin.experts.decoder import find_attention, find_beside_mlp, find_layer, find_query_projection
 from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, unit_mask
 from genpoe_plugin.experts.states import hidden_states, keys_and_values
 from genpoe_plugin.language_model import embedding_table
-from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block, paragraph
 
 MOST = 128  # passages at a time
 MOST_READ_ON_CPU = 16  # by the LLM; what its layers compute for more leaves the CPU's caches
@@ -105,7 +105,8 @@ class ExpertGenerator:
         limit += self.tokenizer.num_special_tokens_to_add() if added else 0
         if self.attention:
             # Cut before what the prompt puts around it.
-            texts = [knowledge_block([text]) if text else "" for text in cut_passages(texts, self.tokenizer)]
+            laid_out = paragraph if self.config.layout == "paragraph" else lambda text: knowledge_block([text])
+            texts = [laid_out(text) if text else "" for text in cut_passages(texts, self.tokenizer)]
         rows = self.tokenizer(
             texts,
             add_special_tokens=added,
@@ -177,6 +178,8 @@ def attention_dimensions(model: PreTrainedModel) -> dict[str, int]:
 def _check_heads(model: PreTrainedModel, config: HypernetworkConfig) -> None:
     for layer in config.layers:
         find_attention(model, layer)
+        if config.query_rank is not None:
+            find_query_projection(model, layer)
         if config.place == "mlp":
             find_beside_mlp(model, layer)
     for name, here in attention_dimensions(model).items():

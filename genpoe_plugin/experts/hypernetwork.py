@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
+from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, QueryAddition
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors, Weights
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
 PART = 32_768  # entries of a generated expert at a time
 
@@ -218,24 +220,40 @@ class MemoryHead(nn.Module):
 class AttentionHead(nn.Module):
     """What the LLM's attention keeps of a passage's tokens is the expert; untrained, there is nothing to generate.
 
-    What is learned starts as nothing: a bias for each query head on the logits of all units, additions to the keys and
-    values of each layer, and scores by which the tokens of a window are pooled into one unit. Additions and scores come
-    from the states that enter the layer, brought to unit root mean square, for the scales of LLMs differ widely. Keys
-    are rotated already; what is added to them stands for no position.
+    What is learned starts as nothing: a bias for each query head on the logits of all units, additions to the keys,
+    values and queries of each layer, and scores by which the tokens of a window are pooled into one unit. Additions and
+    scores come from the states that enter the layer, brought to unit root mean square, for the scales of LLMs differ
+    widely. Keys are rotated already; what is added to them stands for no position. Queries are those of the tokens that
+    the experts act on, before they are rotated.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.shape = AttentionShape.of(config)
         self.window, self.width, self.reads_states = config.window, config.hidden_size, config.reads_states
-        # A unit stands for the tokens of a window, and begins with as much of the softmax as so many alike have.
-        self.bias = nn.Parameter(torch.full((len(self.shape.layers), self.shape.num_heads), math.log(self.window)))
+        # A unit stands for the tokens of a window, and begins with as much of the softmax as so many alike have. Beside
+        # an MLP, a whole passage begins with as much of it as the null, whose logit is 0.
+        bias = math.log(self.window) - (math.log(MAX_PASSAGE_TOKENS) if config.place == "mlp" else 0)
+        self.bias = nn.Parameter(torch.full((len(self.shape.layers), self.shape.num_heads), bias))
         self.adders = nn.ModuleList(LayerAddition(config, len(heads)) for heads in self.shape.kv_heads)
+        self.query_read = self.query_write = None
+        if (rank := config.query_rank) is not None:
+            layers, d = len(self.shape.layers), config.hidden_size
+            width = self.shape.num_heads * self.shape.head_width
+            self.query_read = nn.Parameter(torch.randn(layers, rank, d) / math.sqrt(d))
+            self.query_write = nn.Parameter(torch.zeros(layers, rank, width))
+
+    @property
+    def queries(self) -> tuple[QueryAddition, ...]:
+        """What is added to the queries of each layer; empty for nothing."""
+        if self.query_read is None or self.query_write is None:
+            return ()
+        return tuple(map(QueryAddition, self.query_read, self.query_write))
 
     def forward(self, states: Tensor, mask: Tensor) -> AttentionExperts:
         """Units ``[n, windows]`` of states ``[n, tokens, ...]`` (see `Hypernetwork.state_shape`)."""
         if not self.reads_states:
-            return AttentionExperts.of(self.shape, self.bias, states)
+            return replace(AttentionExperts.of(self.shape, self.bias, states), queries=self.queries)
         kept = self.shape.vectors * self.shape.head_width
         units, *hidden = states.split([kept, *[self.width] * len(self.adders)], -1)
         parts = units.unflatten(-1, (self.shape.vectors, self.shape.head_width)).split(self.shape.heads, -2)
@@ -244,7 +262,7 @@ class AttentionHead(nn.Module):
         for number, (adder, state) in enumerate(zip(self.adders, hidden, strict=True)):
             keys, values = parts[2 * number : 2 * number + 2]
             found += adder(keys, values, functional.rms_norm(state, state.shape[-1:]), windows, inside)
-        return AttentionExperts(self.shape, self.bias, tuple(found))
+        return AttentionExperts(self.shape, self.bias, tuple(found), self.queries)
 
 
 class LayerAddition(nn.Module):

@@ -23,7 +23,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend, attend_with_null
 from genpoe_plugin.experts.attention_interface import Call, Output, listening
 from genpoe_plugin.experts.beside_mlp import read_beside_mlp
-from genpoe_plugin.experts.decoder import find_decoder, find_mlp
+from genpoe_plugin.experts.decoder import find_decoder, find_mlp, find_query_projection
 from genpoe_plugin.experts.expert import Experts, Mixture, MLPExperts
 
 # Else a model that was compiled (which transformers does by itself with a static cache) runs on without a look at the
@@ -134,6 +134,9 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
             hooks.callback(find_mlp(model, layer).register_forward_hook(branch.beside_mlp).remove)
         else:
             hooks.enter_context(listening(model, layers, branch.attended))
+            for layer in layers if branch.adds_to_queries else ():
+                projection = find_query_projection(model, layer)
+                hooks.callback(projection.register_forward_hook(branch.add_to_queries(layer)).remove)
         if isinstance(branch, _BesideMLPBranch):
             for layer in layers:
                 hooks.enter_context(read_beside_mlp(model, layer, branch))
@@ -209,6 +212,39 @@ class _AttentionBranch(_Branch):
     def __init__(self, rows: RowExperts) -> None:
         super().__init__(rows)
         self.layers: dict[int, LayerExperts] = {}
+        assert isinstance(rows.experts, AttentionExperts)
+        self._shared = rows.experts
+
+    @property
+    def adds_to_queries(self) -> bool:
+        return bool(self._shared.queries)
+
+    def add_to_queries(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """A forward hook of what makes the queries of ``layer``."""
+        shared = self._shared
+        addition = shared.queries[shared.shape.layers.index(layer)]
+
+        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not self.reading_now:
+                return output
+            (x,) = args
+            batch, tokens = x.shape[:2]
+            added = addition.to(x.device).to(x.dtype).of(x) * self._served(batch, tokens, x.device).unsqueeze(-1)
+            return output + added.to(output.dtype)
+
+        return add
+
+    @property
+    def reading_now(self) -> bool:
+        """Whether the layer under way attends to experts."""
+        return not _off.get()
+
+    def _served(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+        """``[rows, tokens]``: the active tokens of the rows that have experts."""
+        rows, active = self.rows_for(batch, device), self.active(batch, tokens, device)
+        if rows.served is None:
+            return active
+        return active & torch.zeros_like(active).index_fill(0, rows.served, True)
 
     def attended(self, call: Call) -> Output:
         """What the layer attends to with the experts in its softmax."""
@@ -268,12 +304,13 @@ class _BesideMLPBranch(_AttentionBranch):
             found = attention()
         finally:
             self._reads = False
-        batch, tokens = found.shape[:2]
-        rows, active = self.rows_for(batch, found.device), self.active(batch, tokens, found.device)
-        if rows.served is not None:
-            active = active & torch.zeros_like(active).index_fill(0, rows.served, True)
         # Where nothing is attended to, an output projection with a bias returns that.
-        return found * active.unsqueeze(-1)
+        batch, tokens = found.shape[:2]
+        return found * self._served(batch, tokens, found.device).unsqueeze(-1)
+
+    @property
+    def reading_now(self) -> bool:
+        return self._reads
 
     def attended(self, call: Call) -> Output:
         if not self._reads:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, heads_first
+from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, QueryAddition, heads_first
 from genpoe_plugin.experts.expert import Experts, Weights
 
 LARGEST = 127
@@ -23,7 +23,7 @@ class Int8Experts(Experts):
     """`AttentionExperts` as they are kept; `select` gives them back.
 
     Attributes:
-        shape, bias: as of `AttentionExperts`.
+        shape, bias, queries: as of `AttentionExperts`.
         dtype: of what `select` gives back.
         parts: for each of the parts of `AttentionExperts` its codes, ``[units, heads, head width]`` in int8, and then
             the scales that they are multiplied with, ``[units, heads, 1]`` in float32.
@@ -33,6 +33,7 @@ class Int8Experts(Experts):
     bias: Tensor
     dtype: torch.dtype
     parts: tuple[Tensor, ...]
+    queries: tuple[QueryAddition, ...] = ()
 
     @classmethod
     def of(cls, experts: AttentionExperts) -> Int8Experts:
@@ -41,7 +42,7 @@ class Int8Experts(Experts):
         for part in experts.parts:
             scale = part.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
             parts += [(part.float() / scale).round().to(torch.int8), scale]
-        return cls(experts.shape, experts.bias, experts.parts[0].dtype, tuple(parts))
+        return cls(experts.shape, experts.bias, experts.parts[0].dtype, tuple(parts), experts.queries)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -56,13 +57,14 @@ class Int8Experts(Experts):
 
     def to(self, target: torch.device | torch.dtype) -> Int8Experts:
         """On a device, or to be given back in a dtype."""
+        bias, queries = self.bias.to(target), tuple(query.to(target) for query in self.queries)
         if isinstance(target, torch.dtype):
-            return replace(self, bias=self.bias.to(target), dtype=target)
-        return replace(self, bias=self.bias.to(target), parts=tuple(part.to(target) for part in self.parts))
+            return replace(self, bias=bias, queries=queries, dtype=target)
+        return replace(self, bias=bias, queries=queries, parts=tuple(part.to(target) for part in self.parts))
 
     def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
         parts = [
             (heads_first(codes, index) * heads_first(scales, index)).to(self.dtype)
             for codes, scales in zip(weights[::2], weights[1::2], strict=True)
         ]
-        return AttentionExperts(self.shape, self.bias, tuple(parts))
+        return AttentionExperts(self.shape, self.bias, tuple(parts), self.queries)

@@ -37,7 +37,7 @@ def state_files(
     folder: str | Path, config: HypernetworkConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> ExpertFiles:
     """Where states are kept for later runs: of this LLM and tokenizer, and of what ``config`` reads of them."""
-    read = {name: getattr(config, name) for name in ("head", "states", "layers", "kv_heads", "reads_states")}
+    read = {name: getattr(config, name) for name in ("head", "states", "layers", "kv_heads", "reads_states", "layout")}
     facts = [llm_identity(model), weights_sample(model), str(model.dtype), tokenizer_fingerprint(tokenizer), read]
     return ExpertFiles(folder, f"states-{sha256(json.dumps(facts).encode()).hexdigest()[:16]}")
 

@@ -156,8 +156,9 @@ def test_sizes(make_llm):
 
 
 def test_other_heads_have_neither_additions_nor_windows():
-    for change in ({"window": 2}, {"addition_rank": 4}):
-        with pytest.raises(InputError, match="has no addition_rank, no window and no place"):
+    for change in ({"window": 2}, {"addition_rank": 4}, {"query_rank": 4}, {"layout": "paragraph"}):
+        (name,) = change
+        with pytest.raises(InputError, match=f"{name} is for head 'attention'"):
             HypernetworkConfig.preset("paper", hidden_size=32, layer=1, **change)
 
 
