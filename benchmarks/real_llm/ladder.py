@@ -18,34 +18,37 @@ from typing import Any
 from safetensors.torch import load_file
 
 from benchmarks.real_llm.layers import BYTES, Layers
-from benchmarks.real_llm.lora import ADAPTER, train_adapter
+from benchmarks.real_llm.lora import ADAPTER
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.output import passage_tokens
-from benchmarks.real_llm.questions import file_of, with_gold
+from benchmarks.real_llm.questions import DISTRACTORS, file_of, with_gold
 from benchmarks.real_llm.rows import StudyRow
 from benchmarks.real_llm.scores import Scores, paired
 from benchmarks.real_llm.study import Study
 from benchmarks.row import machine
 from genpoe_plugin.checkpoint import read_config
+from genpoe_plugin.comparison.matrix import processors_of_one
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.int8 import unit_bytes
-from genpoe_plugin.files import atomic_file, file_digest
-from genpoe_plugin.language_model import load_language_model
+from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import normalise_question
 from genpoe_plugin.questions import read_questions, write_questions
 from genpoe_plugin.training.arguments import HypernetworkTraining
-from genpoe_plugin.training.examples import training_examples
 
 CONTROLS = ("shuffled", "constant")
-UNTRAINED, INT8 = "untrained", "int8"
+UNTRAINED, INT8, FOUR_EQUAL = "untrained", "int8", "four-equal"
 LORA = "rag_lora"
 LADDER = "ladder.json"
+COUNTS = (1, 2, 4, 8)
+"""Retrieved passages of a question."""
 LABELS = {
     f"-{INT8}": f", {INT8}",
     "-experts": ", untrained experts",
     "-experts-shuffled": ", untrained experts",
     "-experts-all": ", untrained experts in all layers",
+    f"-{FOUR_EQUAL}": "",
+    **{f"-first-{count}": "" for count in COUNTS},
 }
 """Ends of the names of rows, and what a table has beside the name of the training."""
 COMPARED = ("em", "f1", "nats")
@@ -57,30 +60,54 @@ class Cell:
 
     Attributes:
         options: of `genpoe train hypernetwork`, beside those that all cells share; None for the adapter of RAG.
+        pretrained: whether it learns from passages alone first, as many steps as from questions then.
+        several: whether it is also asked with several passages of equal gates.
     """
 
     name: str
     options: tuple[str, ...] | None = ()
+    pretrained: bool = False
+    several: bool = False
 
 
-def cells(layers: Sequence[int]) -> list[Cell]:
-    """The ladder, for experts in ``layers``."""
-    attention = ("--preset", "attention", "--layers", ",".join(map(str, layers)))
-    one_layer = ("--preset", "attention", "--layers", str(layers[-1]))
-    middle = ("--layer", str(layers[0]))
-    return [
+def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> list[Cell]:
+    """The ladder: one form for most, and cells that differ from it in one thing each.
+
+    Args:
+        layers: of experts in the attention.
+        more_layers: of the cell that has more of them.
+    """
+
+    def attention(*options: str, window: int = 4, queries: bool = True, layout: str = "paragraph", own: Any = None):
+        words = ["--preset", "attention", "--layers", ",".join(map(str, own or layers)), "--window", str(window)]
+        words += ["--layout", layout, *(("--query-rank", "64") if queries else ())]
+        return (*words, *options)
+
+    unanswerable, several = ("--unanswerable", "0.25"), ("--num-passages", "4")
+    one, middle = (layers[-1],), ("--layer", str(layers[0]))
+    found = [
         Cell(LORA, None),
-        Cell("window_4", (*attention, "--window", "4")),
-        Cell("window_16", (*attention, "--window", "16")),
-        Cell("window_1", attention),
-        Cell("window_4_unanswerable", (*attention, "--window", "4", "--unanswerable", "0.25")),
-        Cell("window_4_distilled", (*attention, "--window", "4", "--distillation", "0.5")),
-        Cell("window_4_distractors", (*attention, "--window", "4", "--num-passages", "4")),
-        Cell("window_64", (*attention, "--window", "64")),
-        Cell("window_4_beside_mlp", (*attention, "--window", "4", "--place", "mlp")),
-        Cell("window_4_beside_one_mlp", (*one_layer, "--window", "4", "--place", "mlp")),
+        Cell("window_4", attention()),
+        Cell("window_16", attention(window=16)),
+        Cell("window_4_unanswerable", attention(*unanswerable)),
+        Cell("window_4_robust", attention(*unanswerable, *several), several=True),
+        Cell("window_16_robust", attention(*unanswerable, *several, window=16), several=True),
+        Cell("window_4_distractors", attention(*several), several=True),
+        Cell("window_4_distilled", attention("--distillation", "0.5")),
+        Cell("window_4_pretrained", attention(), pretrained=True),
+        Cell("window_4_plain_queries", attention(queries=False)),
+        Cell("window_4_prompt_layout", attention(layout="knowledge")),
+        Cell("window_1", attention(window=1)),
+        Cell("window_64", attention(window=64)),
+        Cell("window_4_one_layer", attention(own=one)),
+        Cell("window_4_beside_mlp", attention("--place", "mlp")),
+        Cell("window_4_beside_one_mlp", attention("--place", "mlp", own=one)),
         Cell("memory", ("--preset", "recommended", *middle)),
+        Cell("paper", ("--preset", "paper", *middle)),
     ]
+    if more_layers is not None:
+        found.insert(3, Cell("window_4_more_layers", attention(own=more_layers)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,9 @@ class Ladder:
         training: file of questions with passages, for each data set.
         arguments: of all trainings, without their seed.
         lora_rank: of the adapter of RAG.
+        more_layers: as of `cells`.
+        passages: to learn from without questions.
+        jobs: trainings and rows that run at a time.
     """
 
     study: Study
@@ -101,6 +131,13 @@ class Ladder:
     training: tuple[Path, ...]
     arguments: HypernetworkTraining
     lora_rank: int
+    more_layers: Layers | None = None
+    passages: Path | None = None
+    jobs: int = 1
+
+    @property
+    def cells(self) -> list[Cell]:
+        return cells(self.layers, self.more_layers)
 
     @property
     def _wanted(self) -> int:
@@ -136,25 +173,43 @@ class Ladder:
         """The folder of a cell's checkpoint or adapter, which is made unless it is there.
 
         Raises:
-            InputError: the training failed.
+            InputError: the training failed, or it needs passages and the study has none.
         """
         out = self.study.out / "trained" / f"{cell.name}-{seed}"
-        arguments = replace(self.arguments, seed=seed)
         if cell.options is None:
-            model, tokenizer = load_language_model(self.study.llm, device=self.study.device, dtype=self.study.dtype)
-            model.requires_grad_(False)
-            examples = training_examples(read_questions(self.data))
-            identity = {"llm": self.study.llm, "dtype": self.study.dtype, "data": file_digest(self.data)}
-            return train_adapter(model, tokenizer, examples, arguments, self.lora_rank, out, identity)
-        words = ["train", "hypernetwork", "--model", self.study.llm, "--data", str(self.data), "--out", str(out)]
+            self._run(self._adapter_command(out, seed), cell)
+            return out
+        if not cell.pretrained:
+            self._run(self._command("--data", self.data, out, seed, cell.options), cell)
+            return out
+        if self.passages is None:
+            raise InputError(f"{cell.name}: the folder of data has no file of passages to learn from")
+        first = out.with_name(f"{out.name}-passages")
+        self._run(self._command("--pretrain", self.passages, first, seed, cell.options), cell)
+        self._run(self._command("--data", self.data, out, seed, ("--init", str(first))), cell)
+        return out
+
+    def _command(self, kind: str, source: Path, out: Path, seed: int, options: Sequence[str]) -> list[str]:
+        words = ["train_cli", "train", "hypernetwork", "--model", self.study.llm, kind, str(source), "--out", str(out)]
         words += ["--dtype", self.study.dtype, "--device", str(self.study.device)]
         for name in ("max_steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "save_every", "seed"):
-            if (value := getattr(arguments, name)) is not None:
+            if (value := getattr(replace(self.arguments, seed=seed), name)) is not None:
                 words += ["--" + name.replace("_", "-"), str(value)]
-        done = subprocess.run([sys.executable, "-m", "train_cli", *words, *cell.options], stdin=subprocess.DEVNULL)
+        return [*words, *options]
+
+    def _adapter_command(self, out: Path, seed: int) -> list[str]:
+        arguments = self.arguments
+        words = ["benchmarks", "real-llm", "adapter", "--llm", self.study.llm, "--data", str(self.data)]
+        words += ["--out", str(out), "--steps", str(arguments.max_steps), "--batch-size", str(arguments.batch_size)]
+        words += ["--learning-rate", str(arguments.learning_rate), "--rank", str(self.lora_rank), "--seed", str(seed)]
+        return [*words, "--dtype", self.study.dtype, "--device", str(self.study.device)]
+
+    def _run(self, command: Sequence[str], cell: Cell) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, env=processors_of_one(self.jobs)
+        )
         if done.returncode:
-            raise InputError(f"{cell.name}: training stopped with status {done.returncode}; the same command goes on")
-        return out
+            raise InputError(f"{cell.name}: training stopped with status {done.returncode}; the same command resumes")
 
     def rows(self, cell: Cell, seed: int) -> list[StudyRow]:
         """What is asked of a trained cell: the right passage, and the controls."""
@@ -170,17 +225,26 @@ class Ladder:
             ]
         row = StudyRow(name, "genpoe", layers=self.layers, checkpoint=trained)
         rows = [row, *(replace(row, name=f"{name}-{kind}", passages=kind, curve=True) for kind in CONTROLS)]
-        return [*rows, _in_int8(row)] if "attention" in cell.options else rows
+        if "attention" in cell.options:
+            rows.append(_in_int8(row))
+        if cell.several:
+            rows += [_four_equal(row), *(_first(row, count) for count in COUNTS)]
+        return rows
 
     def base_rows(self) -> list[StudyRow]:
         """What trainings are compared with."""
         untrained = StudyRow(UNTRAINED, "genpoe", layers=self.layers)
-        return [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), untrained, _in_int8(untrained)]
+        four = StudyRow("rag_four", "rag", "hard", num_passages=DISTRACTORS + 1, curve=True)
+        rows = [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), four]
+        return [*rows, untrained, _in_int8(untrained), _four_equal(untrained)]
 
     def records(self) -> list[dict[str, Any]]:
         """One for every finished row, of whichever command."""
-        rows = {row.name: (_label(row.name, row.name.removesuffix(f"-{INT8}")), None, row) for row in self.base_rows()}
-        for cell in cells(self.layers):
+        rows = {
+            row.name: (_label(row.name, UNTRAINED) if row.name.startswith(UNTRAINED) else row.name, None, row)
+            for row in self.base_rows()
+        }
+        for cell in self.cells:
             folders = (self.study.out / "trained").glob(f"{cell.name}-*")
             for seed in sorted(int(end) for folder in folders if (end := folder.name[len(cell.name) + 1 :]).isdigit()):
                 own = f"{cell.name}-{seed}"
@@ -198,14 +262,14 @@ class Ladder:
     def _record(self, row: StudyRow, seed: int | None, scores: dict[str, Scores]) -> dict[str, Any]:
         names = list(self.study.files)
         record: dict[str, Any] = {
-            "passage": "right" if row.passages == "retrieved" else row.passages,
+            "passage": _passage(row),
             **self._size(row),
         }
         for measure in COMPARED:
             column = paired([scores[row.name]], names, (measure,))[:, 0]
             record[measure] = asdict(mean(column, share=measure != "nats"))
         record["n"] = len(paired([scores[row.name]], names, ("f1",)))
-        if row.mode == "genpoe" and row.passages == "retrieved":
+        if row.reads_gold:
             for name, other in (("of_prompt", "rag"), ("of_rag_lora", f"{LORA}-{seed}")):
                 if {"closed_book", other} <= scores.keys():
                     three = [scores[one] for one in (row.name, "closed_book", other)]
@@ -237,6 +301,25 @@ def _label(name: str, own: str) -> str:
     """``own``, the name of a training or of a row without one, and what a table has for the rest of ``name``."""
     rest = name[len(own) :]
     return own + LABELS.get(rest, "")
+
+
+def _passage(row: StudyRow) -> str:
+    """What a row is asked with, for tables."""
+    if row.purpose == "ranked":
+        return f"{row.num_passages} retrieved"
+    if row.purpose == "hard":
+        return f"right and {DISTRACTORS} distractors"
+    return "right" if row.passages == "retrieved" else row.passages
+
+
+def _four_equal(row: StudyRow) -> StudyRow:
+    name, count = f"{row.name}-{FOUR_EQUAL}", DISTRACTORS + 1
+    return replace(row, name=name, purpose="hard", num_passages=count, gates="equal", curve=True)
+
+
+def _first(row: StudyRow, count: int) -> StudyRow:
+    name = f"{row.name}-first-{count}"
+    return replace(row, name=name, purpose="ranked", num_passages=count, gates="equal", curve=True)
 
 
 def _in_int8(row: StudyRow) -> StudyRow:

@@ -10,17 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import peft
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.files import atomic_directory
+from genpoe_plugin.files import atomic_directory, file_digest
+from genpoe_plugin.language_model import load_language_model
+from genpoe_plugin.questions import read_questions
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
-from genpoe_plugin.training.examples import TrainingExample, draw_passages
+from genpoe_plugin.training.examples import TrainingExample, draw_passages, training_examples
 from genpoe_plugin.training.reranker import attention_projections
 from genpoe_plugin.training.trainer import train
 
@@ -78,6 +81,37 @@ class RagLearner:
 
 
 ADAPTER = "adapter"
+
+
+@click.command()
+@click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Questions with passages.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the training.")
+@click.option("--steps", required=True, type=click.IntRange(1))
+@click.option("--batch-size", required=True, type=click.IntRange(1), help="Questions a step.")
+@click.option("--learning-rate", required=True, type=float)
+@click.option("--rank", required=True, type=click.IntRange(1), help="Of the adapter.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dtype", default="float32", show_default=True, help="Of the LLM.")
+@click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
+def adapter(
+    llm: str,
+    data: Path,
+    out: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    rank: int,
+    seed: int,
+    dtype: str,
+    device: str,
+) -> None:
+    """Train a LoRA adapter of an LLM on questions with their passages in the prompt."""
+    model, tokenizer = load_language_model(llm, device=device, dtype=dtype)
+    model.requires_grad_(False)
+    arguments = HypernetworkTraining(max_steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    identity = {"llm": llm, "dtype": dtype, "data": file_digest(data)}
+    train_adapter(model, tokenizer, training_examples(read_questions(data)), arguments, rank, out, identity)
 
 
 def train_adapter(

@@ -18,8 +18,10 @@ from genpoe_plugin.retrieval.retriever import Retriever
 
 SETS = {"nq": NQ, "squad": SQUAD}
 """Data set to the name of its file in a folder of data."""
-PURPOSES = ("gold", "hard", "wrong_first", "retrieved")
+PURPOSES = ("gold", "hard", "wrong_first", "retrieved", "ranked")
 DISTRACTORS = 3
+RANKED = 8
+"""Passages of a question whose purpose is ``ranked``."""
 LESS = -math.log(7)
 """The rerank score of all passages but the first, whose score is 0: each has a seventh of its gate."""
 _DEPTH = 200  # passages among which distractors are looked for
@@ -87,15 +89,19 @@ def purposes(question: Question, ranked: Sequence[RetrievedPassage]) -> dict[str
 
     gold: with its own passage. hard: with that first, and distractors. wrong_first: with the same four, of which a
     distractor has the weight that the reranker should have given to the right one. retrieved: with the passage that
-    was retrieved first.
+    was retrieved first. ranked: with the first `RANKED` that were retrieved.
     """
     gold, wrong = question.passages, distractors(question, ranked)
-    first = replace(ranked[0], has_answer=has_answer(ranked[0].passage.text, question.answers))
+    best = tuple(
+        replace(entry, rank=rank, has_answer=has_answer(entry.passage.text, question.answers))
+        for rank, entry in enumerate(ranked[:RANKED], 1)
+    )
     passages = {
         "gold": gold,
         "hard": _scored(gold + wrong),
         "wrong_first": _scored((wrong[0], *gold, *wrong[1:])),
-        "retrieved": (first,),
+        "retrieved": best[:1],
+        "ranked": best,
     }
     return {purpose: replace(question, passages=passages[purpose]) for purpose in PURPOSES}
 

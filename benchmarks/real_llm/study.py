@@ -185,19 +185,24 @@ class Study:
     def _checkpoint(self) -> Path:
         return self.out / "checkpoint"
 
-    def run(self, row: StudyRow) -> None:
+    def run(self, row: StudyRow, jobs: int = 1) -> None:
         """Carry out a row, unless its results are there.
+
+        Args:
+            jobs: rows that are carried out at a time, which share the processors.
 
         Raises:
             InputError: it failed, or its folder has another run.
         """
-        if row.layers and row.checkpoint is None and not self._checkpoint.is_dir():
-            self._create()
+        if row.layers and row.checkpoint is None:
+            self.create()
         for matrix in self._matrices(row):
-            run_matrix(matrix)
+            run_matrix(matrix, jobs)
 
-    def _create(self) -> None:
-        """Write the checkpoint of experts in all layers."""
+    def create(self) -> None:
+        """Write the checkpoint of experts in all layers, unless it is there."""
+        if self._checkpoint.is_dir():
+            return
         words = ["experts", "create", "--llm", self.llm, "--preset", "attention", "--out", str(self._checkpoint)]
         done = subprocess.run([sys.executable, "-m", "train_cli", *words], stdin=subprocess.DEVNULL)
         if done.returncode:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import shlex
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.real_llm.ladder import LADDER, Ladder, cells, write_ladder
+from benchmarks.real_llm.ladder import LADDER, Cell, Ladder, write_ladder
 from benchmarks.real_llm.layers import Layers, Shape
 from benchmarks.real_llm.questions import find_files
+from benchmarks.real_llm.rows import StudyRow
 from benchmarks.real_llm.study import Study
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from train_cli.layers import Layers as LayersType
 
 TRAINING = ("nq_qed.train*.jsonl*", "squad_v1_train_44articles.train*.jsonl*")
-"""Of the folder of data; none of their questions or articles is in the files of `table`."""
+"""Questions of the folder of data; none of their questions or articles is in the files of `table`."""
+
+PASSAGES = "wikipedia_paragraphs*.jsonl*"
+"""Passages of the folder of data, to learn from without questions."""
 
 
 class Seeds(click.ParamType):
@@ -36,6 +42,7 @@ class Seeds(click.ParamType):
 @click.command()
 @click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
 @click.option("--layers", required=True, type=LayersType(), help="Of the experts, such as 5,11,12.")
+@click.option("--more-layers", type=LayersType(), help="Of a training that has more of them.")
 @click.option("--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="NQ and SQuAD.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
 @click.option("--cells", "names", metavar="NAME,...", help="Only these trainings now, in this order.  [default: all]")
@@ -50,10 +57,12 @@ class Seeds(click.ParamType):
 @click.option("--dtype", default="float32", show_default=True, help="Of the LLM.")
 @click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions asked at a time.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Trainings and rows at a time.")
 @click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
 def study(
     llm: str,
     layers: Layers,
+    more_layers: Layers | None,
     data: Path,
     out: Path,
     names: str | None,
@@ -68,6 +77,7 @@ def study(
     dtype: str,
     device: str,
     batch_size: int,
+    jobs: int,
     max_tokens: int,
 ) -> None:
     """Train experts of an LLM in several forms, and an adapter of RAG, and ask all of them the same questions.
@@ -92,36 +102,71 @@ def study(
         device=device,
     )
     arguments = HypernetworkTraining(max_steps=steps, batch_size=train_batch_size, learning_rate=learning_rate)
-    ladder = Ladder(base, layers, training, arguments, lora_rank)
-    known = {cell.name: cell for cell in cells(layers)}
+    passages = sorted(data.rglob(PASSAGES))
+    ladder = Ladder(
+        base, layers, training, arguments, lora_rank, more_layers, passages[0] if passages else None, jobs=jobs
+    )
+    known = {cell.name: cell for cell in ladder.cells}
     wanted = list(known) if names is None else names.split(",")
     if unknown := [name for name in wanted if name not in known]:
         raise InputError(f"--cells {unknown[0]}: not one of {', '.join(known)}")
     base.prepare()
     ladder.write_data()
-    failed = []
-    for row in ladder.base_rows():
-        base.run(row)
-    for seed in seeds:
-        for name in wanted:
-            click.echo(f"{name}, seed {seed}")
-            try:
-                ladder.train(known[name], seed)
-                for row in ladder.rows(known[name], seed):
-                    base.run(row)
-            except InputError as error:  # it keeps no other cell from being run
-                click.echo(f"failed: {error}", err=True)
-                failed.append(name)
-            write_ladder(ladder, _command(ladder, seeds))
+    base.create()
+    failed = run_ladder(ladder, [(known[name], seed) for seed in seeds for name in wanted])
+    write_ladder(ladder, _command(ladder, seeds))
     click.echo(f"written: {out / LADDER}")
     if failed:
-        raise InputError(f"failed: {', '.join(failed)}; the same command goes on with what is missing")
+        raise InputError(f"failed: {', '.join(failed)}; the same command resumes with what is missing")
+
+
+def run_ladder(ladder: Ladder, trainings: Sequence[tuple[Cell, int]]) -> list[str]:
+    """Carry out trainings and rows, ``ladder.jobs`` at a time, the rows of a training as soon as it has ended.
+
+    One that fails keeps no other from being run.
+
+    Returns:
+        The names of those that failed.
+    """
+    ready: deque[StudyRow | tuple[Cell, int]] = deque([*ladder.base_rows(), *trainings])
+    running: dict[Future, StudyRow | tuple[Cell, int]] = {}
+    failed = []
+    with ThreadPoolExecutor(ladder.jobs) as pool:
+        try:
+            while ready or running:
+                while ready and len(running) < ladder.jobs:
+                    job = ready.popleft()
+                    click.echo(_name(job))
+                    if isinstance(job, StudyRow):
+                        running[pool.submit(ladder.study.run, job, ladder.jobs)] = job
+                    else:
+                        running[pool.submit(ladder.train, *job)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    try:
+                        future.result()
+                    except InputError as error:
+                        click.echo(f"failed: {error}", err=True)
+                        failed.append(_name(job))
+                        continue
+                    if not isinstance(job, StudyRow):
+                        ready.extendleft(reversed(ladder.rows(*job)))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _name(job: StudyRow | tuple[Cell, int]) -> str:
+    return job.name if isinstance(job, StudyRow) else f"{job[0].name}-{job[1]}, training"
 
 
 def _command(ladder: Ladder, seeds: Sequence[int]) -> str:
     study, arguments = ladder.study, ladder.arguments
     words = ["python", "-m", "benchmarks", "real-llm", "study", "--llm", Path(study.llm).name, "--data", "DATA"]
     words += ["--layers", ",".join(map(str, ladder.layers)), "--out", study.out.name]
+    if ladder.more_layers is not None:
+        words += ["--more-layers", ",".join(map(str, ladder.more_layers))]
     words += ["--seeds", ",".join(map(str, seeds)), "--steps", str(arguments.max_steps)]
     words += ["--train-batch-size", str(arguments.batch_size), "--learning-rate", str(arguments.learning_rate)]
     words += ["--lora-rank", str(ladder.lora_rank), "--dtype", study.dtype, "--device", str(study.device)]

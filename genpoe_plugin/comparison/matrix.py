@@ -206,6 +206,14 @@ def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
         raise InputError(f"{failed[0]}{others}; the same command goes on with what is missing")
 
 
+def processors_of_one(jobs: int) -> dict[str, str]:
+    """The environment of one of ``jobs`` processes that run at a time, which share the processors."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    return environment
+
+
 def is_finished(matrix: Matrix, cell: Cell) -> bool:
     """Whether a cell has whole results.
 
@@ -285,13 +293,12 @@ def _run(matrix: Matrix, cell: Cell, definition: Mapping[str, Any], jobs: int) -
     folder.mkdir(parents=True)
     with atomic_file(folder / _CELL) as temporary:
         temporary.write_text(json.dumps(definition, indent=1) + "\n", encoding="utf-8")
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     log = folder / _LOG
     with log.open("w", encoding="utf-8") as output:
         command = [sys.executable, "-m", *matrix.command(cell)]
-        status = subprocess.run(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        status = subprocess.run(
+            command, env=processors_of_one(jobs), stdout=output, stderr=output, stdin=subprocess.DEVNULL
+        )
     if status.returncode:
         return f"{cell.name}: lm_eval stopped with status {status.returncode} ({_last_line(log)}); see {log}"
     problem = _problem(folder)

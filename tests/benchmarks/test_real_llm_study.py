@@ -6,6 +6,7 @@ import json
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -27,12 +28,22 @@ class Trains(LmEval):
         super().__init__()
         self.trained: list[list[str]] = []
         self.arguments: dict[str, dict[str, str]] = {}
+        self.said = ""
+        self.one_at_a_time = Lock()
 
     def __call__(self, command, **options):
         words = command[2:]
+        with self.one_at_a_time:
+            return self.carry_out(words, command, options)
+
+    def carry_out(self, words, command, options):
         if words[0] == "train_cli":
             self.trained += [words[1:]] if words[1] == "train" else []
             return SimpleNamespace(returncode=CliRunner().invoke(genpoe, words[1:]).exit_code)
+        if words[0] == "benchmarks":
+            result = CliRunner().invoke(main, words[1:])
+            self.said += result.output
+            return SimpleNamespace(returncode=result.exit_code)
         given = dict(pairwise(words))
         pairs = given["--model_args"].split(",")
         self.arguments[Path(given["--output_path"]).name] = dict(pair.split("=", 1) for pair in pairs)
@@ -97,6 +108,8 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
         ("rag_lora, untrained experts", "shuffled"),
         ("window_4", "shuffled"),
         ("window_4", "constant"),
+        ("rag_four", "right and 3 distractors"),
+        ("untrained", "right and 3 distractors"),
     }
     trained, untrained = found["window_4", "right"], found["untrained", "right"]
     assert trained["unit_bytes"] == untrained["unit_bytes"] and trained["window"] == 4
@@ -121,10 +134,10 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     assert ", trained" in text and "| window_4 | 0 |" in text and "### With other passages" in text
 
 
-def test_another_adapter_than_the_one_that_is_there_is_refused(run):
+def test_another_adapter_than_the_one_that_is_there_is_refused(run, stand_in):
     assert run("--cells", "rag_lora").exit_code == 0
     other = run("--cells", "rag_lora", "--lora-rank", "3")
-    assert other.exit_code == 2 and "rank was 2, is 3" in other.output
+    assert other.exit_code == 2 and "rank was 2, is 3" in stand_in.said
 
 
 @pytest.mark.parametrize(
@@ -149,3 +162,45 @@ def test_cells_have_options_that_the_training_takes():
     beside = {cell.name: cell.options for cell in cells((1, 2)) if "--place" in (cell.options or ())}
     layers = {name: options[options.index("--layers") + 1] for name, options in beside.items()}
     assert layers == {"window_4_beside_mlp": "1,2", "window_4_beside_one_mlp": "2"}
+
+
+def test_several_at_a_time_are_what_one_after_the_other_is(run, stand_in, data, tmp_path):  # noqa: F811
+    """Rows of a training run when it has ended, whatever else is running."""
+    result = run("--cells", "window_4_robust,window_16", "--seeds", "0,1", "--jobs", "3")
+    assert result.exit_code == 0, result.output
+    found = {
+        (row["row"], row["seed"], row["passage"])
+        for row in json.loads((tmp_path / "study" / LADDER).read_text())["rows"]
+    }
+    passages = ["right", "shuffled", "constant", "right and 3 distractors"] + [f"{k} retrieved" for k in (1, 2, 4, 8)]
+    assert found >= {("window_4_robust", seed, passage) for seed in (0, 1) for passage in passages}
+    assert found >= {("window_16", seed, passage) for seed in (0, 1) for passage in passages[:3]}
+    arguments = stand_in.arguments["window_4_robust-1-first-8"]
+    assert (arguments["num_passages"], arguments["gates"]) == ("8", "equal")
+    ranked = list(read_questions(next((tmp_path / "study" / "questions").glob("*-ranked.jsonl"))))
+    assert all([entry.rank for entry in q.passages] == list(range(1, len(q.passages) + 1)) for q in ranked)
+
+
+def test_learning_from_passages_alone_comes_first(run, stand_in, data, tmp_path):  # noqa: F811
+    missing = run("--cells", "window_4_pretrained")
+    assert missing.exit_code == 2 and "no file of passages to learn from" in missing.output
+    text = " ".join(f"word{number}" for number in range(60))
+    rows = [{"id": str(number), "title": f"T{number}", "text": f"{number} {text}"} for number in range(9)]
+    (data / "wikipedia_paragraphs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("--cells", "window_4_pretrained")
+    assert result.exit_code == 0, result.output
+    first, then = stand_in.trained
+    assert "--pretrain" in first and then[then.index("--init") + 1] == first[first.index("--out") + 1]
+
+
+def test_a_training_that_fails_keeps_no_other_from_running(run, stand_in, monkeypatch, tmp_path):
+    def fails(command, **options):
+        if "--window" in command and command[command.index("--window") + 1] == "16":
+            return SimpleNamespace(returncode=2)
+        return stand_in(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    result = run("--cells", "window_16,window_4", "--jobs", "2")
+    assert result.exit_code == 2 and "failed: window_16-0, training" in result.output
+    rows = json.loads((tmp_path / "study" / LADDER).read_text())["rows"]
+    assert ("window_4", "right") in {(row["row"], row["passage"]) for row in rows}
