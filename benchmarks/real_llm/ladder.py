@@ -217,8 +217,11 @@ class Ladder:
         if cell.options is None:
             # What has learned to read its prompt reads experts as well, though none of them was trained.
             experts = StudyRow(f"{name}-experts", "genpoe", layers=self.layers, adapter=trained / ADAPTER)
+            row = StudyRow(name, "rag", adapter=trained / ADAPTER)
+            if seed:  # experts that none was trained for are asked with one adapter
+                return [row]
             return [
-                StudyRow(name, "rag", adapter=trained / ADAPTER),
+                row,
                 experts,
                 replace(experts, name=f"{name}-experts-shuffled", passages="shuffled", curve=True),
                 replace(experts, name=f"{name}-experts-all", layers=self.study.shape.all, curve=True),

@@ -58,6 +58,7 @@ class Seeds(click.ParamType):
 @click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions asked at a time.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Trainings and rows at a time.")
+@click.option("--store/--no-store", default=True, show_default=True, help="Keep experts of passages on disk as well.")
 @click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
 def study(
     llm: str,
@@ -78,6 +79,7 @@ def study(
     device: str,
     batch_size: int,
     jobs: int,
+    store: bool,
     max_tokens: int,
 ) -> None:
     """Train experts of an LLM in several forms, and an adapter of RAG, and ask all of them the same questions.
@@ -99,6 +101,7 @@ def study(
         dtype=dtype,
         batch_size=batch_size,
         max_tokens=max_tokens,
+        store=store,
         device=device,
     )
     arguments = HypernetworkTraining(max_steps=steps, batch_size=train_batch_size, learning_rate=learning_rate)
