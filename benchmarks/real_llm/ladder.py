@@ -255,7 +255,7 @@ class Ladder:
                     row.name: (cell.name + _label(row.name, own)[len(own) :], seed, row)
                     for row in self.rows(cell, seed)
                 }
-        scores = self.study.scores([row for _, _, row in rows.values()])
+        scores = self.study.answers([row for _, _, row in rows.values()])
         return [
             {"row": name, "seed": "" if seed is None else seed} | self._record(row, seed, scores)
             for name, seed, row in rows.values()
@@ -269,6 +269,8 @@ class Ladder:
             **self._size(row),
         }
         for measure in COMPARED:
+            if any(measure not in scores[row.name][name] for name in names):
+                continue
             column = paired([scores[row.name]], names, (measure,))[:, 0]
             record[measure] = asdict(mean(column, share=measure != "nats"))
         record["n"] = len(paired([scores[row.name]], names, ("f1",)))
@@ -317,12 +319,12 @@ def _passage(row: StudyRow) -> str:
 
 def _four_equal(row: StudyRow) -> StudyRow:
     name, count = f"{row.name}-{FOUR_EQUAL}", DISTRACTORS + 1
-    return replace(row, name=name, purpose="hard", num_passages=count, gates="equal", curve=True)
+    return replace(row, name=name, purpose="hard", num_passages=count, gates="uniform", curve=True)
 
 
 def _first(row: StudyRow, count: int) -> StudyRow:
     name = f"{row.name}-first-{count}"
-    return replace(row, name=name, purpose="ranked", num_passages=count, gates="equal", curve=True)
+    return replace(row, name=name, purpose="ranked", num_passages=count, gates="uniform", curve=True)
 
 
 def _in_int8(row: StudyRow) -> StudyRow:

@@ -59,7 +59,8 @@ def _control(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _measures(row: Mapping[str, Any]) -> list[str]:
-    return [with_interval(row[name], factor) for name, factor in (("em", 100), ("f1", 100), ("nats", 1))]
+    factors = {"em": 100, "f1": 100, "nats": 1}
+    return [with_interval(row[name], factor) if name in row else "" for name, factor in factors.items()]
 
 
 def _share(interval: Mapping[str, float] | None) -> str:

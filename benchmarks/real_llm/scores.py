@@ -28,6 +28,11 @@ def tasks_of(names: Sequence[str], kind: str) -> tuple[str, ...]:
     return tuple(f"genpoe_{name}{kind}" for name in names)
 
 
+def kinds_of(tasks: Sequence[str]) -> set[str]:
+    """The kinds, as of `tasks_of`, that are among ``tasks``."""
+    return {NATS if task.endswith(NATS) else "" for task in tasks}
+
+
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Counts as lm_eval splits a text: what context and continuation have together beyond the context alone."""
 
@@ -37,10 +42,13 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Tokens:
     return lambda context, continuation: max(1, count(context + continuation) - count(context))
 
 
-def read_scores(folders: Sequence[Path], names: Sequence[str], tokens: Tokens) -> Scores:
+def read_scores(folders: Sequence[Path], names: Sequence[str], tokens: Tokens, *, nats: bool = True) -> Scores:
     """The scores of the row that lm_eval wrote to ``folders``.
 
     ``nats`` are those of the first accepted answer, divided by its tokens.
+
+    Args:
+        nats: whether they have to be there.
 
     Raises:
         InputError: results of a data set are missing, broken, or not of its first questions.
@@ -49,12 +57,14 @@ def read_scores(folders: Sequence[Path], names: Sequence[str], tokens: Tokens) -
     if left_out:
         raise InputError(f"{left_out[0].path}: {left_out[0].reason}")
     by_task = {run.task: run for run in runs}
-    if missing := [task for kind in ("", NATS) for task in tasks_of(names, kind) if task not in by_task]:
+    needed = ("", NATS) if nats else ("",)
+    if missing := [task for kind in needed for task in tasks_of(names, kind) if task not in by_task]:
         raise InputError(f"{folders[0]}: no results of {missing[0]}")
     scores: Scores = {}
     for name in names:
-        asked, scored = by_task[f"genpoe_{name}"], by_task[f"genpoe_{name}{NATS}"]
-        scores[name] = _generated(asked) | {"nats": _nats(scored, tokens)}
+        scores[name] = _generated(by_task[f"genpoe_{name}"])
+        if scored := by_task.get(f"genpoe_{name}{NATS}"):
+            scores[name]["nats"] = _nats(scored, tokens)
     return scores
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.real_llm.layers import Layers, Shape, largest_set, read_heads
 from benchmarks.real_llm.questions import file_of, write_files
 from benchmarks.real_llm.rows import StudyRow, study_rows
-from benchmarks.real_llm.scores import NATS, Scores, read_scores, tasks_of, token_counter
+from benchmarks.real_llm.scores import NATS, Scores, kinds_of, read_scores, tasks_of, token_counter
 from genpoe_plugin.comparison.matrix import Cell, Matrix, is_finished, run_matrix
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
@@ -137,7 +137,6 @@ class Study:
             "dtype": self.dtype,
             "batch_size": self.batch_size,
             "max_tokens": self.max_tokens,
-            "device": self.device,
             "seed": SEED,
             "questions": {name: {"file": path.name, "sha256": file_digest(path)} for name, path in self.files.items()},
         }
@@ -224,10 +223,22 @@ class Study:
         """Of all finished rows, by name."""
         tokens = token_counter(load_tokenizer(self.llm))
         return {
-            row.name: read_scores(
-                [matrix.folder(cell) for matrix in self._matrices(row) for cell in matrix.cells],
-                list(self.files),
-                tokens,
-            )
+            row.name: read_scores(self._folders(self._matrices(row)), list(self.files), tokens)
             for row in self.finished(rows)
         }
+
+    def answers(self, rows: Sequence[StudyRow]) -> dict[str, Scores]:
+        """Of all rows whose answers are there, by name; with likelihoods only where they are there too."""
+        tokens = token_counter(load_tokenizer(self.llm))
+        found = {}
+        for row in rows:
+            matrices = [
+                matrix for matrix in self._matrices(row) if all(is_finished(matrix, cell) for cell in matrix.cells)
+            ]
+            if any("" in kinds_of(matrix.tasks) for matrix in matrices):
+                found[row.name] = read_scores(self._folders(matrices), list(self.files), tokens, nats=False)
+        return found
+
+    @staticmethod
+    def _folders(matrices: Sequence[Matrix]) -> list[Path]:
+        return [matrix.folder(cell) for matrix in matrices for cell in matrix.cells]

@@ -270,11 +270,17 @@ def _is_done(matrix: Matrix, cell: Cell, definition: Mapping[str, Any]) -> bool:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run of a matrix; give another `out`, or delete it") from error
     different = [name for name in definition["contents"] if found["contents"].get(name) != definition["contents"][name]]
-    if found["command"] != definition["command"]:
+    if _without_device(found["command"]) != _without_device(definition["command"]):
         different.append(f"command ({shlex.join(found['command'])})")
     if different:
         raise InputError(f"{folder}: made with another {', '.join(different)}; give another `out`, or delete it")
     return _problem(folder) is None
+
+
+def _without_device(command: Sequence[str]) -> list[str]:
+    """A command but for its ``--device``: what was begun on one machine may be finished on another."""
+    place = command.index("--device") if "--device" in command else len(command)
+    return [*command[:place], *command[place + 2 :]]
 
 
 def _problem(folder: Path) -> str | None:

@@ -176,7 +176,7 @@ def test_several_at_a_time_are_what_one_after_the_other_is(run, stand_in, data, 
     assert found >= {("window_4_robust", seed, passage) for seed in (0, 1) for passage in passages}
     assert found >= {("window_16", seed, passage) for seed in (0, 1) for passage in passages[:3]}
     arguments = stand_in.arguments["window_4_robust-1-first-8"]
-    assert (arguments["num_passages"], arguments["gates"]) == ("8", "equal")
+    assert (arguments["num_passages"], arguments["gates"]) == ("8", "uniform")
     ranked = list(read_questions(next((tmp_path / "study" / "questions").glob("*-ranked.jsonl"))))
     assert all([entry.rank for entry in q.passages] == list(range(1, len(q.passages) + 1)) for q in ranked)
 
