@@ -2,7 +2,7 @@
 
 - `benchmarks.naive_flow` is the paper's method question by question; both give the same tokens, or there are no rows.
 - Ours is the lm-eval class in the mode ``genpoe``, ``cold`` with an empty expert store (a new object, its
-  hypernetwork loaded ahead) and ``warm`` when asked the same again; the paper's form, the recommended one, and experts
+  hypernetwork loaded ahead) and ``warm`` when asked the same again; the paper's form, the memory form, and experts
   in the attention of a quarter of the layers.
 - Closed-book answering, and RAG with the same passages in the prompt, are lm-eval's own HFLM.
 
@@ -44,7 +44,7 @@ from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
 BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
 PRODUCT = 2048  # side of the square product
 RATES = ("product", "read")  # works that are no answering
-FORMS = ("paper", "recommended", "attention")
+FORMS = ("paper", "memory", "attention")
 PICTURE = "cost_per_question.png"
 
 Rounds = dict[str, list[float]]
@@ -241,11 +241,11 @@ def ratio(times: Rounds, above: str, below: str) -> float:
 
 
 def ratio_rows(times: Rounds) -> list[Row]:
-    """The rows with aims, and those of the recommended form."""
+    """The rows with aims, and those of the memory form."""
     closed_1, closed = "closed_book_1_by_paper", f"closed_book_{BATCH}_by_paper"
     cold, warm = f"paper_cold_{BATCH}", f"paper_warm_{BATCH}"
     speedup, batching = ratio(times, "naive", cold), ratio(times, closed_1, closed)
-    small, beside = f"recommended_cold_{BATCH}", f"closed_book_{BATCH}_by_recommended"
+    small, beside = f"memory_cold_{BATCH}", f"closed_book_{BATCH}_by_memory"
     return [
         Row("evaluation.naive_speedup", speedup, "x", ">= 5"),
         Row("evaluation.hflm_batching_speedup", batching, "x"),
@@ -255,14 +255,14 @@ def ratio_rows(times: Rounds) -> list[Row]:
         Row("evaluation.rag_speedup", ratio(times, f"rag_{BATCH}", cold), "x", ">= 3"),
         Row("evaluation.closed_book_time_ratio_cached_batch_1", ratio(times, "paper_warm_1", closed_1), "x"),
         Row("evaluation.closed_book_time_ratio_cold_batch_1", ratio(times, "paper_cold_1", closed_1), "x"),
-        Row("evaluation.recommended_naive_speedup", ratio(times, "naive", small), "x"),
+        Row("evaluation.memory_naive_speedup", ratio(times, "naive", small), "x"),
         Row(
-            "evaluation.recommended_closed_book_time_ratio_cached",
-            ratio(times, f"recommended_warm_{BATCH}", beside),
+            "evaluation.memory_closed_book_time_ratio_cached",
+            ratio(times, f"memory_warm_{BATCH}", beside),
             "x",
         ),
-        Row("evaluation.recommended_closed_book_time_ratio_cold", ratio(times, small, beside), "x"),
-        Row("evaluation.recommended_rag_speedup", ratio(times, f"rag_{BATCH}", small), "x"),
+        Row("evaluation.memory_closed_book_time_ratio_cold", ratio(times, small, beside), "x"),
+        Row("evaluation.memory_rag_speedup", ratio(times, f"rag_{BATCH}", small), "x"),
         *_attention_rows(times),
     ]
 

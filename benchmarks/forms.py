@@ -1,4 +1,4 @@
-"""Which form of hypernetwork learns what: the paper's, each option on top of it alone, and the recommended one.
+"""Which form of hypernetwork learns what: the paper's, each option on top of it alone, and the memory form.
 
 Two worlds, the demo's and `benchmarks.relations`; the LLM is the demo's, frozen. Every form takes the same steps over
 the same examples and is asked the same questions, about entities that it has not seen:
@@ -101,8 +101,8 @@ FORMS = {
     "+ distractors": Form(training={"num_passages": 4}),
     "+ knowledge": Form(training={"knowledge": 0.1}),
     "+ distillation": Form(training={"distillation": 0.5}),
-    "recommended, one passage": Form("recommended"),
-    "recommended": Form("recommended", training={"num_passages": 4}),
+    "memory, one passage": Form("memory"),
+    "memory": Form("memory", training={"num_passages": 4}),
 }
 
 
@@ -294,7 +294,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def rows(scores: dict[tuple[str, str], list[dict[str, Any]]]) -> list[Row]:
-    """The aims: recommended above the paper's form in every measure, and three irrelevant passages cost little."""
+    """The aims: memory above the paper's form in every measure, and three irrelevant passages cost little."""
 
     def mean(world: str, form: str, condition: str, name: str = "em") -> float:
         return statistics.mean(found[condition][name] for found in scores[world, form])
@@ -303,14 +303,13 @@ def rows(scores: dict[tuple[str, str], list[dict[str, Any]]]) -> list[Row]:
     for world in dict.fromkeys(world for world, _ in scores):
         for condition in ("single", "four"):
             ahead = min(
-                mean(world, "recommended", condition, name) - mean(world, "paper", condition, name)
-                for name in ("em", "f1")
+                mean(world, "memory", condition, name) - mean(world, "paper", condition, name) for name in ("em", "f1")
             )
             told.append(Row(f"forms.{world}_{condition}_ahead_of_paper", 100 * ahead, "points", ">= 0"))
-        single = mean(world, "recommended", "single")
-        kept = mean(world, "recommended", "four") / single if single else 0.0
+        single = mean(world, "memory", "single")
+        kept = mean(world, "memory", "four") / single if single else 0.0
         told.append(Row(f"forms.{world}_four_over_single", kept, "x", ">= 0.95"))
-        told.append(Row(f"forms.{world}_shuffled", 100 * mean(world, "recommended", "shuffled"), "EM"))
+        told.append(Row(f"forms.{world}_shuffled", 100 * mean(world, "memory", "shuffled"), "EM"))
     return told
 
 

@@ -33,7 +33,7 @@ from genpoe_plugin.vllm_engine.arguments import check_vllm
 
 REQUESTS, PASSAGES, REPEATS, BATCH = 256, 4, 3, 64
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**31, "disable_log_stats": True}
-FORMS: dict[str, dict[str, Any]] = {"recommended": {"base": "random"}, "paper": {"rank": 64}}
+FORMS: dict[str, dict[str, Any]] = {"memory": {"base": "random"}, "paper": {"rank": 64}}
 ANSWERS = {"until": ["\n"], "max_gen_toks": 32, "do_sample": False}
 EQUAL = {"until": ["no such word"], "max_gen_toks": 16, "do_sample": False}
 
@@ -115,9 +115,9 @@ def measure(options: Options) -> list[Row]:
 
         def hf() -> Any:
             arguments = {"device": "cpu", "dtype": "float32", "batch_size": BATCH}
-            return GenPoELM(parts["llm"], hypernetwork=parts["recommended"], **arguments)
+            return GenPoELM(parts["llm"], hypernetwork=parts["memory"], **arguments)
 
-        def vllm(mode: str, form: str = "recommended") -> Any:
+        def vllm(mode: str, form: str = "memory") -> Any:
             return GenPoEVLLM(parts["llm"], mode=mode, hypernetwork=parts[form], max_num_seqs=REQUESTS, **ENGINE)
 
         made: dict[str, Callable[[], Any]] = {

@@ -11,9 +11,12 @@ import click
 from click.core import ParameterSource
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import ATTENTION_ONLY, PRESETS
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from train_cli.training_options import FORM_HELP, describe, digests, form_options, report, show_memory, training_options
 
+IN_ATTENTION = tuple(name for name, form in PRESETS.items() if form.get("head") == "attention")
+"""Presets whose experts are in the LLM's attention."""
 ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
 """Of experts in the attention, where nothing else is said."""
 
@@ -106,13 +109,16 @@ def hypernetwork(
 
     llm_size = read_size(model, dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf)
     if init is not None:
-        config = replace(read_config(init), **changes)
+        config = read_config(init)
         if config.head != "attention":
             raise InputError(f"--init {init}: its experts are not in the attention")
-    elif preset == "attention":
+        # What was not trained yet becomes the preset's form in its layers and heads.
+        form = PRESETS["recommended"] if preset == "recommended" and not config.is_trained else {}
+        config = replace(config, **form | changes)
+    elif preset in IN_ATTENTION:
         layers = changes.pop("layers", None)
         shape = empty_model(model, trust_remote_code=trust_remote_code, **from_gguf)
-        config = replace(attention_config(shape, layers), **changes)
+        config = replace(attention_config(shape, layers), **PRESETS[preset] | changes)
     else:
         layer = changes.pop("layer", llm_size.layers // 3)
         config = HypernetworkConfig.preset(preset, hidden_size=llm_size.hidden_size, layer=layer, **changes)
@@ -186,15 +192,23 @@ def _check_form(preset: str, init: str | None, changes: Mapping[str, Any]) -> No
         InputError: there are some.
     """
     if init is not None:
-        if other := sorted(changes.keys() - {"addition_rank", "window", "place"}):
+        if other := sorted(changes.keys() - set(ATTENTION_ONLY)):
             option = other[0].replace("_", "-")
-            raise InputError(
-                f"--{option}: the form is that of --init {init}, but for --addition-rank, --window and --place"
-            )
+            others = ", ".join("--" + name.replace("_", "-") for name in ATTENTION_ONLY)
+            raise InputError(f"--{option}: the form is that of --init {init}, but for {others}")
         return
     if changes.get("head") == "attention":
-        raise InputError("--head attention: give --preset attention, or --init with a checkpoint of such experts")
-    if preset == "attention" and "layer" in changes:
-        raise InputError("--layer: give --layers, which may be one, with --preset attention")
-    if preset != "attention" and "layers" in changes:
-        raise InputError("--layers: several layers have experts with --preset attention alone; --layer names one")
+        raise InputError("--head attention: give --preset recommended, or --init with a checkpoint of such experts")
+    if preset not in IN_ATTENTION:
+        if "layers" in changes:
+            raise InputError(
+                f"--layers: --preset {preset} has experts in one layer, which --layer names; with --preset "
+                f"{' or '.join(IN_ATTENTION)} several have"
+            )
+        return
+    if "layer" in changes:
+        raise InputError(f"--layer: give --layers, which may be one, with --preset {preset}")
+    if other := sorted(changes.keys() - {"layers", *ATTENTION_ONLY}):
+        option = other[0].replace("_", "-")
+        beside = " or ".join(name for name in PRESETS if name not in IN_ATTENTION)
+        raise InputError(f"--{option} is for experts beside an MLP; give --preset {beside}, not {preset}")

@@ -102,7 +102,7 @@ def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> li
         Cell("window_4_one_layer", attention(own=one)),
         Cell("window_4_beside_mlp", attention("--place", "mlp")),
         Cell("window_4_beside_one_mlp", attention("--place", "mlp", own=one)),
-        Cell("memory", ("--preset", "recommended", *middle)),
+        Cell("memory", ("--preset", "memory", *middle)),
         Cell("paper", ("--preset", "paper", *middle)),
     ]
     if more_layers is not None:

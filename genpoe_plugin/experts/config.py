@@ -22,6 +22,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "generator_gain": 1.0,
     },
     "recommended": {
+        "head": "attention",
+        "addition_rank": 64,
+        "query_rank": 64,
+        "window": 4,
+        "layout": "paragraph",
+    },
+    "memory": {
         "encoder": "attention",
         "num_queries": 64,
         "normalise": True,
@@ -157,6 +164,11 @@ class HypernetworkConfig:
         return self.layers[0]
 
     @property
+    def is_trained(self) -> bool:
+        """Whether experts in the attention have anything to learn but their biases."""
+        return self.addition_rank is not None or self.query_rank is not None or self.window > 1
+
+    @property
     def reads_states(self) -> bool:
         """Whether experts in the attention need the states that enter their layers, beside keys and values."""
         return self.addition_rank is not None or self.window > 1
@@ -166,8 +178,9 @@ class HypernetworkConfig:
         """A configuration of `PRESETS` for an LLM of width ``hidden_size``, but for ``changes`` to its fields.
 
         ``paper`` is the paper's form; its training also has passages as text alone, without titles. ``recommended``
-        is small enough to train beside a large LLM. ``attention`` needs no training. ``layers`` is among the changes;
-        ``layer`` names a single one.
+        is in the LLM's attention, with a unit for every four tokens of a passage, and is trained. ``attention`` is the
+        same with a unit for every token and without anything trained. ``memory`` stands beside the MLP of one layer,
+        as the paper's form does, and is small. ``layers`` is among the changes; ``layer`` names a single one.
 
         Raises:
             InputError: there is no such preset, or a field is unknown or out of range.

@@ -36,7 +36,7 @@ def test_the_papers_form_is_the_papers():
     assert all(FORMS[name].preset == "paper" for name in FORMS if name.startswith("+"))
 
 
-@pytest.mark.parametrize("form", ["paper", "+ distillation", "recommended"])
+@pytest.mark.parametrize("form", ["paper", "+ distillation", "memory"])
 def test_a_run_is_carried_out_once(form, tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "WORLDS", {"relations": TINY})
     run = Run("relations", form, 1e-3, 0)
@@ -70,12 +70,12 @@ def scored(em: float, four: float, at: int | None) -> dict:
 def test_rows_and_table_are_of_all_seeds():
     scores = {
         ("demo", "paper"): [scored(0.2, 0.1, None), scored(0.4, 0.3, None)],
-        ("demo", "recommended"): [scored(1.0, 0.9, 50), scored(0.8, 0.8, 100)],
+        ("demo", "memory"): [scored(1.0, 0.9, 50), scored(0.8, 0.8, 100)],
     }
     told = {row.name: row for row in rows(scores)}
     assert told["forms.demo_single_ahead_of_paper"].value == pytest.approx(60)
     assert told["forms.demo_four_over_single"].value == pytest.approx(0.85 / 0.9)
     assert told["forms.demo_four_over_single"].holds is False
     table = markdown(scores, {key: 2e-3 for key in scores})
-    assert "| recommended | 0.002 | 90.0 (80.0 to 100.0) |" in table
+    assert "| memory | 0.002 | 90.0 (80.0 to 100.0) |" in table
     assert "50 steps, 7 s; 100 steps, 12 s |" in table and "not reached; not reached |" in table

@@ -45,7 +45,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(model: Path, data: Path, out: Path, *options: object) -> Result:
-    arguments = ["--model", model, "--data", data, "--out", out, "--rank", 4, *options]
+    """Experts beside an MLP."""
+    preset = [] if "--preset" in options else ["--preset", "memory"]
+    arguments = ["--model", model, "--data", data, "--out", out, *preset, "--rank", 4, *options]
     return CliRunner().invoke(main, ["train", "hypernetwork", *map(str, arguments)])
 
 
@@ -67,7 +69,7 @@ def test_defaults_follow_the_llm(family, make_llm, tokenizer, data: Path, tmp_pa
     assert result.stdout.startswith(f"{tmp_path / 'out'}: trained in 1 steps, loss ")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     trained = load_hypernetwork(tmp_path / "out", model, tokenizer)
-    assert trained.config == HypernetworkConfig.preset("recommended", hidden_size=48, layer=2, rank=4)
+    assert trained.config == HypernetworkConfig.preset("memory", hidden_size=48, layer=2, rank=4)
     assert trained.head.get_parameter("write_up").shape == (48, 64)
 
 
@@ -126,7 +128,7 @@ def test_experts_in_the_attention_are_trained_from_a_preset_or_a_checkpoint(llm_
     assert CliRunner().invoke(main, list(map(str, untrained))).exit_code == 0
     options = ["--addition-rank", 3, "--window", 2, "--max-steps", 2, "--learning-rate", 0.01]
     arguments = ["--model", llm_dir, "--data", data, *options]
-    ways = {"preset": ["--preset", "attention", "--layers", "0,2"], "init": ["--init", tmp_path / "untrained"]}
+    ways = {"preset": ["--preset", "recommended", "--layers", "0,2"], "init": ["--init", tmp_path / "untrained"]}
     forms = []
     for name, way in ways.items():
         words = ["train", "hypernetwork", *arguments, *way, "--out", tmp_path / name]
@@ -135,6 +137,7 @@ def test_experts_in_the_attention_are_trained_from_a_preset_or_a_checkpoint(llm_
         forms.append(read_record(tmp_path / name)["hypernetwork"])
     assert forms[0] == forms[1]
     assert (forms[0]["layers"], forms[0]["addition_rank"], forms[0]["window"]) == ([0, 2], 3, 2)
+    assert (forms[0]["query_rank"], forms[0]["layout"]) == (64, "paragraph")
     weights = load_file(tmp_path / "preset" / "model.safetensors")
     more = [
         "--model",
@@ -188,16 +191,21 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
         ([], "give either --data QUESTIONS or --pretrain PASSAGES"),
         (["--data", "x", "--pretrain", "y"], "give either --data"),
         (["--pretrain", "{empty}"], "no passage has the 30 words that are needed"),
-        (["--data", "{data}", "--layers", "0,1"], "several layers have experts with --preset attention alone"),
+        (
+            ["--data", "{data}", "--preset", "memory", "--layers", "0,1"],
+            "--layers: --preset memory has experts in one layer, which --layer names; with --preset recommended or",
+        ),
+        (["--data", "{data}", "--layer", "1"], "--layer: give --layers, which may be one, with --preset recommended"),
+        (["--data", "{data}", "--rank", "8"], "--rank is for experts beside an MLP; give --preset paper or memory"),
         (["--data", "{data}", "--init", "{missing}"], "neither a directory nor a repository"),
         (["--data", "{data}", "--init", "x", "--layer", "1"], "--layer: the form is that of --init x"),
         (["--data", "{data}", "--preset", "attention", "--layers", "7"], "layer 7 is not in"),
         (["--data", "{data}", "--preset", "attention", "--window", "0"], "window is 0"),
-        (["--data", "{data}", "--window", "2"], "window is for head 'attention'"),
+        (["--data", "{data}", "--preset", "memory", "--window", "2"], "window is for head 'attention'"),
         (["--data", "{data}", "--preset", "attention", "--layer", "1"], "--layer: give --layers"),
         (["--data", "{data}", "--preset", "attention", "--place", "mlp"], "no MLP is below layer 0"),
-        (["--data", "{data}", "--place", "mlp"], "place is for head 'attention'"),
-        (["--data", "{data}", "--head", "attention"], "--head attention: give --preset attention"),
+        (["--data", "{data}", "--preset", "memory", "--place", "mlp"], "place is for head 'attention'"),
+        (["--data", "{data}", "--head", "attention"], "--head attention: give --preset recommended"),
         (["--pretrain", "{data}", "--unanswerable", "0.5"], "--unanswerable and --num-passages are for questions"),
     ],
 )
@@ -280,7 +288,7 @@ def test_sizes_and_memory_are_told_before_anything_is_loaded(tokenizer, data: Pa
     LlamaConfig(vocab_size=32000, torch_dtype="float16").save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     told = {}
-    for preset in ("paper", "recommended"):
+    for preset in ("paper", "memory"):
         result = CliRunner().invoke(
             main,
             [
@@ -296,7 +304,7 @@ def test_sizes_and_memory_are_told_before_anything_is_loaded(tokenizer, data: Pa
     parameters, expert = told["paper"]
     # Linear(4096, 128), and Linear(128, 2 * 512 * (4096 + 4096)).
     assert parameters == 4097 * 128 + 129 * 2**23 and expert == 32 * 2**20
-    assert told["recommended"][0] <= parameters / 100 and told["recommended"][1] <= expert / 500
+    assert told["memory"][0] <= parameters / 100 and told["memory"][1] <= expert / 500
     assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +324,7 @@ def test_the_card_has_the_command_and_the_scores(llm_dir: Path, data: Path, tmp_
     command = next(line for line in card.splitlines() if line.startswith("genpoe train"))
     assert shlex.split(command) == [
         *["genpoe", "train", "hypernetwork", "--model", str(llm_dir), "--data", str(data), "--out", str(out)],
-        *["--validation", str(data), "--rank", "4", "--no-normalise", "--max-steps", "2"],
+        *["--validation", str(data), "--preset", "memory", "--rank", "4", "--no-normalise", "--max-steps", "2"],
     ]
     assert hashlib.sha256(data.read_bytes()).hexdigest() in card
     assert "| first | 0 |" in card and "curves.png" in card and "--model genpoe" in card

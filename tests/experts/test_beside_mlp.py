@@ -186,7 +186,7 @@ def test_where_there_is_no_place_it_says_so(make_llm, make_store, tokenizer):
     with pytest.raises(InputError, match="no MLP is below layer 0"):
         replace(attention_config(make_llm("llama"), (0, 1)), place="mlp")
     with pytest.raises(InputError, match="place is for head 'attention'"):
-        HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, place="mlp")
+        HypernetworkConfig.preset("memory", hidden_size=32, layer=1, place="mlp")
     parallel = make_llm("phi")  # one norm for attention and MLP, side by side
     wrong = "layers 0 and 1 of PhiForCausalLM are not each a norm and an attention, then a norm and an MLP"
     with pytest.raises(InputError, match=wrong):  # before anything is read or trained

@@ -201,14 +201,13 @@ def test_paper_size():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recommended_size(dtype):
-    paper, recommended = (
-        footprint(HypernetworkConfig.preset(name, hidden_size=4096, layer=11), dtype)
-        for name in ("paper", "recommended")
+def test_memory_size(dtype):
+    paper, memory = (
+        footprint(HypernetworkConfig.preset(name, hidden_size=4096, layer=11), dtype) for name in ("paper", "memory")
     )
-    assert recommended.parameters * 100 <= paper.parameters
-    assert recommended.expert_bytes * 500 <= paper.expert_bytes
-    assert recommended.expert_bytes == 2 * 64 * 64 * dtype.itemsize
+    assert memory.parameters * 100 <= paper.parameters
+    assert memory.expert_bytes * 500 <= paper.expert_bytes
+    assert memory.expert_bytes == 2 * 64 * 64 * dtype.itemsize
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -288,7 +287,7 @@ def test_attention_configuration_round_trip(kv_heads):
 
 
 def test_an_older_configuration_names_its_one_layer():
-    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=2)
+    config = HypernetworkConfig.preset("memory", hidden_size=32, layer=2)
     older = {name: value for name, value in config.to_dict().items() if name != "layers"}
     assert HypernetworkConfig.from_dict({**older, "layer": 2}) == config
     with pytest.raises(InputError, match="unknown field layer"):
@@ -355,10 +354,10 @@ def test_the_paper_preset_is_the_papers_form():
 
 
 def test_presets_take_changes_and_name_what_is_wrong():
-    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, core_size=8, states="embeddings")
+    config = HypernetworkConfig.preset("memory", hidden_size=32, layer=1, core_size=8, states="embeddings")
     assert (config.encoder, config.head, config.base) == ("attention", "memory", "silent")
     assert (config.core_size, config.states, config.expert_width) == (8, "embeddings", 32)
-    with pytest.raises(InputError, match="preset 'best' is unknown; it must be one of paper, recommended"):
+    with pytest.raises(InputError, match="preset 'best' is unknown; it must be one of paper, recommended, memory"):
         HypernetworkConfig.preset("best", hidden_size=32, layer=1)
     with pytest.raises(InputError, match="colour"):
         HypernetworkConfig.preset("paper", hidden_size=32, layer=1, colour=1)

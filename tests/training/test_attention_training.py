@@ -79,7 +79,7 @@ def test_passages_are_read_once_and_make_the_same_experts(make_llm, tokenizer, h
     llm = make_llm("llama")
     config = replace(attention_config(llm, (0, 2)), addition_rank=4, window=2)
     if head == "memory":
-        config = config.preset("recommended", hidden_size=32, layer=1, core_size=8, num_queries=4)
+        config = config.preset("memory", hidden_size=32, layer=1, core_size=8, num_queries=4)
     network = Hypernetwork(config).requires_grad_(False)
     plain, keeping = (make(network, llm, tokenizer) for make in (ExpertGenerator, KeepingGenerator))
     expected, _ = plain.generate_units(PASSAGES)

@@ -35,7 +35,7 @@ def test_a_hypernetworks_plan_is_of_its_longest_batch(
 ) -> None:
     model = make_llm("llama")
     form = {"head": head, "rank": 4, "core_size": 6, "expert_width": 16}
-    config = HypernetworkConfig.preset("recommended", hidden_size=32, layer=1, **form)
+    config = HypernetworkConfig.preset("memory", hidden_size=32, layer=1, **form)
     arguments = HypernetworkTraining(batch_size=2, knowledge=knowledge)
     learner = HypernetworkLearner(config, arguments, EXAMPLES, model, tokenizer)
     plan = plan_hypernetwork(config, arguments, EXAMPLES, LanguageModelSize.of(model), tokenizer, accelerator_on("cpu"))

@@ -56,7 +56,7 @@ def test_model_arguments_exist():
 
 
 def test_sizes_of_expert_sets():
-    for preset, width, rank, told in (("recommended", 4096, 64, "80 KiB"), ("paper", 4096, 512, "64 MiB")):
+    for preset, width, rank, told in (("memory", 4096, 64, "80 KiB"), ("paper", 4096, 512, "64 MiB")):
         config = HypernetworkConfig.preset(preset, hidden_size=width, layer=1)
         number, unit = told.split()
         size = set_bytes(carriers(config, 4), rank, itemsize=2) / {"KiB": 2**10, "MiB": 2**20}[unit]
