@@ -164,9 +164,9 @@ def _is_hub_name(name: str) -> bool:
 def _about(card: ModelCard) -> str:
     if card.kind == "hypernetwork" and card.form.get("head") == "attention":
         return (
-            f"It turns a passage into an *expert* in the attention of the frozen LLM {_code(card.base_model)}: keys and "
-            "values, which some of its layers compute for the passage and training has added to. The LLM then answers "
-            "with what the passage says. It belongs to that LLM and fits no other."
+            f"It turns a passage into an *expert* in the attention of the frozen LLM {_code(card.base_model)}: keys "
+            "and values, which some of its layers compute for the passage and training has added to. The LLM then "
+            "answers with what the passage says. It belongs to that LLM and fits no other."
         )
     if card.kind == "hypernetwork":
         return (

@@ -221,3 +221,9 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError, match="disk full"):
         write_card(tmp_path, CARD)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("README.md", b"old")]
+
+
+def test_a_card_says_where_its_experts_are(tmp_path):
+    for head, place in (("memory", "beside one MLP"), ("attention", "in the attention of")):
+        write_card(tmp_path, replace(CARD, form={"head": head}))
+        assert place in (tmp_path / "README.md").read_text(encoding="utf-8")
