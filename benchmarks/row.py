@@ -38,7 +38,8 @@ class Row:
         if self.target is None:
             return None
         relation, bound = self.target.split()
-        return self.value >= float(bound) if relation == ">=" else self.value <= float(bound)
+        # As Python's own: numpy's truth values and numbers are nothing that JSON knows.
+        return bool(self.value >= float(bound) if relation == ">=" else self.value <= float(bound))
 
 
 def machine() -> dict[str, str | int | None]:
@@ -77,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
 def write(rows: Sequence[Row], path: Path) -> None:
     """The rows, the machine and the command, as JSON."""
     record = {
-        "rows": [{**asdict(row), "holds": row.holds} for row in rows],
+        "rows": [{**asdict(row), "value": float(row.value), "holds": row.holds} for row in rows],
         "machine": machine(),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
     }

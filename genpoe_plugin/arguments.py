@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.errors import InputError
@@ -131,3 +134,26 @@ class GenPoEArguments:
     def mixes_rows(self) -> bool:
         """Whether a question's passages depend on which other questions are in the run."""
         return self.control == "shuffled" or (self.control in ("random", "constant") and self.index is None)
+
+
+def check_names(cls: type, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Check the names of model arguments.
+
+    Args:
+        cls: what takes them. Names that it does not know go to the loader of the LLM, which knows more.
+        given: the arguments.
+        options: what lm_eval's own options say.
+
+    Raises:
+        InputError: a name is said twice, or is nearly one that ``cls`` knows.
+    """
+    for name, value in given.items():
+        if options.get(name) is not None:
+            raise InputError(
+                f"{name}={value} among the model arguments: lm_eval has the option --{name} for it; give that alone"
+            )
+    makers = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+    known = {name for make in makers for name in inspect.signature(make).parameters} - {"self", "args", "kwargs"}
+    for name in given:
+        if name not in known and (near := get_close_matches(name, known, 1, 0.8)):
+            raise InputError(f"{name}: no such model argument; did you mean {near[0]}?")

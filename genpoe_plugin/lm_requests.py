@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM, hash_args
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows
+from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
-from genpoe_plugin.arguments import GenPoEArguments
+from genpoe_plugin.arguments import GenPoEArguments, check_names
 from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.files import FORMAT, ExpertFiles
@@ -218,6 +219,31 @@ class PassageRequests(TemplateLM):
                 "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
             }
         }
+
+    # How lm-eval makes one
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        """As lm-eval; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
+        """As lm-eval.
+
+        Raises:
+            InputError: an argument that nothing takes, or that lm_eval has an option for, which is given as well.
+        """
+        check_names(cls, arg_dict, additional_config or {})
+        try:
+            return super().create_from_arg_obj(arg_dict, additional_config)
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or found[1] not in arg_dict:
+                raise
+            raise InputError(
+                f"{found[1]}={arg_dict[found[1]]}: no model argument, and nothing that the LLM takes"
+            ) from error
 
     # What lm-eval asks for
 

@@ -72,7 +72,7 @@ def located_passages(path: str | Path) -> Iterator[tuple[Passage, str]]:
             yield passage_from_record(record, where), where
             continue
         for ctx, ctx_where in json_objects(record["ctxs"], f'{where}, "ctxs"'):
-            passage = passage_from_record(ctx, ctx_where)
+            passage = passage_from_ctx(ctx, ctx_where)
             digest = blake2b(f"{passage.title}\0{passage.text}".encode(), digest_size=16).digest()
             if ids.setdefault(passage.id, digest) != digest:
                 raise InputError(f"{ctx_where}: id {passage.id!r} already stands for another passage; make ids unique")
@@ -94,6 +94,18 @@ def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
     passage = Passage(str(identifier), title, text)
     check_characters(f"{passage.id}{title}{text}", where)
     return passage
+
+
+def passage_from_ctx(record: Mapping[str, Any], where: str) -> Passage:
+    """As `passage_from_record`, for a passage of a question: without an id, its content gives it one."""
+    if not any(field in record for field in _ID_FIELDS):
+        record = {"id": content_id(str(record.get("title") or ""), str(record.get("text"))), **record}
+    return passage_from_record(record, where)
+
+
+def content_id(title: str, text: str) -> str:
+    """An id that the same passage always gets."""
+    return blake2b(f"{title}\0{text}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def check_characters(text: str, where: str) -> None:

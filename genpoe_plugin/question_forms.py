@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.passages import content_id
 
 Record = Mapping[str, Any]
 
@@ -131,5 +131,4 @@ def _question(question: str, answers: Iterable[str], ctxs: list[Record] | None =
 
 
 def _passage(title: str, text: str, gold: bool = True) -> Record:
-    digest = blake2b(f"{title}\0{text}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
-    return {"id": digest, "title": title, "text": text, "has_answer": gold}
+    return {"id": content_id(title, text), "title": title, "text": text, "has_answer": gold}

@@ -23,7 +23,7 @@ from genpoe_plugin.passages import (
     beginning,
     check_characters,
     json_objects,
-    passage_from_record,
+    passage_from_ctx,
     read_json_objects,
     read_tsv_rows,
 )
@@ -208,7 +208,7 @@ def passages_from_ctxs(ctxs: Sequence[Mapping[str, Any]], where: str) -> tuple[R
     """
     return tuple(
         RetrievedPassage(
-            passage=passage_from_record(ctx, ctx_where),
+            passage=passage_from_ctx(ctx, ctx_where),
             score=_number(ctx, "score", ctx_where) or 0.0,
             rank=_rank(ctx, "rank", ctx_where) or position,
             rerank_score=_number(ctx, "rerank_score", ctx_where),

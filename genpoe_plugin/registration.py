@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from importlib.machinery import ModuleSpec
     from pathlib import Path
-    from types import ModuleType
+    from types import ModuleType, TracebackType
     from typing import Any
 
 MODELS = {"genpoe": "genpoe_plugin.lm:GenPoELM", "genpoe-vllm": "genpoe_plugin.vllm_lm:GenPoEVLLM"}
@@ -49,7 +49,30 @@ def task_folder() -> "Path":
     return installed if installed.is_dir() else package.parent / "tasks"
 
 
+def errors_in_one_line() -> None:
+    """Have a program of lm-eval end in one line, without a traceback, where an `InputError` ends it.
+
+    Other programs, and other errors, keep their tracebacks. The status is that of any exception, 1.
+    """
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = main.name if main is not None else os.path.basename(sys.argv[0] if sys.argv else "")
+    if program.partition(".")[0] not in ("lm_eval", "lm-eval") or getattr(sys.excepthook, "of_genpoe", False):
+        return
+    earlier = sys.excepthook
+
+    def hook(kind: "type[BaseException]", error: BaseException, trace: "TracebackType | None") -> None:
+        errors = sys.modules.get("genpoe_plugin.errors")
+        if errors is not None and isinstance(error, errors.InputError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            earlier(kind, error, trace)
+
+    hook.of_genpoe = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
 def _register_models(models: "ModuleType") -> None:
+    errors_in_one_line()
     from lm_eval.api import registry
 
     if hasattr(registry, "load_plugins"):

@@ -30,6 +30,9 @@ from genpoe_plugin.experts.expert import Experts, Mixture, MLPExperts
 # hooks: of the batch that it was compiled with, or none.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
+CACHES = ("past_key_values", "cache")
+"""Names of a decoder's cache: transformers has the second from 5.24 on, and takes the first too."""
+
 _off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
 
 
@@ -85,6 +88,21 @@ def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, token
     return active
 
 
+def _tokens_in_cache(arguments: dict[str, Any]) -> int:
+    """How many tokens the cache holds that is among a decoder's arguments; 0 without one.
+
+    Raises:
+        InputError: there is a cache whose tokens cannot be counted, so nothing says where experts begin.
+    """
+    for name, value in arguments.items():
+        if name in CACHES and value is not None and not hasattr(value, "get_seq_length"):
+            raise InputError(f"{name} is a {type(value).__name__}; experts need one of transformers' Cache classes")
+        if name not in CACHES and hasattr(value, "get_seq_length"):
+            raise InputError(f"a cache is given as {name}; experts know it as {' or '.join(CACHES)} alone")
+    given = [arguments[name] for name in CACHES if arguments.get(name) is not None]
+    return given[0].get_seq_length() if given else 0
+
+
 @contextmanager
 def branch_off() -> Iterator[None]:
     """Passes inside the block neither hear nor move the branch of an `inject` around it."""
@@ -121,11 +139,8 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
         if _off.get():
             return
         arguments = signature.bind_partial(*args, **kwargs).arguments
-        # transformers calls it ``cache`` from 5.24 on, and takes the older name too.
-        named = {**kwargs, **arguments}
-        cache = next((named[name] for name in ("past_key_values", "cache") if named.get(name) is not None), None)
         # Asked before the layers run, since each of them adds this pass's tokens to the cache.
-        branch.begin({**arguments, "past": 0 if cache is None else cache.get_seq_length()})
+        branch.begin({**arguments, "past": _tokens_in_cache({**kwargs, **arguments})})
 
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)

@@ -217,3 +217,29 @@ def test_a_generation_lays_its_experts_out_once(make_llm, rows, prompts, monkeyp
     with inject(model, LAYER, rows):
         model.generate(prompts, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert len(laid_out) == 1
+
+
+class Unknown:
+    """A cache that no class of transformers is."""
+
+
+class Counting:
+    def get_seq_length(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"past_key_values": Unknown()},
+            "past_key_values is a Unknown; experts need one of transformers' Cache classes",
+        ),
+        ({"memory": Counting()}, "a cache is given as memory; experts know it as past_key_values or cache alone"),
+    ],
+)
+def test_a_cache_that_is_not_known_is_refused(make_llm, rows, prompts, given, message):
+    """Else experts would begin at a wrong position, without a word."""
+    model = make_llm("llama")
+    with pytest.raises(InputError, match=message), inject(model, 1, rows):
+        model.model(prompts, **given)
