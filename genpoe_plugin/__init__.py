@@ -1,3 +1,23 @@
 """Generative passage-level mixture of experts: retrieved passages become experts inside a frozen LLM."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genpoe_plugin.errors import InputError
+    from genpoe_plugin.model import GenPoEModel
+
 __version__ = "0.1.0"
+__all__ = ["GenPoEModel", "InputError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public classes, imported on use: the start-up file of the package must cost nothing."""
+    if name == "GenPoEModel":
+        from genpoe_plugin.model import GenPoEModel
+
+        return GenPoEModel
+    if name == "InputError":
+        from genpoe_plugin.errors import InputError
+
+        return InputError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,6 +61,7 @@ class MainGroup(LazyGroup):
     context_settings={"help_option_names": ["-h", "--help"]},
     lazy={
         "demo": LazyCommand("train_cli.demo:demo", "The whole story, on a world that it makes itself."),
+        "ask": LazyCommand("train_cli.ask:ask", "Answer one question in every mode, for a first look."),
         "data": LazyCommand("train_cli.data:data", "Download data, and make training data of it."),
         "index": LazyCommand("train_cli.index:index", "Build or describe a passage index."),
         "retrieve": LazyCommand("train_cli.retrieve:retrieve", "Retrieve passages for questions, ahead of time."),
