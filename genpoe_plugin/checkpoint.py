@@ -118,13 +118,19 @@ def save_hypernetwork(
 def resolve_checkpoint(name: str | Path) -> Path:
     """The local directory of a checkpoint, downloaded from the hub if ``name`` is no directory.
 
+    Args:
+        name: a directory, or a repository of the hub: ``user/name``, or ``user/name@revision`` with a branch, a tag or
+            a commit. A private one is read with the token that ``hf auth login`` keeps.
+
     Raises:
         InputError: there is none, or a file is missing; the message names the command that makes one.
     """
     directory = Path(name)
     if not directory.is_dir():
+        repository, _, revision = str(name).partition("@")
         try:
-            directory = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG]))
+            found = snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG])
+            directory = Path(found)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(
                 f"hypernetwork {name}: neither a directory nor a repository of the hub within reach; "

@@ -43,7 +43,8 @@ class GenPoEModel:
 
     Args:
         llm, tokenizer: as `transformers` loads them; the tokenizer has to be of the fast kind.
-        hypernetwork: directory or hub name of a checkpoint for this LLM.
+        hypernetwork: a checkpoint for this LLM: a directory, or a repository of the hub as ``user/name`` or
+            ``user/name@revision``.
         expert_dtype: of the experts that are kept (``float32``, ``bfloat16``, ``float16``, and ``int8`` where they are
             in the attention); the LLM's without it.
 
