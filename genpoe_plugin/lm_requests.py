@@ -255,6 +255,7 @@ class PassageRequests(TemplateLM):
                 self._replaced(request, self._place_to_generate(request, selection))
                 for request, selection in zip(requests, selections, strict=True)
             ]
+            self._trace_prompts(placed)
             return super().generate_until(placed, disable_tqdm=disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -264,6 +265,7 @@ class PassageRequests(TemplateLM):
                 self._replaced(request, self._place_to_score(request, selection, longest[self._sample(request)]))
                 for request, selection in zip(requests, selections, strict=True)
             ]
+            self._trace_prompts(placed)
             return super().loglikelihood(placed, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -311,6 +313,15 @@ class PassageRequests(TemplateLM):
             self._trace.write()
         with timed(self.seconds, "generate"):
             yield selections
+
+    def _trace_prompts(self, placed: Sequence[Instance]) -> None:
+        """Note what the LLM reads: lm-eval logs requests as they were before passages were put into them."""
+        if self._trace is None:
+            return
+        for request in placed:
+            context = request.args[0]
+            self._trace.add_prompt(request.doc_id, context.selection, str(context))
+        self._trace.write()
 
     def _question(self, request: Instance) -> Question:
         """The request's question, and what its doc knows of answers and passages."""

@@ -43,6 +43,11 @@ class Trace:
         }
         self._lines[_key(line)] = json.dumps(line, ensure_ascii=False)
 
+    def add_prompt(self, doc_id: int | None, selection: Selection, prompt: str) -> None:
+        """Add to the line of a sample the prompt that the LLM reads, with the passages that are in it."""
+        key = selection.task, doc_id, selection.question.question
+        self._lines[key] = json.dumps({**json.loads(self._lines[key]), "prompt": prompt}, ensure_ascii=False)
+
     def keep_earlier(self) -> None:
         """Take over the lines of an earlier run: what `lm_eval --use_cache` answers from it never reaches the model."""
         if self.path.is_file():

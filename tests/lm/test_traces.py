@@ -67,3 +67,27 @@ def test_what_an_interrupted_run_left_in_its_cache_is_traced(make_lm, docs, gene
     again.dbdict.close()
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert sorted(line["doc_id"] for line in lines) == list(range(len(docs)))
+
+
+@pytest.mark.parametrize("mode", ["closed_book", "rag", "genpoe", "genpoe_rag"])
+def test_the_prompt_is_the_one_that_the_llm_reads(make_lm, docs, generation, tmp_path, monkeypatch, mode):
+    path = tmp_path / "trace.jsonl"
+    lm = make_lm(mode, trace=str(path), batch_size=1)
+    read = []
+    encode = lm.tok_batch_encode
+
+    def listening(strings, *args, **kwargs):
+        ids, mask = encode(strings, *args, **kwargs)
+        read.append(lm.tokenizer.decode(ids[0][mask[0].bool()], skip_special_tokens=True))
+        return ids, mask
+
+    monkeypatch.setattr(lm, "tok_batch_encode", listening)
+    lm.generate_until(generation(docs))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == len(docs)
+
+    def squeezed(text: str) -> str:
+        return "".join(text.split())
+
+    assert {squeezed(line["prompt"]) for line in lines} == {squeezed(text) for text in read}
+    assert any("Knowledge:" in line["prompt"] for line in lines) == (mode in ("rag", "genpoe_rag"))
