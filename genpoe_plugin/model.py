@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.checkpoint import CONFIG, WEIGHTS, load_hypernetwork, resolve_checkpoint
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.injection import inject, observe_router
 from genpoe_plugin.experts.store import DTYPES, ExpertStore
 from genpoe_plugin.files import atomic_directory
 from genpoe_plugin.language_model import load_language_model
@@ -154,6 +154,39 @@ class GenPoEModel:
                 logits = self.llm(ids).logits[0, known - 1 : -1].float()
             scores.append(-functional.cross_entropy(logits, ids[0, known:].to(logits.device), reduction="sum").item())
         return scores
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the LLM's attention weighs the experts."""
+        return (self.hypernetwork.config.head, self.hypernetwork.config.place) == ("attention", "attention")
+
+    @torch.no_grad()
+    def router_mass(self, questions: Sequence[str], passages: Passages, gates: Gates = None) -> list[list[float]]:
+        """How much of the attention each passage has when the LLM is about to answer.
+
+        Args:
+            passages: at least one for each question.
+
+        Returns:
+            For each question and passage its share of the softmax at the prompt's last token, a mean over heads and
+            layers with experts. What is missing to 1 is the share of the prompt itself.
+
+        Raises:
+            InputError: the experts are not in the attention, a question has no passage, or lists of different lengths.
+        """
+        if not self.has_router:
+            raise InputError("there is a router for experts in the attention alone; gates weigh those beside an MLP")
+        prompts, passages, gates, starts = self._laid_out(questions, passages, gates, "genpoe")
+        if empty := [number for number, own in enumerate(passages) if not own]:
+            raise InputError(f"question {empty[0]} has no passage")
+        found = []
+        for number, prompt in enumerate(prompts):
+            row = slice(number, number + 1)
+            with self.experts(passages[row], gates[row], starts[row]), observe_router() as masses:
+                self.llm(**self._encoded([prompt]))
+            units = torch.stack([mass.cpu() for mass in masses.values()]).mean(0)[0]
+            found.append([float(part.sum()) for part in units.split(self._store.units(passages[number]))])
+        return found
 
     @contextmanager
     def experts(self, passages: Passages, gates: Gates = None, start: Sequence[int] | None = None) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import genpoe_plugin
 from genpoe_plugin import GenPoEModel
 from genpoe_plugin.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention import attend
+from genpoe_plugin.experts.attention_interface import listening
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
@@ -181,6 +184,55 @@ def test_ask_shows_every_mode(llm_dir, checkpoint):
     words = ["ask", QUESTIONS[0], "--model", llm_dir, "--hypernetwork", checkpoint, "--passage", PASSAGES[0][0]]
     result = CliRunner().invoke(main, [*map(str, words), "--max-new-tokens", "4", "--dtype", "float32"])
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.stdout.splitlines()] == list(MODES)
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == list(MODES)
+    shares = [line for line in lines[4:] if "% of the attention, as experts: Rossini" in line]
+    assert len(shares) == (GenPoEModel.from_pretrained(str(llm_dir), checkpoint).has_router)
     missing = CliRunner().invoke(main, [*map(str, words[:4]), "--hypernetwork", "no/such", "--passage", "a"])
     assert missing.exit_code == 2 and "neither a directory nor a repository" in missing.stderr
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_routers_mass_is_that_of_a_softmax_written_out(llm_dir, tmp_path, implementation):
+    """Of the prompt's last token over the own context and all units, for every head and layer by itself."""
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir, attn_implementation=implementation).double()
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    save_hypernetwork(tmp_path / "experts", Hypernetwork(attention_config(llm, (0, 2))), llm, tokenizer, {})
+    model = GenPoEModel(llm, tokenizer, tmp_path / "experts")
+    (found,) = model.router_mass(QUESTIONS[:1], PASSAGES[:1], GATES[:1])
+    rows = model._store.rows(PASSAGES[:1], GATES[:1], [0])
+    units, seen = model._store.units(PASSAGES[0]), {}
+
+    def note(call):
+        seen[call.layer] = call
+        active = torch.ones(1, call.query.shape[2], dtype=torch.bool)
+        return attend(call, rows.experts.layer(call.layer, rows.gates), active), None
+
+    with listening(llm, (0, 2), note), torch.no_grad():
+        llm(torch.tensor([tokenizer(closed_book_prompt(QUESTIONS[0]))["input_ids"]]))
+    expected = torch.zeros(len(units), dtype=torch.float64)
+    for number, layer in enumerate((0, 2)):
+        call, keys = seen[layer], rows.experts.parts[2 * number][0]
+        heads, group = call.query.shape[1], call.query.shape[1] // call.key.shape[1]
+        for head in range(heads):
+            query = call.query[0, head, -1]
+            of_units = [float(query @ key[head // group]) * call.scaling for key in keys]
+            gates = [gate for gate, count in zip(GATES[0], units, strict=True) for _ in range(count)]
+            masses = [g / max(GATES[0]) * math.exp(logit) for g, logit in zip(gates, of_units, strict=True)]
+            context = sum(math.exp(float(query @ key) * call.scaling) for key in call.key[0, head // group])
+            total = sum(masses) + context
+            begin = 0
+            for place, count in enumerate(units):
+                expected[place] += sum(masses[begin : begin + count]) / total / heads / 2
+                begin += count
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+    assert 0 < sum(found) < 1
+
+
+def test_only_experts_in_the_attention_have_a_router(model):
+    if model.has_router:
+        with pytest.raises(InputError, match="question 1 has no passage"):
+            model.router_mass(QUESTIONS, [PASSAGES[0], []])
+    else:
+        with pytest.raises(InputError, match="a router for experts in the attention alone"):
+            model.router_mass(QUESTIONS, PASSAGES)

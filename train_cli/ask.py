@@ -35,3 +35,7 @@ def ask(
         (answer,) = genpoe.generate([question], [passages], mode=mode, max_new_tokens=max_new_tokens)
         lines = [line for line in answer.splitlines() if line.strip()]
         click.echo(f"{mode:12} {lines[0].strip() if lines else ''}")
+    if genpoe.has_router:
+        (masses,) = genpoe.router_mass([question], [passages])
+        for passage, mass in zip(passages, masses, strict=True):
+            click.echo(f"{mass:8.1%} of the attention, as experts: {passage[:60]}")

@@ -217,6 +217,20 @@ def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
     return of_experts + _weighted(weights[..., units:], call.value)
 
 
+def unit_mass(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
+    """The share of the softmax that each unit has for the last token, a mean over heads: ``[rows, units]``.
+
+    What is missing to 1 is the own context's. Args as of `attend`.
+    """
+    seen = experts.bias.masked_fill(~active[:, None, None, -1:, None], -torch.inf)
+    mask = None if call.mask is None else call.mask[..., -1:, :]
+    last = replace(call, query=call.query[:, :, -1:], mask=mask)
+    own = _additive(mask, 1, call.key.shape[2], call.query)
+    logits = _logits(last, experts.keys.transpose(0, 1)) + seen.to(own.dtype)
+    weights = torch.cat([logits, _logits(last, call.key) + own.unsqueeze(1)], -1).float().softmax(-1)
+    return weights[..., : experts.keys.shape[2]].mean((1, 2, 3))
+
+
 def attend_with_null(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
     """Attention over the experts alone: in the softmax, a null of logit 0 and no value has the own context's place.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend, attend_with_null
+from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend, attend_with_null, unit_mass
 from genpoe_plugin.experts.attention_interface import Call, Output, listening
 from genpoe_plugin.experts.beside_mlp import read_beside_mlp
 from genpoe_plugin.experts.decoder import find_decoder, find_mlp, find_query_projection
@@ -33,6 +33,7 @@ torch._dynamo.config.skip_nnmodule_hook_guards = False
 CACHES = ("past_key_values", "cache")
 """Names of a decoder's cache: transformers has the second from 5.24 on, and takes the first too."""
 
+_router: ContextVar[dict[int, Tensor] | None] = ContextVar("genpoe_router", default=None)
 _off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
 
 
@@ -111,6 +112,22 @@ def branch_off() -> Iterator[None]:
         yield
     finally:
         _off.reset(token)
+
+
+@contextmanager
+def observe_router() -> Iterator[dict[int, Tensor]]:
+    """What the router does in the first pass inside the block, for experts in the attention.
+
+    Yields:
+        For each layer, filled by the pass: ``[served, units]``, the share of the softmax that each unit has for the
+        last token, a mean over heads.
+    """
+    masses: dict[int, Tensor] = {}
+    token = _router.set(masses)
+    try:
+        yield masses
+    finally:
+        _router.reset(token)
 
 
 @contextmanager
@@ -266,6 +283,9 @@ class _AttentionBranch(_Branch):
         if _off.get():
             return call.plain()
         rows, active, experts = self._for(call)
+        if (router := _router.get()) is not None and call.layer not in router:
+            own = call if rows.served is None else call.rows(rows.served)
+            router[call.layer] = unit_mass(own, experts, active if rows.served is None else active[rows.served])
         if rows.served is None:
             return attend(call, experts, active), None
         # Rows without experts stay as the model computes them.
