@@ -16,6 +16,9 @@ from train_cli.main import LazyCommand, LazyGroup
         "study": LazyCommand(
             "benchmarks.real_llm.study_command:study", "Trained experts, beside RAG that learned as much."
         ),
+        "router": LazyCommand(
+            "benchmarks.real_llm.router:router", "The attention on the passage with the answer, among several."
+        ),
         "adapter": LazyCommand("benchmarks.real_llm.lora:adapter", "RAG's adapter, for a study of trainings."),
         "report": LazyCommand("benchmarks.real_llm.report:report", "The tables of several LLMs as one document."),
     },
