@@ -1,8 +1,9 @@
 """Generative passage-level mixture of experts: retrieved passages become experts inside a frozen LLM."""
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # this runs at every start of an interpreter, and importing typing would cost more than all else
 if TYPE_CHECKING:
+    from typing import Any
+
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.model import GenPoEModel
 
@@ -10,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["GenPoEModel", "InputError", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """The public classes, imported on use: the start-up file of the package must cost nothing."""
     if name == "GenPoEModel":
         from genpoe_plugin.model import GenPoEModel
