@@ -167,6 +167,7 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
                 "data": out / "train.jsonl",
                 "out": out / "hypernetwork",
                 "dtype": "float32",
+                "preset": "memory",
                 "layer": 2,
                 "knowledge": 0.1,
                 "max-steps": settings.hypernetwork_steps,
