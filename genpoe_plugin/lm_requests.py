@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
-from genpoe_plugin.arguments import GenPoEArguments, check_names
+from genpoe_plugin.arguments import GenPoEArguments, check_names, nearest_name
 from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.files import FORMAT, ExpertFiles
@@ -241,8 +241,10 @@ class PassageRequests(TemplateLM):
             found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if found is None or found[1] not in arg_dict:
                 raise
+            near = nearest_name(cls, found[1])
             raise InputError(
                 f"{found[1]}={arg_dict[found[1]]}: no model argument, and nothing that the LLM takes"
+                + (f"; did you mean {near}?" if near else "")
             ) from error
 
     # What lm-eval asks for

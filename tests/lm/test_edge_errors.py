@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_the_stock_command_ends_in_one_line(llm_dir, arguments, message):
     assert last.startswith(f"error: {message}") and "Traceback" not in done.stderr
 
 
+def test_the_class_for_vllm_ends_in_one_line_too(llm_dir):
+    """What is wrong first depends on whether vLLM is there."""
+    arguments = f"pretrained={llm_dir},mode=rags"
+    done = lm_eval("--model_args", arguments, "--tasks", "genpoe_nq", model="genpoe-vllm")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    wrong = "mode=rags: not one of" if find_spec("vllm") else "genpoe-vllm needs vLLM"
+    assert last.startswith(f"error: {wrong}") and "Traceback" not in done.stderr
+
+
 def test_other_errors_keep_their_tracebacks(llm_dir):
     done = lm_eval("--model_args", f"pretrained={llm_dir}", "--tasks", "genpoe_nq", model="no_such_model")
     assert done.returncode == 1 and "Traceback" in done.stderr
@@ -62,7 +73,10 @@ def test_what_nothing_takes_is_named_and_what_the_loader_takes_is_not(llm_dir):
     base = {"pretrained": str(llm_dir), "mode": "closed_book", "device": "cpu"}
     with pytest.raises(InputError, match="flavour=sweet: no model argument, and nothing that the LLM takes"):
         GenPoELM.create_from_arg_obj({**base, "flavour": "sweet"})
-    lm = GenPoELM.create_from_arg_obj({**base, "attn_implementation": "eager"})
+    with pytest.raises(InputError, match=r"max_lenght=64: no model argument, .*; did you mean max_length\?$"):
+        GenPoELM.create_from_arg_obj({**base, "max_lenght": 64})
+    # Of the loader's names max_memory is much like max_cpu_memory, which lm-eval's class has.
+    lm = GenPoELM.create_from_arg_obj({**base, "attn_implementation": "eager", "max_memory": {"cpu": "1GB"}})
     assert lm.model.config._attn_implementation == "eager"
 
 
