@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import compare as benchmark
+from benchmarks.__main__ import main
 from benchmarks.options import Options
 from genpoe_plugin.comparison.leaderboard import compare
 
@@ -31,10 +34,20 @@ def test_the_command_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
         return "", 1_500_000_000
 
     monkeypatch.setattr(benchmark, "run_child", stand_in)
-    rows = {row.name.partition(": ")[2]: row for row in benchmark.measure(Options(quick=True, out=tmp_path))}
+    measured = benchmark.measure(Options(quick=True, out=tmp_path))
+    rows = {row.name.partition(": ")[2]: row for row in measured}
     assert called == [
         ["-m", "train_cli", "compare", f"{tmp_path / '12-runs-of-500'}", "--out", f"{tmp_path}/comparison"]
     ]
     assert rows["peak memory"].value == 1.5 and rows["peak memory"].holds
     assert rows["page"].value == 2
     assert rows["time"].unit == "s" and rows["time"].target == "<= 30"
+
+    # Some of its values and aims are numpy's, which JSON does not know.
+    monkeypatch.setattr(benchmark, "measure", lambda options: measured)
+    done = CliRunner().invoke(main, ["compare", "--json", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["name"], row["value"], row["holds"]) for row in written] == [
+        (row.name, row.value, row.holds) for row in measured
+    ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.__main__ import ALL, ON_REQUEST, main
 from benchmarks.row import Row, table, write
 
 
@@ -44,3 +47,13 @@ def test_what_is_written_names_machine_and_command(tmp_path, monkeypatch):
     ]
     assert record["command"] == "python -m benchmarks training --json 'a file'"
     assert {"processor", "processors", "python", "torch", "transformers", "lm-eval-genpoe"} == set(record["machine"])
+
+
+@pytest.mark.parametrize("name", [*ALL, *ON_REQUEST])
+def test_every_benchmark_writes_its_rows(name, tmp_path, monkeypatch):
+    module = import_module(f"benchmarks.{name.replace('-', '_')}")
+    monkeypatch.setattr(module, "measure", lambda options: [Row(name, np.float32(2.5), "s", ">= 2")])
+    done = CliRunner().invoke(main, [name, "--json", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row == {"name": name, "value": 2.5, "unit": "s", "target": ">= 2", "holds": True}
