@@ -4,11 +4,12 @@ TYPE_CHECKING = False  # this runs at every start of an interpreter, and importi
 if TYPE_CHECKING:
     from typing import Any
 
+    from genpoe_plugin.checkpoint import HypernetworkCheckpoint
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.model import GenPoEModel
 
 __version__ = "0.1.0"
-__all__ = ["GenPoEModel", "InputError", "__version__"]
+__all__ = ["GenPoEModel", "HypernetworkCheckpoint", "InputError", "__version__"]
 
 
 def __getattr__(name: str) -> "Any":
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> "Any":
         from genpoe_plugin.model import GenPoEModel
 
         return GenPoEModel
+    if name == "HypernetworkCheckpoint":
+        from genpoe_plugin.checkpoint import HypernetworkCheckpoint
+
+        return HypernetworkCheckpoint
     if name == "InputError":
         from genpoe_plugin.errors import InputError
 

@@ -24,6 +24,11 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
+def first_line(generation: str) -> str:
+    """The first line that is not empty: some LLMs begin their answer on a new line. Empty if there is none."""
+    return generation.strip().partition("\n")[0].strip()
+
+
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
     """1.0 if the normalised ``prediction`` equals any of the normalised ``answers``, else 0.0."""
     normalized = normalize_answer(prediction)

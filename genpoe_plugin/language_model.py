@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.gguf_files import begin_as_stored, check_gguf, gguf_path
+from genpoe_plugin.hub import split_revision
 
 
 def load_language_model(
@@ -37,6 +39,7 @@ def load_language_model(
     """An LLM from a directory or the hub, without gradients and in evaluation mode, and its tokenizer.
 
     Args:
+        name: a directory, or a repository of the hub as ``user/name`` or ``user/name@revision``.
         gguf_file: in that directory or repository, which both are read from.
 
     Raises:
@@ -47,8 +50,10 @@ def load_language_model(
         raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
     tokenizer = load_tokenizer(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     try:
+        repository, revision = split_revision(name)
+        of_hub = {} if revision is None else {"revision": revision}
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code
+            repository, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **of_hub
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -88,23 +93,35 @@ def load_lower_layers(
 def load_tokenizer(
     name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of an LLM in a directory or on the hub, or in a GGUF file there.
+    """The tokenizer of an LLM in a directory or on the hub (``user/name@revision``), or in a GGUF file there.
 
     Raises:
         InputError: it cannot be loaded, or cannot tell which characters a token covers.
     """
     check_gguf(name, gguf_file)
-    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+    repository, revision = split_revision(name)
+    given = {"gguf_file": gguf_file, "revision": revision}
+    options = {option: value for option, value in given.items() if value is not None}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+    check_tokenizer(tokenizer, name)
+    if gguf_file is not None:
+        begin_as_stored(tokenizer, gguf_path(repository, gguf_file, revision=revision))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise an ``InputError`` if the tokenizer of the LLM ``name`` cannot tell which characters a token covers."""
     if not tokenizer.is_fast:
         raise InputError(f"LLM {name}: its tokenizer gives no character offsets; one of the fast kind is needed")
-    if gguf_file is not None:
-        begin_as_stored(tokenizer, gguf_path(name, gguf_file))
-    return tokenizer
+
+
+def context_length(model: PreTrainedModel) -> float:
+    """How many tokens the LLM has positions for; infinitely many where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from genpoe_plugin.arguments import GenPoEArguments
-from genpoe_plugin.checkpoint import load_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.gguf_files import begin_as_stored, check_gguf, gguf_path
+from genpoe_plugin.hub import commit_of
 from genpoe_plugin.lm_requests import PassageRequests, options
 from genpoe_plugin.pipeline import Selection
 from genpoe_plugin.provenance import peak_memory
@@ -95,8 +95,7 @@ class GenPoELM(PassageRequests, HFLM):
 
         self.store: ExpertStore | None = None
         if arguments.uses_experts:
-            assert hypernetwork is not None
-            network = load_hypernetwork(hypernetwork, self.model, self.tokenizer)
+            network = self._checkpoint.load(self.model, self.tokenizer)
             self._layers = arguments.layers_of(network.config)
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
@@ -147,9 +146,11 @@ class GenPoELM(PassageRequests, HFLM):
         return peak_memory(self.device)
 
     def _llm_facts(self, hf_arguments: dict[str, Any]) -> dict[str, Any]:
+        commit = commit_of(self.pretrained, self.revision) if isinstance(self.pretrained, str) else None
         return {
             "pretrained": self._llm_name,
             "revision": self.revision,
+            **({} if commit is None else {"commit": commit}),
             "peft": self.peft,
             "delta": self.delta,
             "dtype": str(self.model.dtype),

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
 from genpoe_plugin.arguments import GenPoEArguments, check_names, nearest_name
-from genpoe_plugin.checkpoint import checkpoint_fingerprint, llm_identity
+from genpoe_plugin.checkpoint import HypernetworkCheckpoint, llm_identity
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import DTYPES, ExpertStore
 from genpoe_plugin.language_model import weights_sample
 from genpoe_plugin.pipeline import Pipeline, Selection
-from genpoe_plugin.prompts import PROMPT_MODES, Prompt, last_question, tokens_from, with_knowledge
+from genpoe_plugin.prompts import PROMPT_MODES, Prompt, expert_start, in_mode, last_question
 from genpoe_plugin.provenance import DocumentDigests, digest, provenance
 from genpoe_plugin.questions import Question, passages_from_ctxs
 from genpoe_plugin.timing import timed
@@ -124,6 +125,12 @@ class PassageRequests(TemplateLM):
         """What the other processes of a data-parallel run say to this one."""
         return []
 
+    @cached_property
+    def _checkpoint(self) -> HypernetworkCheckpoint:
+        """The hypernetwork's, found once: a branch of the hub may move meanwhile."""
+        assert self.arguments.hypernetwork is not None
+        return HypernetworkCheckpoint.from_pretrained(self.arguments.hypernetwork)
+
     def _expert_store(
         self,
         network: Hypernetwork,
@@ -180,8 +187,9 @@ class PassageRequests(TemplateLM):
         arguments, pipeline = self.arguments, self.pipeline
         facts: dict[str, Any] = {"version": __version__, **llm, "mode": arguments.mode}
         if arguments.uses_experts:
-            assert arguments.hypernetwork is not None
-            facts["hypernetwork"] = checkpoint_fingerprint(arguments.hypernetwork)
+            facts["hypernetwork"] = self._checkpoint.fingerprint
+            if self._checkpoint.commit is not None:
+                facts["hypernetwork_commit"] = self._checkpoint.commit
             if arguments.expert_layers is not None:
                 facts["expert_layers"] = arguments.wanted_layers
             if arguments.expert_dtype is not None:
@@ -195,6 +203,8 @@ class PassageRequests(TemplateLM):
                     for name in ("num_retrieved", "num_passages", "gates", "passages", "question_field", "seed")
                 },
             }
+            if pipeline.reranker is not None and pipeline.reranker.commit is not None:
+                facts["reranker_commit"] = pipeline.reranker.commit
         return facts
 
     def get_model_info(self) -> dict[str, Any]:
@@ -350,10 +360,8 @@ class PassageRequests(TemplateLM):
         return replace(request, arguments=(context, *request.args[1:]))
 
     def _place(self, context: str, selection: Selection, fits: Callable[[str], bool]) -> PlacedContext:
-        prompt = Prompt(context)
-        if self.arguments.mode in PROMPT_MODES:
-            bos = self.tokenizer.bos_token
-            prompt = with_knowledge(context, selection.question.question, selection.strings, fits=fits, bos=bos)
+        question, mode = selection.question.question, self.arguments.mode
+        prompt = in_mode(mode, context, question, selection.strings, fits=fits, bos=self.tokenizer.bos_token)
         return PlacedContext(prompt, context, selection)
 
     def _place_to_generate(self, request: Instance, selection: Selection) -> PlacedContext:
@@ -385,13 +393,8 @@ class PassageRequests(TemplateLM):
     # Experts beside the rows
 
     def _start(self, context: PlacedContext, text: str, tokens: int) -> int:
-        """The first token that sees the experts, where ``text`` (of ``context``) ends after so many tokens.
-
-        Counted from the end, so it does not matter what is before: BOS, or what left truncation took away.
-        """
-        if context.question_at is None:
-            return 0
-        return max(0, tokens - tokens_from(text, context.question_at, self.tokenizer))
+        """The first token that sees the experts, where ``text`` (of ``context``) ends after so many tokens."""
+        return expert_start(context.question_at, text, tokens, self.tokenizer)
 
     def _scored_row(self, request: tuple[Any, list[int], list[int]]) -> tuple[Selection, int]:
         """Whose experts a scored row sees, and from which token of the model's input on."""

@@ -20,6 +20,8 @@ PROMPT_MODES = ("rag", "genpoe_rag")
 EXPERT_MODES = ("genpoe", "genpoe_rag")
 """The modes that turn passages into experts."""
 MAX_PASSAGE_TOKENS = 256
+MAX_NEW_TOKENS, STOP = 32, "\nQuestion:"
+"""At most how many tokens an answer has, and what ends it, in the tasks as well: some LLMs go on with a question."""
 
 _LABEL = re.compile(r"(?<!\w)[A-Za-z]{1,16}:\s?$")
 _QUERY_WORDS = 100
@@ -146,3 +148,30 @@ def with_knowledge(
         if fits(text):
             return Prompt(text, count, place + len(knowledge))
     return Prompt(context)
+
+
+def in_mode(
+    mode: str,
+    context: str,
+    question: str | None,
+    passages: Sequence[str],
+    *,
+    fits: Callable[[str], bool],
+    bos: str | None = None,
+) -> Prompt:
+    """What the LLM reads in a mode: the context as it is, or with the best passages in it (see `with_knowledge`)."""
+    if mode not in PROMPT_MODES:
+        return Prompt(context)
+    return with_knowledge(context, question, passages, fits=fits, bos=bos)
+
+
+def expert_start(question_at: int | None, text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The first token that sees the experts, of a prompt whose first ``tokens`` tokens end where ``text`` does.
+
+    Counted from the end, so it does not matter what is before: BOS, or what left truncation took away.
+
+    Args:
+        question_at: of the `Prompt`.
+        text: the prompt, without white space at its end where that became part of what follows.
+    """
+    return 0 if question_at is None else max(0, tokens - tokens_from(text, question_at, tokenizer))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.hub import commit_of, split_revision
 from genpoe_plugin.language_model import to_device
 from genpoe_plugin.questions import Question, by_rerank_score
 
@@ -50,12 +51,14 @@ class Reranker:
         prompt: str = DEFAULT_PROMPT,
         max_length: int = DEFAULT_MAX_LENGTH,
         batch_size: int = 32,
+        commit: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_length = max_length
         self.batch_size = batch_size
+        self.commit = commit
         bos = tokenizer.bos_token_id
         self._bos = [] if bos is None or bos == tokenizer.pad_token_id else [bos]
         yes, self._newline, self._prompt = self._tokenise(["Yes", "\n", prompt])
@@ -79,6 +82,7 @@ class Reranker:
         """Load a decoder LLM, a trained reranker or a LoRA adapter, from a directory or the hub.
 
         Args:
+            name_or_path: a directory, or a repository of the hub as ``user/name`` or ``user/name@revision``.
             dtype: of the weights; ``auto`` keeps the checkpoint's.
             batch_size: pairs in one forward pass.
             prompt, max_length: instead of those saved with a trained reranker.
@@ -88,10 +92,12 @@ class Reranker:
                 device.
         """
         name = str(name_or_path)
+        repository, revision = split_revision(name)
+        of_hub = {} if revision is None else {"revision": revision}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=trust_remote_code, **of_hub)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                repository, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **of_hub
             )
         except Exception as error:  # Each kind of damage to a checkpoint comes as another type of error.
             if Path(name).is_dir():
@@ -104,12 +110,13 @@ class Reranker:
                 f"{name}: not a causal language model, its checkpoint lacks {len(info['missing_keys'])} tensors "
                 f"such as {min(info['missing_keys'])}; give a decoder LLM or a reranker trained from one"
             )
-        settings: dict[str, Any] = _read_settings(name)
+        settings: dict[str, Any] = _read_settings(repository, revision)
         if prompt is not None:
             settings["prompt"] = prompt
         if max_length is not None:
             settings["max_length"] = max_length
-        return cls(to_device(model, device).eval(), tokenizer, batch_size=batch_size, **settings)
+        commit = commit_of(repository, revision)
+        return cls(to_device(model, device).eval(), tokenizer, batch_size=batch_size, commit=commit, **settings)
 
     def save(self, directory: str | Path) -> None:
         """Write weights (safetensors), tokenizer and prompt: what :meth:`load`, or FlagEmbedding, reads."""
@@ -221,10 +228,10 @@ def rerank(
     ]
 
 
-def _read_settings(name: str) -> dict[str, Any]:
+def _read_settings(name: str, revision: str | None) -> dict[str, Any]:
     """Prompt and lengths saved with a trained reranker; nothing for an LLM that comes without them."""
     try:
-        path = Path(str(cached_file(name, SETTINGS_FILE)))
+        path = Path(str(cached_file(name, SETTINGS_FILE, revision=revision)))
     except OSError:
         return {}
     try:

@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 
 from genpoe_plugin import hub_questions as hub
-from genpoe_plugin.answers import contains, exact_match, f1, popqa_accuracy, rouge_l
+from genpoe_plugin.answers import contains, exact_match, f1, first_line, popqa_accuracy, rouge_l
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.questions import Question, read_questions
@@ -103,7 +103,7 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """EM, F1, and whether an answer is contained: of the first line of the generation that is not empty."""
-    prediction, answers = _answer(results), doc["answers"]
+    prediction, answers = first_line(results[0]), doc["answers"]
     return {
         "em": exact_match(prediction, answers),
         "f1": f1(prediction, answers),
@@ -113,12 +113,12 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 def process_popqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Besides, PopQA's own accuracy: whether an answer is a substring, in few forms of its letters."""
-    return {**process_results(doc, results), "acc": popqa_accuracy(_answer(results), doc["answers"])}
+    return {**process_results(doc, results), "acc": popqa_accuracy(first_line(results[0]), doc["answers"])}
 
 
 def process_narrativeqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Besides, ROUGE-L, since answers are free text."""
-    return {**process_results(doc, results), "rouge_l": rouge_l(_answer(results), doc["answers"])}
+    return {**process_results(doc, results), "rouge_l": rouge_l(first_line(results[0]), doc["answers"])}
 
 
 def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
@@ -143,11 +143,6 @@ def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
     for case, score in items:
         cases[case] = max(cases[case], score)
     return fmean(cases.values())
-
-
-def _answer(results: Sequence[str]) -> str:
-    """The first line that is not empty: some LLMs begin their answer on a new line. Empty if there is none."""
-    return results[0].strip().partition("\n")[0].strip()
 
 
 def _local(task: str, data: Any) -> Splits | None:

@@ -14,7 +14,6 @@ from genpoe_plugin.checkpoint import (
     WEIGHTS,
     checkpoint_fingerprint,
     load_hypernetwork,
-    resolve_checkpoint,
     save_hypernetwork,
 )
 from genpoe_plugin.errors import InputError
@@ -226,19 +225,3 @@ def test_the_fingerprint_is_of_the_content(saved, tmp_path, llm, tokenizer):
     assert checkpoint_fingerprint(copy) == checkpoint_fingerprint(directory)
     save_hypernetwork(copy, hypernetwork, llm, tokenizer, {"seed": 1})
     assert checkpoint_fingerprint(copy) != checkpoint_fingerprint(directory)
-
-
-@pytest.mark.parametrize(("name", "revision"), [("someone/experts", None), ("someone/experts@v1.2", "v1.2")])
-def test_a_revision_of_the_hub_is_named_behind_an_at_sign(name, revision, tmp_path, monkeypatch):
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).write_text("{}")
-    asked = []
-
-    def download(repository, *, revision, allow_patterns):
-        asked.append((repository, revision, sorted(allow_patterns)))
-        return str(tmp_path)
-
-    monkeypatch.setattr("genpoe_plugin.checkpoint.snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    assert resolve_checkpoint(name) == tmp_path
-    assert asked == [("someone/experts", revision, ["config.json", "model.safetensors"])]

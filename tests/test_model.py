@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import genpoe_plugin
-from genpoe_plugin import GenPoEModel
+from genpoe_plugin import GenPoEModel, HypernetworkCheckpoint
 from genpoe_plugin.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import attend
@@ -119,32 +119,119 @@ def test_a_score_is_the_sum_over_the_answers_tokens(model):
     assert model.score(QUESTIONS[:1], ["Pesaro"], mode="closed_book") != [score]
 
 
+def test_a_batched_loop_by_hand_with_a_cache_and_passages_in_the_prompt(model):
+    """Experts begin at the question, whose place in each row is told."""
+    prompts = [rag_prompt(question, own) for question, own in zip(QUESTIONS, PASSAGES, strict=True)]
+    encoded = model.tokenizer(prompts, return_tensors="pt", padding=True)
+    before = [prompt[: prompt.index("Question:")] for prompt in prompts]
+    start = [len(model.tokenizer(text)["input_ids"]) for text in before]
+    mask, ids, cache, new = encoded["attention_mask"], encoded["input_ids"], None, []
+    with model.experts(PASSAGES, GATES, start), torch.no_grad():
+        for _ in range(NEW["max_new_tokens"]):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model.llm(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            new.append(ids)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    expected = model.generate(QUESTIONS, PASSAGES, GATES, mode="genpoe_rag", **NEW)
+    assert model.tokenizer.batch_decode(torch.cat(new, 1), skip_special_tokens=True) == expected
+    assert expected != model.generate(QUESTIONS, PASSAGES, GATES, mode="rag", **NEW)
+
+
+def test_an_llm_that_is_loaded_already(model, llm_dir, checkpoint):
+    llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
+    before = {name: weight.clone() for name, weight in llm.state_dict().items()}
+    given = GenPoEModel.from_pretrained(
+        llm.train(), HypernetworkCheckpoint.from_pretrained(checkpoint), tokenizer=tokenizer
+    )
+    assert given.llm is llm and not llm.training
+    assert given.generate(QUESTIONS, PASSAGES, GATES, **NEW) == model.generate(QUESTIONS, PASSAGES, GATES, **NEW)
+    assert all(torch.equal(weight, before[name]) for name, weight in llm.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("loaded", "arguments", "message"),
+    [
+        (True, {}, "a loaded LLM needs its tokenizer; give tokenizer="),
+        (True, {"dtype": "float32"}, "dtype=float32: the LLM is loaded already"),
+        (True, {"device": "cpu"}, "device=cpu: the LLM is loaded already"),
+        (False, {"tokenizer": "its"}, "tokenizer: it is loaded beside an LLM that is given by name"),
+        (False, {"dtype": "float8"}, "dtype float8: no such number format"),
+        (False, {"expert_dtype": "float8"}, "expert_dtype=float8: not one of"),
+        (False, {"revision": "v1"}, "a directory, which has no revision v1"),
+        (False, {"hypernetwork": "no/such"}, "no/such: neither a directory nor a repository"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(llm_dir, checkpoint, loaded, arguments, message):
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir) if loaded else llm_dir
+    with pytest.raises(InputError, match=message) as error:
+        GenPoEModel.from_pretrained(llm, **{"hypernetwork": checkpoint, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_a_slow_tokenizer_is_refused(llm_dir, checkpoint, tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(InputError, match="gives no character offsets"):
+        GenPoEModel(AutoModelForCausalLM.from_pretrained(llm_dir), Slow(), checkpoint)
+
+
+def test_an_answer_ends_at_a_stop_string(model):
+    (whole,) = model.generate(QUESTIONS[:1], PASSAGES[:1], max_new_tokens=12, stop_strings=None)
+    stop = whole[4:6]
+    for stops in (stop, ["never there", stop]):
+        assert model.generate(QUESTIONS[:1], PASSAGES[:1], max_new_tokens=12, stop_strings=stops) == [
+            whole[: whole.index(stop)]
+        ]
+
+
+def test_no_questions_have_no_answers(model):
+    assert model.generate([], []) == model.score([], [], []) == []
+
+
+def test_a_long_passage_is_cut_where_a_reader_would_be_told(model):
+    """At 256 tokens, in every mode, as in an evaluation."""
+    long = "Rossini: " + "Gioachino Rossini was an Italian composer. " * 60
+    offsets = model.tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    cut = long[: offsets[256][0]].rstrip()
+    for mode in MODES:
+        assert model.generate(QUESTIONS[:1], [[long]], mode=mode, **NEW) == model.generate(
+            QUESTIONS[:1], [[cut]], mode=mode, **NEW
+        )
+
+
 def test_what_is_saved_answers_alike(model, llm_dir, tmp_path):
     model.save_pretrained(tmp_path / "copy")
-    again = GenPoEModel.from_pretrained(str(llm_dir), tmp_path / "copy", dtype="float32")
+    again = GenPoEModel.from_pretrained(llm_dir, tmp_path / "copy", dtype="float32")
     assert again.generate(QUESTIONS, PASSAGES, GATES, **NEW) == model.generate(QUESTIONS, PASSAGES, GATES, **NEW)
+    assert again.checkpoint.fingerprint == model.checkpoint.fingerprint
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert names == {"config.json", "model.safetensors"}
 
 
-def test_what_is_pushed_is_the_checkpoint(model, checkpoint, monkeypatch):
-    seen = {}
+def test_saving_replaces_a_checkpoint_and_nothing_else(model, checkpoint, tmp_path):
+    (checkpoint / "trainer_state").mkdir()
+    model.save_pretrained(checkpoint)
+    assert (checkpoint / "trainer_state").is_dir(), "onto itself"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("all of it")
+    with pytest.raises(InputError, match="holds something that is not a checkpoint"):
+        model.save_pretrained(tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+    model.save_pretrained(tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("of an older one")
+    model.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "README.md").exists()
 
-    class Api:
-        def create_repo(self, name, **options):
-            seen["repository"] = name
 
-        def create_branch(self, name, *, branch, exist_ok):
-            seen["branch"] = branch
-
-        def upload_folder(self, *, repo_id, folder_path, revision):
-            seen["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-            return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/{revision}"})()
-
-    monkeypatch.setattr("genpoe_plugin.model.HfApi", Api)
-    assert model.push_to_hub("someone/experts", revision="v1") == "https://hub/someone/experts/v1"
-    assert (seen["repository"], seen["branch"]) == ("someone/experts", "v1")
-    assert seen["files"] == {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+def test_a_checkpoint_tells_what_it_is_for_without_an_llm(checkpoint, llm_dir, tmp_path):
+    (checkpoint / "README.md").write_text("its card")
+    found = HypernetworkCheckpoint.from_pretrained(checkpoint)
+    assert found.base_model == str(llm_dir)
+    assert found.config.hidden_size == 32
+    found.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == "its card"
 
 
 @pytest.mark.parametrize(
@@ -152,9 +239,13 @@ def test_what_is_pushed_is_the_checkpoint(model, checkpoint, monkeypatch):
     [
         ({"mode": "oracle"}, "mode=oracle: not one of closed_book, rag, genpoe, genpoe_rag"),
         ({"passages": PASSAGES[:1]}, "2 questions, but passages for 1"),
-        ({"passages": ["a", "b"]}, "passages a list for each question"),
+        ({"passages": ["a", "b"]}, "passages are a list for each question"),
         ({"passages": PASSAGES, "gates": [[1.0], [1.0]]}, "gates have to be as many as the passages"),
         ({"passages": PASSAGES, "gates": [[1.0, -1.0], [1.0]]}, "a gate is negative"),
+        ({"passages": PASSAGES, "gates": [[1.0, float("nan")], [1.0]]}, "a gate is negative or no number"),
+        ({"passages": [["a"], ["b", " "]]}, "question 1: a passage is no text, or an empty one"),
+        ({"passages": PASSAGES, "num_return_sequences": 2}, "num_return_sequences=2: there is one answer a question"),
+        ({"passages": PASSAGES, "batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
     ],
 )
 def test_bad_input_is_one_line(model, arguments, message):
@@ -162,10 +253,29 @@ def test_bad_input_is_one_line(model, arguments, message):
         model.generate(QUESTIONS, **arguments)
 
 
-def test_importing_the_package_imports_no_torch():
-    code = "import sys, genpoe_plugin; print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.generate("who"), "questions are a list"),
+        (lambda model: model.score(QUESTIONS, ["Pesaro"]), "2 questions, but 1 answers"),
+        (lambda model: model.score(QUESTIONS, ["Pesaro", " "]), "answer 1 is empty"),
+        (lambda model: model.experts(PASSAGES, GATES, [0]).__enter__(), "passages for 2 rows, but starts for 1"),
+        (lambda model: model.experts(["a", "b"]).__enter__(), "passages are a list for each question"),
+    ],
+)
+def test_other_bad_input_is_one_line_too(model, call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "numpy", "huggingface_hub", "lm_eval", "click")
+    code = f"import sys, genpoe_plugin; print([name for name in {heavy} if name in sys.modules])"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+    assert all(getattr(genpoe_plugin, name) is not None for name in genpoe_plugin.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = genpoe_plugin.Nothing
 

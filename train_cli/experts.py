@@ -10,6 +10,7 @@ import click
 from genpoe_plugin.errors import InputError
 from train_cli.index import Size
 from train_cli.layers import Layers
+from train_cli.training_options import card_options, command_words
 
 
 @click.group()
@@ -46,6 +47,7 @@ def experts() -> None:
 )
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions at a time.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the draw of questions.")
+@card_options
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
 @click.option("--gguf-file", help="Read the LLM from this GGUF file in its directory or repository.")
@@ -63,6 +65,8 @@ def create(
     num_questions: int,
     batch_size: int,
     seed: int,
+    licence: str | None,
+    datasets: tuple[str, ...],
     device: str,
     dtype: str,
     gguf_file: str | None,
@@ -86,7 +90,6 @@ def create(
     from genpoe_plugin.files import check_replaceable
     from genpoe_plugin.language_model import load_language_model
     from genpoe_plugin.training.card import DataFile, ModelCard
-    from train_cli.training_options import command_words
 
     check_replaceable(out, is_checkpoint, "a checkpoint")
     model, tokenizer = load_language_model(
@@ -128,7 +131,7 @@ def create(
         ModelCard(
             kind="experts",
             base_model=llm,
-            out=str(out),
+            out=str(out.resolve()),
             form={"layers": config.layers, "kv_heads": config.kv_heads, "bytes of a token": size},
             data=[] if calibration is None else [DataFile.read("calibration", *pair) for pair in calibration.files],
             arguments={},
@@ -138,6 +141,9 @@ def create(
             },
             command=command_words(),
             steps=0,
+            validations=[] if calibration is None else [{"step": 0, "nats": calibration.chosen.nats}],
+            licence=licence,
+            datasets=datasets,
         ),
     )
     if calibrate:

@@ -13,7 +13,16 @@ from click.core import ParameterSource
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import ATTENTION_ONLY, PRESETS
 from genpoe_plugin.training.arguments import HypernetworkTraining
-from train_cli.training_options import FORM_HELP, describe, digests, form_options, report, show_memory, training_options
+from train_cli.training_options import (
+    FORM_HELP,
+    card_options,
+    describe,
+    digests,
+    form_options,
+    report,
+    show_memory,
+    training_options,
+)
 
 IN_ATTENTION = tuple(name for name, form in PRESETS.items() if form.get("head") == "attention")
 """Presets whose experts are in the LLM's attention."""
@@ -43,6 +52,7 @@ ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
 @click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
 @form_options
 @training_options(HypernetworkTraining)
+@card_options
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
 @click.option("--gguf-file", help="Read the frozen LLM from this GGUF file in its directory or repository.")
@@ -59,6 +69,8 @@ def hypernetwork(
     estimate: bool,
     preset: str,
     init: str | None,
+    licence: str | None,
+    datasets: tuple[str, ...],
     device: str | None,
     dtype: str,
     gguf_file: str | None,
@@ -182,6 +194,8 @@ def hypernetwork(
             progress,
             accelerator.num_processes,
             {**from_gguf, "num_passages": arguments.num_passages},
+            licence=licence,
+            datasets=datasets,
         )
 
 

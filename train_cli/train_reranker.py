@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from genpoe_plugin.training.arguments import RerankerTraining
-from train_cli.training_options import describe, digests, report, show_memory, training_options
+from train_cli.training_options import card_options, describe, digests, report, show_memory, training_options
 
 
 @click.command()
@@ -19,6 +19,7 @@ from train_cli.training_options import describe, digests, report, show_memory, t
 @click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens of query and passage together.")
 @training_options(RerankerTraining)
+@card_options
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
 @click.option(
     "--dtype",
@@ -35,6 +36,8 @@ def reranker(
     validation: str | None,
     estimate: bool,
     max_length: int,
+    licence: str | None,
+    datasets: tuple[str, ...],
     device: str | None,
     dtype: str,
     trust_remote_code: bool,
@@ -87,4 +90,15 @@ def reranker(
     if accelerator.is_main_process:
         report(progress, out, finished_before)
         form = {"prompt": examples[0].prompt, "max_length": max_length}
-        describe("reranker", model, out, form, files, arguments, progress, accelerator.num_processes)
+        describe(
+            "reranker",
+            model,
+            out,
+            form,
+            files,
+            arguments,
+            progress,
+            accelerator.num_processes,
+            licence=licence,
+            datasets=datasets,
+        )

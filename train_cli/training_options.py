@@ -128,6 +128,18 @@ def _options(holder: type, defaults: Mapping[str, Any]) -> Callable[[Function], 
     return decorate
 
 
+def card_options(function: Function) -> Function:
+    """What the model card says of rights and sources, which no file tells."""
+    dataset = click.option(
+        "--dataset",
+        "datasets",
+        multiple=True,
+        help="For the model card: the hub's name of a data set that the data is from; may be repeated.",
+    )
+    licence = click.option("--licence", help="For the model card: the hub's name of a licence, such as apache-2.0.")
+    return dataset(licence(function))
+
+
 def digests(files: Sequence[DataFile]) -> dict[str, str]:
     """What tells the data of one run from that of another, by use."""
     return {"data" if file.use == "training" else file.use: file.sha256 for file in files}
@@ -173,6 +185,9 @@ def describe(
     progress: Progress,
     processes: int,
     lm_eval_arguments: Mapping[str, Any] | None = None,
+    *,
+    licence: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> None:
     """Write the model card, unless it is there."""
     from genpoe_plugin.training.card import CARD, ModelCard, write_card
@@ -191,6 +206,8 @@ def describe(
         validations=progress.validations,
         best=progress.best,
         lm_eval_arguments=lm_eval_arguments or {},
+        licence=licence,
+        datasets=datasets,
     )
     write_card(out, card)
 

@@ -6,21 +6,23 @@ The front matter is what the Hugging Face hub reads; the rest is Markdown for pe
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from genpoe_plugin import __version__
 from genpoe_plugin.files import atomic_file, file_digest
+from genpoe_plugin.hub import split_revision
 from genpoe_plugin.training.curves import LOSS, PICTURE, VALIDATION
 
 CARD = "README.md"
@@ -31,6 +33,11 @@ TAGS = {
 }
 TITLES = {"hypernetwork": "Hypernetwork", "experts": "Attention experts", "reranker": "Reranker"}
 CALIBRATION, CALIBRATION_PICTURE = "calibration.csv", "calibration.png"
+SHOWN = (LOSS, VALIDATION, PICTURE, CALIBRATION, CALIBRATION_PICTURE)
+"""Files beside a card that it shows or links, where there are such."""
+_TASKS = {"hypernetwork": "question-answering", "experts": "question-answering", "reranker": "text-ranking"}
+_METRICS = {"em": "exact_match", "f1": "f1"}  # the hub's names, where it has others
+_LOADED = re.compile(r'GenPoEModel\.from_pretrained\("(?:[^"\\]|\\.)*", ("(?:[^"\\]|\\.)*")')
 
 
 @dataclass(frozen=True)
@@ -65,20 +72,24 @@ def installed_versions() -> dict[str, str]:
 class ModelCard:
     """What a card tells; plain data.
 
+    Paths may be those of this machine: a card shows the last part of each.
+
     Attributes:
         kind: what it is; ``experts`` are those in the LLM's attention that were not trained.
         base_model: the frozen LLM of a hypernetwork or experts, or what a reranker started from: directory or hub name.
-        out: the checkpoint's directory as its users name it, in the commands of the card.
+        out: the checkpoint's directory, or its repository on the hub.
         form: what it is made of, by name: dimensions, number of parameters and so on.
         data: the files that were read; questions with passages, for a hypernetwork.
         arguments: all arguments of the training, by name.
         command: the command that trained it, word by word.
         steps: optimizer steps taken; 0 without training.
-        validations: ``{"step": ..., measure: value, ...}`` of every validation, in order.
+        validations: ``{"step": ..., measure: value, ...}`` of every validation, in order; for experts, what the
+            calibration measured.
         best: the step whose weights these are; the last one if None.
         lm_eval_arguments: model arguments for evaluating a hypernetwork, besides ``pretrained``, ``mode`` and
             ``hypernetwork``, such as ``num_passages``.
         licence: the hub's name of one; none is claimed if None.
+        datasets: the hub's names of the data sets that it learned from.
         versions: what it was trained with.
     """
 
@@ -94,6 +105,7 @@ class ModelCard:
     best: int | None = None
     lm_eval_arguments: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    datasets: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
 
@@ -103,6 +115,8 @@ def write_card(directory: str | Path, card: ModelCard) -> None:
     The curves are shown if ``curves.png`` is there already (see :func:`genpoe_plugin.training.curves.write_curves`).
     """
     directory = Path(directory)
+    front_matter = _front_matter(card)
+    card = _without_folders(card)
     sections = [
         f"# {TITLES[card.kind]} for {_code(card.base_model)}",
         _about(card),
@@ -111,8 +125,7 @@ def write_card(directory: str | Path, card: ModelCard) -> None:
         *(_calibration(directory) if card.kind == "experts" else _scores(card, directory)),
         "## How to use and evaluate it",
         *(_reranker_use(card) if card.kind == "reranker" else _hypernetwork_use(card)),
-        *(("## How it was made", "By") if card.kind == "experts" else ("## How it was trained", _steps(card))),
-        _block("bash", shlex.join(card.command)),
+        *_making(card),
         _table(
             ["data", "use", "examples", "SHA-256"],
             ([_code(file.path), file.use, f"{file.examples:,}", _code(file.sha256)] for file in card.data),
@@ -123,7 +136,7 @@ def write_card(directory: str | Path, card: ModelCard) -> None:
     with atomic_file(directory / CARD) as temporary:
         body = "\n\n".join(section for section in sections if section)
         # A file name need not be text, and must not cost the card.
-        text = f"---\n{_front_matter(card)}\n---\n\n{body}\n"
+        text = f"---\n{front_matter}\n---\n\n{body}\n"
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -142,23 +155,82 @@ def lm_eval_command(card: ModelCard, tasks: Sequence[str], data: str | None = No
     return ["lm_eval", "--model", "genpoe", *words, "--batch_size", "16"]
 
 
+def name_in_card(text: str, name: str) -> str:
+    """A card's text with another name for its checkpoint, such as that of its repository, in all that loads it.
+
+    A card whose example was taken out stays as it is.
+    """
+    found = _LOADED.search(text)
+    if found is None:
+        return text
+    in_a_shell = found[1].replace("'", "'\"'\"'")  # as shlex quotes it
+    return text.replace(found[1], _json(name)).replace(in_a_shell, _json(name))
+
+
 def _front_matter(card: ModelCard) -> str:
+    results = list(_results(_without_folders(card)))
     return ModelCardData(
-        base_model=card.base_model if _is_hub_name(card.base_model) else None,
+        base_model=split_revision(card.base_model)[0] if _is_hub_name(card.base_model) else None,
+        datasets=list(card.datasets) or None,
+        eval_results=results or None,
         library_name="transformers" if card.kind == "reranker" else "genpoe",
         license=card.licence,
-        pipeline_tag="text-ranking" if card.kind == "reranker" else None,
+        model_name=Path(card.out).name if results else None,
+        pipeline_tag=_TASKS[card.kind],
         tags=list(TAGS[card.kind]),
     ).to_yaml()
+
+
+def _results(card: ModelCard) -> Iterable[EvalResult]:
+    """What the weights of this checkpoint were measured to do, on data that they did not learn from."""
+    files = [file for file in card.data if file.use != "training"]
+    step = card.steps if card.best is None else card.best
+    measured = [row for row in card.validations if row["step"] == step]
+    if not files or not measured:
+        return
+    name = ", ".join(file.path for file in files)
+    for measure, value in measured[-1].items():
+        if measure != "step":
+            yield EvalResult(
+                task_type=_TASKS[card.kind],
+                dataset_type=Path(files[0].path).name.partition(".")[0] or name,
+                dataset_name=name,
+                dataset_args={"examples": sum(file.examples for file in files), "use": files[0].use},
+                metric_type=_METRICS.get(measure, measure),
+                metric_value=round(value, 4),
+            )
 
 
 def _is_hub_name(name: str) -> bool:
     """Whether it could be a model of the hub, which refuses a card whose base model could not."""
     try:
-        validate_repo_id(name)
+        validate_repo_id(split_revision(name)[0])
     except HFValidationError:
         return False
     return not Path(name).exists()
+
+
+def _without_folders(card: ModelCard) -> ModelCard:
+    """The card without the folders of the machine that it is written on."""
+    base_model = card.base_model if _is_hub_name(card.base_model) else Path(card.base_model).name
+    return replace(
+        card,
+        base_model=base_model or card.base_model,
+        out=_last_part(card.out),
+        data=[replace(file, path=_last_part(file.path)) for file in card.data],
+        command=[_last_part(word, card.out) for word in card.command],
+    )
+
+
+def _last_part(word: str, out: str = "") -> str:
+    """Of a path of this machine, such as ``/data/nq/dev.jsonl``, the last part; any other word as it is.
+
+    Args:
+        out: what is a path too, though it may not be there yet.
+    """
+    whole = os.path.abspath(word)
+    is_path = os.path.isabs(word) or os.path.exists(word) or (os.path.isabs(out) and whole == os.path.abspath(out))
+    return Path(whole).name if word and is_path and Path(whole).name else word
 
 
 def _about(card: ModelCard) -> str:
@@ -186,8 +258,14 @@ def _about(card: ModelCard) -> str:
     )
 
 
-def _steps(card: ModelCard) -> str:
-    return f"{card.steps:,} optimizer steps, by"
+def _making(card: ModelCard) -> Iterable[str]:
+    if card.kind == "experts":
+        yield "## How it was made"
+    elif card.steps:
+        yield "## How it was trained"
+    if card.command:
+        yield "By" if card.kind == "experts" else f"{card.steps:,} optimizer steps, by"
+        yield _block("bash", shlex.join(card.command))
 
 
 def _calibration(directory: Path) -> Iterable[str]:
@@ -227,6 +305,16 @@ def _score(value: float | None) -> str:
 
 
 def _hypernetwork_use(card: ModelCard) -> Iterable[str]:
+    known = ("gguf_file", "trust_remote_code")
+    options = "".join(f", {name}={card.lm_eval_arguments[name]!r}" for name in known if name in card.lm_eval_arguments)
+    yield "With `pip install lm-eval-genpoe`, in Python:"
+    yield _block(
+        "python",
+        "from genpoe_plugin import GenPoEModel\n\n"
+        f"model = GenPoEModel.from_pretrained({_json(card.base_model)}, {_json(card.out)}{options})\n"
+        'passages = ["Rossini: Gioachino Rossini was born in Pesaro in 1792."]\n'
+        'print(model.generate(["Where was Rossini born?"], [passages]))',
+    )
     yield "With [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) and `lm-eval-genpoe`:"
     for file in card.data:
         if file.use == "validation":

@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_decoder
 from genpoe_plugin.gguf_files import check_gguf
+from genpoe_plugin.hub import split_revision
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -115,9 +116,11 @@ def empty_model(name: str, *, gguf_file: str | None = None, trust_remote_code: b
         InputError: it has no configuration of a causal language model.
     """
     check_gguf(name, gguf_file)
-    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+    repository, revision = split_revision(name)
+    given = {"gguf_file": gguf_file, "revision": revision}
+    options = {option: value for option, value in given.items() if value is not None}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **gguf)
+        config = AutoConfig.from_pretrained(repository, trust_remote_code=trust_remote_code, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -149,12 +152,13 @@ def read_size(
 
 def _stored_tensors(name: str) -> list[TensorInfo]:
     """The tensors of a checkpoint, by the headers of its safetensors files; none if it has no such files."""
-    directory = Path(str(cached_file(name, CONFIG_NAME))).parent
+    repository, revision = split_revision(name)
+    directory = Path(str(cached_file(repository, CONFIG_NAME, revision=revision))).parent
     try:
         found = get_local_safetensors_metadata(directory)
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError):
         try:
-            found = get_safetensors_metadata(name)
+            found = get_safetensors_metadata(repository, revision=revision)
         except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
             return []
     return [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
@@ -256,9 +257,26 @@ def test_the_card_says_what_it_is_and_how_it_was_made(llm_dir: Path, questions: 
         out = tmp_path / f"out{number}"
         assert run(llm_dir, out, *options).exit_code == 0
         card = (out / "README.md").read_text(encoding="utf-8")
-        assert f"# Attention experts for `{llm_dir}`" in card
-        assert shlex.join(["genpoe", "experts", "create", "--llm", str(llm_dir), "--out", str(out)][:3]) in card
+        assert f"# Attention experts for `{llm_dir.name}`" in card
+        assert shlex.join(["genpoe", "experts", "create", "--llm", llm_dir.name, "--out", out.name]) in card
         assert ("calibration.csv" in card) == bool(options) == (out / "calibration.csv").is_file()
-        assert f'"hypernetwork": "{out}"' in card
+        assert f'"hypernetwork": "{out.name}"' in card
+        assert str(tmp_path) not in card and str(llm_dir) not in card
+        about = yaml.safe_load(card.split("---\n")[1])
+        assert ("model-index" in about) == bool(options)
     assert hashlib.sha256(questions.read_bytes()).hexdigest() in card
-    assert shlex.join(["--calibrate", str(questions), "--max-layers", "1"]) in card
+    assert shlex.join(["--calibrate", questions.name, "--max-layers", "1"]) in card
+    chosen = read_record(out)["training"]["calibration"]["nats"]
+    assert about["model-index"][0]["results"][0]["metrics"] == [{"type": "nats", "value": round(chosen, 4)}]
+
+
+def test_the_card_says_what_it_was_told_and_no_folder(llm_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    """The directory need not be there yet, nor be named from the root."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--dataset", "org/nq", "--dataset", "org/squad", "--licence", "apache-2.0"]
+    assert run(llm_dir, Path("some/where/mine"), *options).exit_code == 0
+    card = (tmp_path / "some/where/mine/README.md").read_text(encoding="utf-8")
+    about = yaml.safe_load(card.split("---\n")[1])
+    assert (about["license"], about["datasets"]) == ("apache-2.0", ["org/nq", "org/squad"])
+    assert "some/where" not in card
+    assert shlex.join(["--out", "mine", *options]) in card

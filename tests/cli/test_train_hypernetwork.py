@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -318,17 +319,27 @@ def test_what_cannot_fit_is_refused_with_advice(llm_dir: Path, data: Path, tmp_p
 
 def test_the_card_has_the_command_and_the_scores(llm_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "an out"
-    options = ["--max-steps", 2, "--validation", data, "--no-normalise"]
+    options = ["--max-steps", 2, "--validation", data, "--no-normalise", "--licence", "mit", "--dataset", "org/nq"]
     assert run(llm_dir, data, out, *options).exit_code == 0
     card = (out / "README.md").read_text()
+    about = yaml.safe_load(card.split("---\n")[1])
+    assert (about["license"], about["datasets"]) == ("mit", ["org/nq"])
+    best = json.loads((out / "training.json").read_text())
+    measured = next(row for row in best["validations"] if row["step"] == best["best"])
+    index = {metric["type"]: metric["value"] for metric in about["model-index"][0]["results"][0]["metrics"]}
+    assert index == pytest.approx(
+        {"exact_match": measured["em"], "f1": measured["f1"], "loss": measured["loss"]}, abs=1e-4
+    )
+    assert str(tmp_path) not in card and str(llm_dir) not in card
     command = next(line for line in card.splitlines() if line.startswith("genpoe train"))
     assert shlex.split(command) == [
-        *["genpoe", "train", "hypernetwork", "--model", str(llm_dir), "--data", str(data), "--out", str(out)],
-        *["--validation", str(data), "--preset", "memory", "--rank", "4", "--no-normalise", "--max-steps", "2"],
+        *["genpoe", "train", "hypernetwork", "--model", llm_dir.name, "--data", data.name, "--out", out.name],
+        *["--validation", data.name, "--preset", "memory", "--rank", "4", "--no-normalise", "--max-steps", "2"],
+        *["--dataset", "org/nq", "--licence", "mit"],
     ]
     assert hashlib.sha256(data.read_bytes()).hexdigest() in card
     assert "| first | 0 |" in card and "curves.png" in card and "--model genpoe" in card
-    again = CliRunner().invoke(main, shlex.split(command)[1:])
+    again = run(llm_dir, data, out, *options)
     assert again.exit_code == 0 and "finished before" in again.stdout
 
 

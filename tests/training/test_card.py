@@ -7,9 +7,11 @@ import hashlib
 import json
 import platform
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import lm_eval._cli
@@ -17,12 +19,15 @@ import pytest
 import torch
 import transformers
 import yaml
+from huggingface_hub import ModelCardData
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from genpoe_plugin import __version__
+from genpoe_plugin import GenPoEModel, __version__
+from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+from genpoe_plugin.language_model import load_language_model
 from genpoe_plugin.lm import GenPoEArguments
-from genpoe_plugin.training.card import DataFile, ModelCard, lm_eval_command, write_card
+from genpoe_plugin.training.card import DataFile, ModelCard, lm_eval_command, name_in_card, write_card
 from train_cli.retrieve import retrieve as retrieve_command
 
 NASTY = "a|b\\|c\n``d`` <i> *e* _f_ [g](h)\r\n| i |"
@@ -91,21 +96,111 @@ def test_front_matter(tmp_path: Path) -> None:
     assert front["base_model"] == "org/llm"
     assert front["library_name"] == "genpoe"
     assert {"genpoe", "hypernetwork"} <= set(front["tags"])  # type: ignore[call-overload]
-    assert "license" not in front
-    front, _ = read(tmp_path, replace(CARD, kind="reranker", licence="apache-2.0"))
+    assert front["pipeline_tag"] == "question-answering"
+    assert not {"license", "datasets"} & set(front)
+    front, _ = read(tmp_path, replace(CARD, kind="reranker", licence="apache-2.0", datasets=["org/nq", "org/squad"]))
     assert front["license"] == "apache-2.0"
+    assert front["datasets"] == ["org/nq", "org/squad"]
     assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "text-ranking"
     assert {"genpoe", "reranker"} <= set(front["tags"])  # type: ignore[call-overload]
+
+
+def results(front: dict[str, object]) -> dict[str, object]:
+    """Of the hub's model-index, as huggingface_hub reads it: the value of every metric."""
+    read_back = ModelCardData(**front)
+    assert read_back.eval_results is not None
+    assert {one.task_type for one in read_back.eval_results} == {front["pipeline_tag"]}
+    assert {(one.dataset_type, one.dataset_name) for one in read_back.eval_results} == {("dev", "dev.jsonl")}
+    return {one.metric_type: one.metric_value for one in read_back.eval_results}
+
+
+def test_the_model_index_has_what_was_measured_of_these_weights(tmp_path: Path) -> None:
+    """Those of the best step; nothing where there was no other data than that of the training."""
+    front, _ = read(tmp_path, CARD)
+    assert results(front) == {"exact_match": 0.3, "f|1": 0.4}
+    front, _ = read(tmp_path, replace(CARD, best=None))
+    assert results(front) == {"exact_match": 0.25}
+    ranked = replace(CARD, kind="reranker", validations=[{"step": 1200, "mrr@10": 0.123456}], best=1200)
+    assert results(read(tmp_path, ranked)[0]) == {"mrr@10": 0.1235}
+    calibrated = DataFile("calibration", "/somewhere/dev.jsonl", "ef" * 32, 5)
+    made = replace(CARD, kind="experts", steps=0, best=None, data=[calibrated], validations=[{"step": 0, "nats": 2.5}])
+    assert results(read(tmp_path, made)[0]) == {"nats": 2.5}
+    for without in (replace(CARD, data=CARD.data[:1]), replace(CARD, validations=[], best=None)):
+        assert "model-index" not in read(tmp_path, without)[0]
+
+
+@pytest.mark.parametrize("kind", ["hypernetwork", "experts", "reranker"])
+def test_no_folder_of_this_machine_is_in_it(
+    tmp_path: Path, kind: Literal["hypernetwork", "experts", "reranker"]
+) -> None:
+    for name in ("llm", "out"):
+        (tmp_path / name).mkdir()
+    data = [
+        DataFile("training", str(tmp_path / "a.jsonl"), "ab" * 32, 1),
+        DataFile("validation", "/data/b.jsonl", "", 1),
+    ]
+    options = {"model": tmp_path / "llm", "data": tmp_path / "a.jsonl", "validation": "/data/b.jsonl", "out": "org/new"}
+    command = ["genpoe", "train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    card = replace(
+        CARD, kind=kind, base_model=str(tmp_path / "llm"), out=str(tmp_path / "out"), data=data, command=command
+    )
+    _, tokens = read(tmp_path / "out", card)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and "/data/" not in text
+    expected = ["genpoe", "train", "--model", "llm", "--data", "a.jsonl", "--validation", "b.jsonl", "--out", "org/new"]
+    assert shlex.split(blocks(tokens, "bash")[-1]) == expected
+    assert [row[0] for row in tables(tokens)["data"][1:]] == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_base_model_with_a_revision_is_that_model_for_the_hub(tmp_path: Path) -> None:
+    front, tokens = read(tmp_path, replace(CARD, base_model="org/llm@v1"))
+    assert front["base_model"] == "org/llm"
+    assert 'from_pretrained("org/llm@v1", ' in blocks(tokens, "python")[0]
+
+
+def test_the_example_runs_as_it_stands(
+    tmp_path: Path, llm_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the folder that has both directories, by the names that the card has."""
+    shutil.copytree(llm_dir, tmp_path / "the 'llm'")
+    llm, tokenizer = load_language_model(str(tmp_path / "the 'llm'"))
+    out = tmp_path / 'the "experts"'
+    create_attention_experts(out, attention_config(llm, (0, 2)), llm, tokenizer)
+    card = replace(CARD, kind="experts", base_model=str(tmp_path / "the 'llm'"), out=str(out))
+    (example,) = blocks(read(out, card)[1], "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    model = GenPoEModel.from_pretrained("the 'llm'", out)
+    passages = ["Rossini: Gioachino Rossini was born in Pesaro in 1792."]
+    assert capsys.readouterr().out == f"{model.generate(['Where was Rossini born?'], [passages])}\n"
+
+
+@pytest.mark.parametrize("out", ["out, of 7", 'the "experts"', "it's", "back\\slash"])
+def test_another_name_for_the_checkpoint_is_put_into_all_that_loads_it(tmp_path: Path, out: str) -> None:
+    read(tmp_path, replace(CARD, out=out))
+    text = name_in_card((tmp_path / "README.md").read_text(encoding="utf-8"), "someone/experts@v1")
+    _, _, body = text.split("---\n", 2)
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    renamed = replace(CARD, out="someone/experts@v1")
+    on_file, on_tasks, training = (shlex.split(block) for block in blocks(tokens, "bash"))
+    assert on_file == lm_eval_command(renamed, ["genpoe_nq"], data="dev.jsonl")
+    assert on_tasks == lm_eval_command(renamed, ["genpoe_nq", "genpoe_tqa"], index="INDEX")
+    assert training == COMMAND
+    assert 'from_pretrained("org/llm", "someone/experts@v1")' in blocks(tokens, "python")[0]
+    assert name_in_card("a card by hand", "someone/experts") == "a card by hand"
 
 
 @pytest.mark.parametrize("base_model", ["/data/llm: x", "no/such/hub/name", "{tmp_path}", "org/llm\n- x"])
 def test_a_base_model_that_the_hub_cannot_have_is_named_in_the_text_only(tmp_path: Path, base_model: str) -> None:
+    """By the last part of its path."""
     base_model = base_model.format(tmp_path=tmp_path)
     front, tokens = read(tmp_path, replace(CARD, base_model=base_model))
     assert "base_model" not in front
     (heading,) = [token for number, token in enumerate(tokens[1:]) if tokens[number].tag == "h1" and token.children]
     assert heading.children is not None
-    assert heading.children[-1].content in (base_model, json.dumps(base_model))
+    shown = base_model.rpartition("/")[2]
+    assert heading.children[-1].content in (shown, json.dumps(shown))
 
 
 def test_tables_keep_every_value_whatever_it_holds(tmp_path: Path) -> None:
