@@ -17,7 +17,7 @@ from genpoe_plugin.errors import InputError
 UNREACHABLE = (HTTPError, HFValidationError, OSError)
 """What huggingface_hub raises where a repository is not there, not for everyone, not named rightly, or out of reach."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONFIGURATIONS = ("config.json", "adapter_config.json")
+_ADAPTER = "adapter_config.json"
 
 
 def split_revision(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
@@ -62,10 +62,30 @@ def commit_of(name: str | Path, revision: str | None = None) -> str | None:
     if Path(name).is_dir():
         return None
     try:
-        _, commit = download(name, _CONFIGURATIONS, revision)
+        _, commit = download(name, ("config.json", _ADAPTER), revision)
     except (InputError, *UNREACHABLE):
         return None
     return commit if _COMMIT.fullmatch(commit) else None
+
+
+def loaded_from(name: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers loads a model from, and the options that it needs.
+
+    Files of an adapter with a revision are downloaded here: transformers looks for its revision in its base model too.
+
+    Raises:
+        InputError: there is nothing behind the ``@``.
+    """
+    repository, revision = split_revision(name)
+    if revision is None:
+        return repository, {}
+    try:
+        directory, _ = download(name, ["*.json"])
+        if (directory / _ADAPTER).is_file():
+            return str(download(name, ["*"])[0]), {}
+    except (InputError, *UNREACHABLE):
+        pass  # transformers says what is wrong
+    return repository, {"revision": revision}
 
 
 def make_repository(name: str, revision: str | None = None, *, private: bool | None = None) -> str:

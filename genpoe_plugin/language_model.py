@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.gguf_files import begin_as_stored, check_gguf, gguf_path
-from genpoe_plugin.hub import split_revision
+from genpoe_plugin.hub import loaded_from, split_revision
 
 
 def load_language_model(
@@ -50,8 +50,7 @@ def load_language_model(
         raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
     tokenizer = load_tokenizer(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     try:
-        repository, revision = split_revision(name)
-        of_hub = {} if revision is None else {"revision": revision}
+        repository, of_hub = loaded_from(name)
         model = AutoModelForCausalLM.from_pretrained(
             repository, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **of_hub
         )

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.hub import commit_of, split_revision
+from genpoe_plugin.hub import commit_of, loaded_from, split_revision
 from genpoe_plugin.language_model import to_device
 from genpoe_plugin.questions import Question, by_rerank_score
 
@@ -92,8 +92,7 @@ class Reranker:
                 device.
         """
         name = str(name_or_path)
-        repository, revision = split_revision(name)
-        of_hub = {} if revision is None else {"revision": revision}
+        repository, of_hub = loaded_from(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=trust_remote_code, **of_hub)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -110,12 +109,12 @@ class Reranker:
                 f"{name}: not a causal language model, its checkpoint lacks {len(info['missing_keys'])} tensors "
                 f"such as {min(info['missing_keys'])}; give a decoder LLM or a reranker trained from one"
             )
-        settings: dict[str, Any] = _read_settings(repository, revision)
+        settings: dict[str, Any] = _read_settings(repository, of_hub.get("revision"))
         if prompt is not None:
             settings["prompt"] = prompt
         if max_length is not None:
             settings["max_length"] = max_length
-        commit = commit_of(repository, revision)
+        commit = commit_of(*split_revision(name))
         return cls(to_device(model, device).eval(), tokenizer, batch_size=batch_size, commit=commit, **settings)
 
     def save(self, directory: str | Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -244,6 +246,24 @@ def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_
     assert commit_of("someone/llm", "v1") == first
     with pytest.raises(InputError, match="someone/llm@v9"):
         load_language_model("someone/llm@v9")
+
+
+def test_an_adapter_has_a_revision_that_its_base_model_lacks(model_hub, tmp_path, llm_dir):
+    model_hub.add("someone/llm", llm_dir)
+    llm = AutoModelForCausalLM.from_pretrained("someone/llm")
+    adapted = peft.get_peft_model(llm, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data)
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "adapter")
+    commit = model_hub.add("someone/adapter", tmp_path / "adapter")
+    model_hub.repositories["someone/adapter"].branches["v1"] = commit
+    expected = Reranker.load(tmp_path / "adapter")
+    assert expected.fingerprint != Reranker.load("someone/llm").fingerprint
+    for name in ("someone/adapter", "someone/adapter@v1"):
+        found = Reranker.load(name)
+        assert (found.fingerprint, found.commit) == (expected.fingerprint, commit)
 
 
 def test_commits_are_in_the_fingerprint_of_an_evaluation_and_nothing_else_changes(model_hub, llm_dir, experts):
