@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -82,7 +82,8 @@ def model_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         )
-        # transformers keeps what it asks a hub with, its address included.
+        # What a hub is asked with is kept by both libraries, its address included.
+        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hub-token"))

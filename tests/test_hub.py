@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -246,6 +247,19 @@ def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_
     assert commit_of("someone/llm", "v1") == first
     with pytest.raises(InputError, match="someone/llm@v9"):
         load_language_model("someone/llm@v9")
+
+
+def test_the_size_is_that_of_the_revision_where_weights_have_to_be_looked_at(model_hub, tmp_path, make_llm):
+    """Of an LLM whose configuration does not say its number format."""
+    for branch, dtype in (("main", torch.float32), ("half", torch.bfloat16)):
+        make_llm("llama").to(dtype).save_pretrained(tmp_path / branch)
+        config = tmp_path / branch / "config.json"
+        said = json.loads(config.read_text())
+        del said["dtype"]
+        config.write_text(json.dumps(said))
+        model_hub.add("someone/llm", tmp_path / branch, branch)
+    assert read_size("someone/llm").number_bytes == 4
+    assert read_size("someone/llm@half").number_bytes == 2
 
 
 def test_an_adapter_has_a_revision_that_its_base_model_lacks(model_hub, tmp_path, llm_dir):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_decoder
 from genpoe_plugin.gguf_files import check_gguf
-from genpoe_plugin.hub import split_revision
+from genpoe_plugin.hub import UNREACHABLE, split_revision
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -159,7 +159,7 @@ def _stored_tensors(name: str) -> list[TensorInfo]:
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError):
         try:
             found = get_safetensors_metadata(repository, revision=revision)
-        except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
+        except (*UNREACHABLE, ValueError, NotASafetensorsRepoError, SafetensorsParsingError):
             return []
     return [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
 
