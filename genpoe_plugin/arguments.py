@@ -25,9 +25,11 @@ class GenPoEArguments:
 
     Attributes:
         mode: ``closed_book``, ``rag``, ``genpoe`` or ``genpoe_rag``.
-        hypernetwork: checkpoint directory or hub id; the genpoe modes need one.
-        index: index directory, for docs that bring no ``ctxs``.
-        reranker: directory or hub id; without one, passages keep their order and gates are uniform.
+        hypernetwork: checkpoint directory, or hub id as ``user/name`` or ``user/name@revision``; the genpoe
+            modes need one.
+        index: index directory on this machine, for docs that bring no ``ctxs``.
+        reranker: directory or hub id, as of the hypernetwork; without one, passages keep their order and gates are
+            uniform.
         num_retrieved, num_passages: at most how many passages before and after reranking.
         gates: ``softmax`` of the rerank scores, or ``uniform``.
         passages: ``retrieved``, or one of the controls (`genpoe_plugin.controls`).
