@@ -106,8 +106,9 @@ for _base in BASES:
 def listening(model: PreTrainedModel, layers: Sequence[int], listener: Listener) -> Iterator[None]:
     """Have ``listener`` called in place of the attention of ``layers`` in every forward pass inside the block.
 
-    A model that computes attention with another kernel (flash or flex attention) computes it with ``sdpa`` meanwhile:
-    the first tells nothing but its result, the second the mass of its logits only in half precision.
+    A model that computes attention with another kernel (flash or flex attention) computes it with ``sdpa`` meanwhile,
+    or with ``eager`` where its logits are capped, which ``sdpa`` does not do. Flash attention tells nothing but its
+    result, flex attention the mass of its logits only in half precision.
 
     Raises:
         InputError: a layer is not there, or has no attention that can be listened to.
@@ -122,7 +123,8 @@ def listening(model: PreTrainedModel, layers: Sequence[int], listener: Listener)
                 before = config._attn_implementation
                 if before.startswith(PREFIX):
                     continue
-                base = before if before in BASES else "sdpa"
+                sdpa = model._supports_sdpa and getattr(config, "attn_logit_softcapping", None) is None
+                base = before if before in BASES else "sdpa" if sdpa else "eager"
                 changes.callback(setattr, config, "_attn_implementation", before)
                 config._attn_implementation = PREFIX + base
             yield

@@ -96,9 +96,12 @@ def _tokens_in_cache(arguments: dict[str, Any]) -> int:
         InputError: there is a cache whose tokens cannot be counted, so nothing says where experts begin.
     """
     for name, value in arguments.items():
-        if name in CACHES and value is not None and not hasattr(value, "get_seq_length"):
+        counts = hasattr(value, "get_seq_length")
+        if name in CACHES and value is not None and not counts:
             raise InputError(f"{name} is a {type(value).__name__}; experts need one of transformers' Cache classes")
-        if name not in CACHES and hasattr(value, "get_seq_length"):
+        # use_cache, cache_position and their like are flags, numbers and tensors.
+        named = ("cache" in name or "past" in name) and not isinstance(value, bool | int | str | Tensor | None)
+        if name not in CACHES and (counts or named):
             raise InputError(f"a cache is given as {name}; experts know it as {' or '.join(CACHES)} alone")
     given = [arguments[name] for name in CACHES if arguments.get(name) is not None]
     return given[0].get_seq_length() if given else 0

@@ -236,6 +236,8 @@ class Counting:
             "past_key_values is a Unknown; experts need one of transformers' Cache classes",
         ),
         ({"memory": Counting()}, "a cache is given as memory; experts know it as past_key_values or cache alone"),
+        ({"layer_past": ()}, "a cache is given as layer_past; experts know it as past_key_values or cache alone"),
+        ({"cache_params": Unknown()}, "a cache is given as cache_params; experts know it as past_key_values or cache"),
     ],
 )
 def test_a_cache_that_is_not_known_is_refused(make_llm, rows, prompts, given, message):
@@ -243,3 +245,12 @@ def test_a_cache_that_is_not_known_is_refused(make_llm, rows, prompts, given, me
     model = make_llm("llama")
     with pytest.raises(InputError, match=message), inject(model, 1, rows):
         model.model(prompts, **given)
+
+
+@torch.no_grad()
+def test_what_is_only_named_after_a_cache_is_no_cache(make_llm, rows, prompts):
+    model = make_llm("llama")
+    with inject(model, LAYER, rows):
+        expected = model(prompts, use_cache=False).logits
+        given = {"use_cache": False, "past_key_values": None, "cache_position": torch.arange(prompts.shape[1])}
+        assert torch.equal(model(prompts, **given).logits, expected)
