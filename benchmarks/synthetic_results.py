@@ -8,6 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from genpoe_plugin.prompts import PROMPT_MODES, knowledge_block
+from genpoe_plugin.questions import passages_from_ctxs
+
 DATE = "2026-01-01T00-00-{:02d}.000000"
 
 
@@ -116,7 +119,7 @@ def write_run(
     (place / f"samples_{task}_{date}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if genpoe and trace:
         path = folder / "trace.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in _trace(docs, task, genpoe)))
+        path.write_text("".join(json.dumps(line) + "\n" for line in _trace(docs, task, genpoe, prompt)))
         genpoe = {**genpoe, "arguments": {**genpoe["arguments"], "trace": str(path)}}
     stated = metric_list or [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in scores]
     kind = "genpoe" if genpoe else model
@@ -145,10 +148,20 @@ def write_run(
     return path
 
 
-def _trace(docs: Sequence[Mapping[str, Any]], task: str, genpoe: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _trace(
+    docs: Sequence[Mapping[str, Any]], task: str, genpoe: Mapping[str, Any], prompt: str
+) -> Iterator[dict[str, Any]]:
     facts = genpoe["fingerprint"]
     for number, doc in enumerate(docs):
-        retrieved = [{name: ctx[name] for name in ("id", "rank", "score", "has_answer")} for ctx in doc["ctxs"]]
+        asked = prompt.format(doc["question"])
+        texts = [ctx["text"] for ctx in doc["ctxs"][: facts["num_passages"]]]
+        retrieved = [
+            {
+                "id": entry.passage.id,
+                **{name: getattr(entry, name) for name in ("rank", "score", "has_answer")},
+            }
+            for entry in passages_from_ctxs(doc["ctxs"], "")
+        ]
         given = [dict(ctx, title=f"Title {number}", gate=0.25) for ctx in retrieved[: facts["num_passages"]]]
         yield {
             "task": task,
@@ -157,6 +170,8 @@ def _trace(docs: Sequence[Mapping[str, Any]], task: str, genpoe: Mapping[str, An
             "mode": facts["mode"],
             "control": facts["passages"],
             "hypernetwork": facts["hypernetwork"],
+            "prompt_hash": sha256(asked.encode()).hexdigest(),
+            "prompt": knowledge_block(texts) + asked if facts["mode"] in PROMPT_MODES else asked,
             "retrieved": retrieved,
             "passages": given,
         }

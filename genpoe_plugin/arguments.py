@@ -40,7 +40,7 @@ class GenPoEArguments:
             attention, ``int8``; the LLM's without it.
         expert_store: folder that keeps experts for later runs.
         expert_gb: budget for the experts kept beside what makes them.
-        trace: JSON Lines file to write, one line a sample.
+        trace: JSON Lines file to write, one line a sample; without it, it is beside the results that lm-eval saves.
         seed: of the controls.
 
     Raises:

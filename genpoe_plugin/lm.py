@@ -119,8 +119,7 @@ class GenPoELM(PassageRequests, HFLM):
         super().barrier()
         if self.world_size > 1:
             self._documents.join(self.gather_object(self._documents.seen))
-            if self._trace is not None:
-                self._trace.join(self.gather_object(self._trace.lines))
+            self._trace.join(self.gather_object(self._trace.lines))
 
     def _create_tokenizer(self, pretrained: str | PreTrainedModel, tokenizer: Any, **options: Any) -> None:
         """As HFLM, and that of a GGUF file begins a text as the file says."""

@@ -12,8 +12,7 @@ import json
 import logging
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM, hash_args
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
+from lm_eval.utils import get_rolling_token_windows, hash_string, simple_parse_args_string
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
@@ -37,12 +36,13 @@ from genpoe_plugin.pipeline import Pipeline, Selection
 from genpoe_plugin.prompts import PROMPT_MODES, Prompt, expert_start, in_mode, last_question
 from genpoe_plugin.provenance import DocumentDigests, digest, provenance
 from genpoe_plugin.questions import Question, passages_from_ctxs
+from genpoe_plugin.saved_results import RunFacts, save_traces
 from genpoe_plugin.timing import timed
 from genpoe_plugin.trace import Trace
 
 _log = logging.getLogger(__name__)
 
-_FINGERPRINT, _PROBES = "genpoe fingerprint", "genpoe probes"
+_FINGERPRINT, _PROBES, _TRACE = "genpoe fingerprint", "genpoe probes", "genpoe trace "
 _PROBES_PER_TASK = 4
 
 
@@ -99,7 +99,8 @@ class PassageRequests(TemplateLM):
         self.seconds = {"experts": 0.0, "generate": 0.0}
         self._questions: set[tuple[Any, ...]] = set()
         self._documents = DocumentDigests()
-        self._trace = Trace(self.arguments.trace, self.rank) if self.arguments.trace else None
+        self._trace = Trace(self.arguments.trace, self.rank)
+        save_traces()
         self._widest: Selection | None = None
         self._windows: deque[Selection] = deque()
 
@@ -216,19 +217,18 @@ class PassageRequests(TemplateLM):
         busy = seconds["experts"] + seconds["generate"]
         # vLLM's class has nothing to say.
         llm: dict[str, Any] = getattr(super(), "get_model_info", dict)()
-        return llm | {
-            "genpoe": {
-                "arguments": asdict(self.arguments),
-                "fingerprint": self.fingerprint,
-                "settings": digest(self.fingerprint),
-                "documents": self._documents.by_task(),
-                "provenance": provenance(),
-                "peak_memory": self._peak_memory(),
-                "questions": len(self._questions),
-                "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-                "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
-            }
+        facts = {
+            "arguments": asdict(self.arguments),
+            "fingerprint": self.fingerprint,
+            "settings": digest(self.fingerprint),
+            "documents": self._documents.by_task(),
+            "provenance": provenance(),
+            "peak_memory": self._peak_memory(),
+            "questions": len(self._questions),
+            "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+            "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
         }
+        return llm | {"genpoe": RunFacts(facts, None if self.arguments.trace else self._trace)}
 
     # How lm-eval makes one
 
@@ -262,27 +262,33 @@ class PassageRequests(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         if not requests:  # which lm-eval's vLLM class does not expect
             return []
-        with self._selected("generate_until", requests) as selections:
+        selections = self._select("generate_until", requests)
+        with timed(self.seconds, "generate"):
             placed = [
                 self._replaced(request, self._place_to_generate(request, selection))
                 for request, selection in zip(requests, selections, strict=True)
             ]
-            self._trace_prompts(placed)
+        self._note(requests, selections, placed)
+        with timed(self.seconds, "generate"):
             return super().generate_until(placed, disable_tqdm=disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        with self._selected("loglikelihood", requests) as selections:
+        selections = self._select("loglikelihood", requests)
+        with timed(self.seconds, "generate"):
             longest = self._longest_continuations(requests)
             placed = [
                 self._replaced(request, self._place_to_score(request, selection, longest[self._sample(request)]))
                 for request, selection in zip(requests, selections, strict=True)
             ]
-            self._trace_prompts(placed)
+        self._note(requests, selections, placed)
+        with timed(self.seconds, "generate"):
             return super().loglikelihood(placed, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval; experts act on every window from its first token. Passages are not put into the scored text."""
-        with self._selected("loglikelihood_rolling", requests) as selections:
+        selections = self._select("loglikelihood_rolling", requests)
+        self._note(requests, selections, requests)
+        with timed(self.seconds, "generate"):
             if self.arguments.mode in PROMPT_MODES and any(selection.strings for selection in selections):
                 _log.warning("loglikelihood_rolling scores the text as it is: no passages are put before it")
             if self.store is not None:
@@ -298,9 +304,8 @@ class PassageRequests(TemplateLM):
 
     # Selecting, ahead of everything else
 
-    @contextmanager
-    def _selected(self, method: str, requests: Sequence[Instance]) -> Iterator[list[Selection]]:
-        """Choose passages and generate experts for all requests, and trace that; the block is timed."""
+    def _select(self, method: str, requests: Sequence[Instance]) -> list[Selection]:
+        """Choose passages and generate experts for all requests."""
         questions = [self._question(request) for request in requests]
         self._guard_passages(method, requests, questions)
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
@@ -311,29 +316,30 @@ class PassageRequests(TemplateLM):
             with timed(self.seconds, "experts"):
                 strings = (string for selection in selections for string in selection.strings)
                 self.store.prepare(strings, progress=self.rank == 0)
-        if self._trace is not None:
-            # Ahead of the block, since what an interrupted run left in a response cache does not come here again.
-            for request, selection in zip(requests, selections, strict=True):
-                self._trace.add(
-                    request.doc_id,
-                    selection,
-                    mode=self.arguments.mode,
-                    control=self.arguments.control,
-                    hypernetwork=self.fingerprint.get("hypernetwork"),
-                    settings=digest(self.fingerprint),
-                )
-            self._trace.write()
-        with timed(self.seconds, "generate"):
-            yield selections
+        return selections
 
-    def _trace_prompts(self, placed: Sequence[Instance]) -> None:
-        """Note what the LLM reads: lm-eval logs requests as they were before passages were put into them."""
-        if self._trace is None:
-            return
-        for request in placed:
-            context = request.args[0]
-            self._trace.add_prompt(request.doc_id, context.selection, str(context))
+    def _note(self, requests: Sequence[Instance], selections: Sequence[Selection], placed: Sequence[Instance]) -> None:
+        """Trace what the requests, as they were asked and as the LLM gets them, are answered with.
+
+        Ahead of the LLM, since what an interrupted run leaves in a response cache does not come here again. For the
+        same reason the cache keeps the lines as well.
+        """
+        facts = {
+            "mode": self.arguments.mode,
+            "control": self.arguments.control,
+            "hypernetwork": self.fingerprint.get("hypernetwork"),
+            "settings": digest(self.fingerprint),
+        }
+        lines: dict[str, str] = {}
+        for request, selection, given in zip(requests, selections, placed, strict=True):
+            # As lm-eval calls the hash of what was asked in its sample log.
+            asked = hash_string(request.args[0])
+            line = self._trace.add(request.doc_id, selection, **facts, prompt_hash=asked, prompt=str(given.args[0]))
+            lines[f"{_TRACE}{request.task_name} {request.doc_id} {asked}"] = line
         self._trace.write()
+        answers = self.cache_hook.dbdict
+        if answers is not None:
+            answers.update({key: line for key, line in lines.items() if answers.get(key) != line})
 
     def _question(self, request: Instance) -> Question:
         """The request's question, and what its doc knows of answers and passages."""
@@ -436,8 +442,7 @@ class PassageRequests(TemplateLM):
                 raise InputError("--use_cache: the cache was filled by another model; give another path")
             answers[_FINGERPRINT] = self.fingerprint
         elif saved == self.fingerprint:
-            if self._trace is not None:
-                self._trace.keep_earlier()
+            self._trace.keep(line for key, line in answers.items() if key.startswith(_TRACE))
         else:
             names = [name for name in self.fingerprint | saved if self.fingerprint.get(name) != saved.get(name)]
             differences = "; ".join(f"{name} was {saved.get(name)}, is {self.fingerprint.get(name)}" for name in names)

@@ -98,8 +98,8 @@ def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
 
 def passage_from_ctx(record: Mapping[str, Any], where: str) -> Passage:
     """As `passage_from_record`, for a passage of a question: without an id, its content gives it one."""
-    if not any(field in record for field in _ID_FIELDS):
-        record = {"id": content_id(str(record.get("title") or ""), str(record.get("text"))), **record}
+    if all(record.get(field) is None for field in _ID_FIELDS):
+        record = {**record, "id": content_id(str(record.get("title") or ""), str(record.get("text")))}
     return passage_from_record(record, where)
 
 

@@ -72,3 +72,32 @@ def test_processes_join_their_lines_in_the_order_of_one(tmp_path):
         (task, doc) for task in ("tqa", "nq") for doc in range(3)
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["trace.jsonl"]
+
+
+def test_what_was_asked_otherwise_has_a_line_of_its_own(tmp_path):
+    trace = Trace()
+    for asked, prompt in (("a", "Q"), ("b", ""), ("a", "Knowledge: Q")):
+        trace.add(0, selection("nq", "who"), prompt_hash=asked, prompt=prompt)
+    trace.write()
+    trace.write(tmp_path / "out" / "trace.jsonl")
+    assert [line["prompt"] for line in read(tmp_path / "out" / "trace.jsonl")] == ["Knowledge: Q", ""]
+
+
+def test_without_a_file_processes_join_their_lines_all_the_same():
+    first, second = Trace(), Trace(rank=1)
+    second.add(0, selection("nq", "who"))
+    first.add(1, selection("nq", "who"))
+    first.join([first.lines, second.lines])
+    second.join(None)
+    assert [json.loads(line)["doc_id"] for line in first.lines.values()] == [0, 1]
+
+
+def test_lines_of_an_earlier_run_are_replaced_in_their_place():
+    earlier, trace = Trace(), Trace()
+    lines = [earlier.add(doc, selection("nq", "who"), mode="rag") for doc in (0, 1)]
+    trace.keep(lines)
+    trace.add(0, selection("nq", "who"), mode="genpoe")
+    assert [(line["doc_id"], line["mode"]) for line in map(json.loads, trace.lines.values())] == [
+        (0, "genpoe"),
+        (1, "rag"),
+    ]

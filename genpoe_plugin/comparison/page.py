@@ -16,6 +16,9 @@ from genpoe_plugin.comparison.breakdown import telling
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Pair, System
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.comparison.plots import plots
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.prompts import PROMPT_MODES
+from genpoe_plugin.questions import passages_from_ctxs
 
 QUESTIONS = 200
 """Single questions on the page; the CSV has all."""
@@ -120,7 +123,7 @@ def _pair(pair: Pair, board: Board) -> dict[str, Any]:
 
 
 def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
-    """Some of the questions on which systems differ: answers, scores and passages of every system."""
+    """Some of the questions on which systems differ: answers, scores, passages and prompts of every system."""
     pairs = [(pair.first, pair.second) for pair in board.pairs if pair.metric == board.metric]
     places = telling([system.scores[board.metric] for system in board.systems], pairs, QUESTIONS)
     numbers = board.group.runs[0].questions
@@ -136,11 +139,12 @@ def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
     ]
     if places and board.group.runs[0].sample(places[0])["doc"].get("question") is None:
         for entry, place in zip(told, places, strict=True):
-            arguments = board.group.runs[0].sample(place)["arguments"]
-            entry["question"] = _cut(str(next(iter(arguments.values()))["arg_0"]))
+            entry["question"] = _cut(_asked(board.group.runs[0].sample(place)) or "")
+    lines: dict[str, int] = {}
+    prompts: dict[tuple[int, ...], int] = {}
     for system in board.systems:
         bodies = _bodies(system, places)
-        for entry, place, (answer, given, known) in zip(told, places, bodies, strict=True):
+        for entry, place, (answer, given, known, prompt) in zip(told, places, bodies, strict=True):
             used = []
             for passage in given:
                 name = (str(passage["id"]), str(passage.get("title") or ""))
@@ -149,21 +153,53 @@ def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
                     texts.append({"id": name[0], "title": name[1], "text": _cut(known.get(name[0], ""))})
                 used.append([passages[name], round(passage["gate"], 3), passage["has_answer"]])
             score = round(float(system.scores[board.metric][place]), 3)
-            entry["by"].append([_cut(answer), score, used])
-    names = [f"{system.number}  {system.label}" for system in board.systems]
-    return {"systems": names, "questions": told, "passages": texts, "metric": cells.unit(board.metric, False)}
+            # Prompts have most of their lines in common, passages and examples, so the page has each line once.
+            read = prompt and tuple(lines.setdefault(line, len(lines)) for line in prompt.split("\n"))
+            entry["by"].append([_cut(answer), score, used, read and prompts.setdefault(read, len(prompts))])
+    return {
+        "systems": [f"{system.number}  {system.label}" for system in board.systems],
+        "questions": told,
+        "passages": texts,
+        "lines": list(lines),
+        "prompts": list(prompts),
+        "metric": cells.unit(board.metric, False),
+    }
 
 
-def _bodies(system: System, places: Sequence[int]) -> list[tuple[str, list[dict[str, Any]], dict[str, str]]]:
-    """Answer, passages given, and the texts of the doc's passages, for some questions of a system's first run."""
+def _bodies(
+    system: System, places: Sequence[int]
+) -> list[tuple[str, list[dict[str, Any]], dict[str, str], str | None]]:
+    """Of a system's first run, for some questions.
+
+    Returns:
+        The answer, passages given, the texts of the doc's passages, and the prompt that the LLM read, if that is known.
+    """
     found = []
     for place in places:
         sample = system.runs[0].sample(place)
         answer = sample.get("filtered_resps") or [""]
-        given = system.used.line(place)["passages"] if system.used else []
-        known = {str(entry.get("id")): str(entry.get("text", "")) for entry in sample["doc"].get("ctxs") or ()}
-        found.append((str(answer[0]), given, known))
+        line = system.used.line(place) if system.used else {}
+        prompt = line.get("prompt")
+        if prompt is None and system.settings.get("mode") not in PROMPT_MODES:
+            prompt = _asked(sample)  # nothing is put into it
+        found.append((str(answer[0]), line.get("passages", []), _texts(sample["doc"]), prompt))
     return found
+
+
+def _asked(sample: dict[str, Any]) -> str | None:
+    """The prompt in lm-eval's log: as the task made it."""
+    try:
+        return str(next(iter(sample["arguments"].values()))["arg_0"])
+    except (LookupError, TypeError, AttributeError, StopIteration):
+        return None
+
+
+def _texts(doc: dict[str, Any]) -> dict[str, str]:
+    """The texts of a doc's passages, by the ids that the trace has for them."""
+    try:
+        return {entry.passage.id: entry.passage.text for entry in passages_from_ctxs(doc.get("ctxs") or (), "")}
+    except InputError:
+        return {}
 
 
 def _cut(text: str) -> str:

@@ -70,6 +70,7 @@ class Run:
             -1 where that is not known.
         without_mean: metrics that are not a mean over questions, such as corpus BLEU, and so are not compared.
         offsets: where each question's line begins in the samples.
+        asked: the first 16 digits of each question's ``prompt_hash``.
         prompts, documents: digests of all prompts, and of all docs.
         brings_passages: whether docs have passages (``ctxs``).
     """
@@ -84,6 +85,7 @@ class Run:
     ranks: NDArray[np.int64]
     offsets: NDArray[np.int64]
     doc_ids: NDArray[np.int64]
+    asked: NDArray[np.uint64]
     prompts: str
     documents: str
     brings_passages: bool
@@ -224,6 +226,15 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
 
 
+def prompt_key(prompt_hash: str) -> int:
+    """What `Run.asked` has of a ``prompt_hash``.
+
+    Raises:
+        ValueError: it is not a hash.
+    """
+    return int(prompt_hash[:16], 16)
+
+
 def _line_at(file: Path, offset: int) -> dict[str, Any]:
     with file.open("rb") as lines:
         lines.seek(offset)
@@ -351,6 +362,7 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
         ranks=arranged(read.ranks),
         offsets=arranged(read.offsets),
         doc_ids=arranged(read.doc_ids),
+        asked=np.array([prompt_key(value) for value in read.prompts], np.uint64)[order],
         prompts=prompts,
         documents=documents,
         brings_passages=read.brings_passages,

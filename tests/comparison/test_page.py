@@ -15,6 +15,7 @@ from benchmarks.synthetic_results import documents, genpoe_facts, write_run
 from genpoe_plugin.comparison.leaderboard import Comparison, compare
 from genpoe_plugin.comparison.page import page
 from genpoe_plugin.comparison.plots import COLOURS, MARKERS, plots
+from genpoe_plugin.prompts import PROMPT_MODES
 from tests.comparison.browser import CHROMIUM, look
 
 N = 90
@@ -41,6 +42,7 @@ SCRIPT = """() => {
   const entry = explorer.querySelector("details");
   entry.open = true;
   entry.dispatchEvent(new Event("toggle"));
+  for (const prompt of entry.querySelectorAll(".prompt")) prompt.open = true;
   const boxes = [...document.querySelectorAll("main *")].filter(element =>
     !element.closest(".scroll, svg") && element.clientWidth && getComputedStyle(element).display !== "inline");
   const wide = boxes.filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.outerHTML.slice(0, 90));
@@ -99,6 +101,54 @@ def test_in_a_browser_at_all_widths(comparison: Comparison, tmp_path: Path) -> N
         assert won and min(won) > 0 and lost and max(lost) < 0
         assert len(told["shown"]["2"]) >= len(won) + len(lost)
         assert "gate 0.25" in told["opened"] and "Passage 0 about number" in told["opened"]
+        read = ["Knowledge:\nPassage 0" in told["opened"], "Question: " in told["opened"]]
+        assert read == [any(system.settings["mode"] in PROMPT_MODES for system in board.systems[:2]), True]
+
+
+def test_the_prompts_are_those_that_the_llms_read(comparison: Comparison) -> None:
+    """From the trace; without one, from lm-eval's log, if nothing is put into what that has."""
+    board = comparison.boards[0]
+    found = re.search(r'id="board1-questions">(.*?)</script>', page(comparison), re.DOTALL)
+    assert found
+    told = json.loads(found[1])
+    prompts = ["\n".join(told["lines"][line] for line in prompt) for prompt in told["prompts"]]
+    assert len(told["questions"]) > 20 and len(set(told["lines"])) == len(told["lines"])
+    for entry in told["questions"]:
+        number = re.search(r"\d+$", entry["question"])
+        for system, (_, _, _, prompt) in zip(board.systems, entry["by"], strict=True):
+            asked = f"Question: {entry['question']}?\nAnswer:"
+            if number and system.settings.get("mode") in PROMPT_MODES:
+                asked = "\n".join(["Knowledge:", *(f"Passage {n} about number {number[0]}." for n in range(3)), asked])
+            assert prompts[prompt] == asked or not number
+
+
+def test_a_prompt_that_nobody_wrote_down_is_not_made_up(tmp_path: Path) -> None:
+    docs = documents(20, passages=3)
+    for mode, right in (("closed_book", 4), ("rag", 15), ("genpoe", 10)):
+        write_run(tmp_path / mode, {"em": [float(n < right) for n in range(20)]}, docs=docs, genpoe=genpoe_facts(mode))
+    comparison = compare([tmp_path], draws=20)
+    found = re.search(r'id="board1-questions">(.*?)</script>', page(comparison), re.DOTALL)
+    assert found
+    for entry in json.loads(found[1])["questions"]:
+        known = {
+            system.settings["mode"]: by[3] is not None
+            for system, by in zip(comparison.boards[0].systems, entry["by"], strict=True)
+        }
+        assert known == {"closed_book": True, "rag": False, "genpoe": True}
+
+
+def test_passages_without_ids_have_their_texts(tmp_path: Path) -> None:
+    """The trace has the ids that their content gives them."""
+    docs = documents(20, passages=1)
+    for doc in docs:
+        del doc["ctxs"][0]["id"]
+    for mode, right in (("rag", 15), ("genpoe", 10)):
+        em = {"em": [float(n < right) for n in range(20)]}
+        write_run(tmp_path / mode, em, docs=docs, genpoe=genpoe_facts(mode), trace=True)
+    found = re.search(r'id="board1-questions">(.*?)</script>', page(compare([tmp_path], draws=20)), re.DOTALL)
+    assert found
+    passages = json.loads(found[1])["passages"]
+    assert passages and all(re.fullmatch(r"Passage 0 about number \d+\.", entry["text"]) for entry in passages)
 
 
 def test_nothing_is_loaded_from_elsewhere(comparison: Comparison) -> None:

@@ -172,6 +172,30 @@ def test_passages_are_those_of_the_trace(tmp_path: Path) -> None:
     }
 
 
+def test_lines_of_other_prompts_and_docs_are_passed_over(tmp_path: Path) -> None:
+    """A run with a response cache traces all that is in the cache."""
+    for folder in ("a", "b"):
+        write_run(tmp_path / folder, {"em": EM[:5]}, docs=DOCS[:5], genpoe=genpoe_facts(num_passages=2), trace=True)
+    trace = tmp_path / "b" / "trace.jsonl"
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    others = [{**line, "prompt_hash": "0" * 64, "passages": [], "prompt": "other"} for line in lines]
+    others += [{**line, "doc_id": line["doc_id"] + 7, "prompt_hash": "1" * 64} for line in others]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in [*others, *lines, *others]))
+    used = [compare([tmp_path / folder], draws=20).boards[0].systems[0].used for folder in ("a", "b")]
+    assert used[0].given.tolist() == used[1].given.tolist() == [1, 1, 0, 0, 0]
+    assert all("other" not in used[1].line(place)["prompt"] for place in range(5))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["[]", "{}", '{"task": "t", "mode": "genpoe", "hypernetwork": "hypernetwork-fingerprint"}']
+)
+def test_what_is_no_trace_is_told(tmp_path: Path, wrong: str) -> None:
+    write_run(tmp_path, {"em": EM}, docs=DOCS, genpoe=genpoe_facts(), trace=True)
+    (tmp_path / "trace.jsonl").write_text(wrong)
+    (note,) = compare([tmp_path], draws=20).notes
+    assert "passages unknown" in note and "not a trace" in note
+
+
 @pytest.mark.parametrize("wrong", ["another run", "too short"])
 def test_the_trace_of_another_run_is_not_used(tmp_path: Path, wrong: str) -> None:
     write_run(tmp_path, {"em": EM}, docs=DOCS, genpoe=genpoe_facts(), trace=True)

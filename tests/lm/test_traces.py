@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 from lm_eval.api.model import CachingLM
+
+from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
 
 
 def test_a_line_for_every_sample(make_lm, docs, generation, choices, expected_row, tmp_path):
@@ -41,6 +45,7 @@ def test_a_run_with_a_cache_keeps_the_lines_of_what_it_does_not_ask_again(make_l
         lm.dbdict.close()
         assert before in (None, path.read_text(encoding="utf-8"))
         before = path.read_text(encoding="utf-8")
+        path.unlink()
     assert len(before.splitlines()) == len(docs)
     make_lm(trace=str(path)).generate_until(generation(docs[:2]))
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2, "a run without a cache replaces"
@@ -91,3 +96,27 @@ def test_the_prompt_is_the_one_that_the_llm_reads(make_lm, docs, generation, tmp
 
     assert {squeezed(line["prompt"]) for line in lines} == {squeezed(text) for text in read}
     assert any("Knowledge:" in line["prompt"] for line in lines) == (mode in ("rag", "genpoe_rag"))
+
+
+def test_choices_are_read_after_their_passages(make_lm, docs, choices, expected_row, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    make_lm("rag", trace=str(path)).loglikelihood(choices(docs))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [
+        knowledge_block(expected_row(doc)[0]) + closed_book_prompt(doc["question"]) for doc in docs
+    ]
+
+
+def test_a_cache_keeps_the_lines_of_each_way_of_asking(make_lm, docs, generation, tmp_path):
+    """Two runs with other prompts for the same docs share a cache; what the second asked is not what the first did."""
+    path = tmp_path / "trace.jsonl"
+    plain = generation(docs[:1])
+    (request,) = generation(docs[:1])
+    told = replace(request, arguments=(f"Be brief.\n{request.args[0]}", request.args[1]))
+    for requests in (plain, [told], plain):
+        lm = CachingLM(make_lm("rag", trace=str(path)), str(tmp_path / "cache.db"))
+        lm.generate_until(requests)
+        lm.dbdict.close()
+    lines = {line["prompt_hash"]: line["prompt"] for line in map(json.loads, path.read_text().splitlines())}
+    assert lines[sha256(plain[0].args[0].encode()).hexdigest()].startswith("Knowledge:\n")
+    assert lines[sha256(told.args[0].encode()).hexdigest()].startswith("Be brief.\nKnowledge:\n")
