@@ -148,8 +148,10 @@ def check_names(cls: type, given: Mapping[str, Any], options: Mapping[str, Any])
         options: what lm_eval's own options say.
 
     Raises:
-        InputError: a name is said twice, or is nearly one of those that ``cls`` itself names.
+        InputError: the LLM is not named, a name is said twice, or is nearly one of those that ``cls`` itself names.
     """
+    if "pretrained" not in given:
+        raise InputError("the model arguments name no LLM; add pretrained=, its folder or its name on the hub")
     for name, value in given.items():
         if options.get(name) is not None:
             raise InputError(

@@ -36,11 +36,14 @@ from genpoe_plugin.pipeline import Pipeline, Selection
 from genpoe_plugin.prompts import PROMPT_MODES, Prompt, expert_start, in_mode, last_question
 from genpoe_plugin.provenance import DocumentDigests, digest, provenance
 from genpoe_plugin.questions import Question, passages_from_ctxs
+from genpoe_plugin.registration import errors_in_one_line
 from genpoe_plugin.saved_results import RunFacts, save_traces
 from genpoe_plugin.timing import timed
 from genpoe_plugin.trace import Trace
 
 _log = logging.getLogger(__name__)
+
+errors_in_one_line()  # also where lm-eval finds the model classes by itself, and the start-up file is off
 
 _FINGERPRINT, _PROBES, _TRACE = "genpoe fingerprint", "genpoe probes", "genpoe trace "
 _PROBES_PER_TASK = 4

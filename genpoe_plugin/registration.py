@@ -63,7 +63,7 @@ def errors_in_one_line() -> None:
     def hook(kind: "type[BaseException]", error: BaseException, trace: "TracebackType | None") -> None:
         errors = sys.modules.get("genpoe_plugin.errors")
         if errors is not None and isinstance(error, errors.InputError):
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         else:
             earlier(kind, error, trace)
 

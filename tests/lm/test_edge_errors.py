@@ -10,56 +10,88 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.registration import task_folder
 
 ROOT = Path(__file__).parents[2]
+VLLM = find_spec("vllm") is not None
+
+BY_THE_START_UP_FILE = "import genpoe_plugin.registration as r; r.install()"
+BY_LM_EVAL_ITSELF = (
+    "from lm_eval.api.registry import model_registry as m; m.register('genpoe', target='genpoe_plugin.lm:GenPoELM')"
+)
+# Reading thousands of other task files is most of what the command would do here.
+OWN_TASKS_ALONE = (
+    "from lm_eval.tasks._index import TaskIndex; from genpoe_plugin.registration import task_folder; "
+    "build = TaskIndex.build; TaskIndex.build = staticmethod(lambda _, **options: build([task_folder()], **options))"
+)
 
 
-def lm_eval(*words: object, model: str = "genpoe") -> subprocess.CompletedProcess[str]:
-    """The stock command in a process of its own, with what the package's start-up file does."""
+@pytest.mark.parametrize(
+    ("model", "found", "message"),
+    [
+        ("genpoe", BY_THE_START_UP_FILE, "mode=rags: not one of closed_book, rag, genpoe, genpoe_rag"),
+        ("genpoe", BY_LM_EVAL_ITSELF, "mode=rags: not one of closed_book, rag, genpoe, genpoe_rag"),
+        # What is wrong first depends on whether vLLM is there.
+        ("genpoe-vllm", BY_THE_START_UP_FILE, "mode=rags: not one of" if VLLM else "genpoe-vllm needs vLLM"),
+    ],
+)
+def test_the_stock_command_ends_in_one_line(llm_dir, model, found, message):
+    words = f"--model {model} --model_args pretrained={llm_dir},mode=rags --tasks genpoe_nq --device cpu".split()
+    code = f"import sys, runpy; sys.argv[0] = 'lm_eval'; {found}; {OWN_TASKS_ALONE}; "
+    code += "runpy.run_module('lm_eval', run_name='__main__', alter_sys=True)"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "GENPOE_NO_AUTOLOAD": str(int(found == BY_LM_EVAL_ITSELF))}
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "raised", "told"),
+    [
+        ("lm_eval", "InputError('one\\ntwo')", "error: one two\n"),
+        ("lm_eval", "ValueError('one')", None),
+        ("mine", "InputError('one')", None),
+    ],
+)
+def test_other_errors_and_programs_keep_their_tracebacks(program, raised, told):
     code = (
-        "import sys, runpy; import genpoe_plugin.registration as r; r.install(); "
-        "sys.argv[0] = 'lm_eval'; runpy.run_module('lm_eval', run_name='__main__', alter_sys=True)"
+        f"import sys; sys.argv[0] = {program!r}; from genpoe_plugin.errors import InputError; "
+        f"from genpoe_plugin.registration import errors_in_one_line; errors_in_one_line(); raise {raised}"
     )
-    command = [sys.executable, "-c", code, "--model", model, *map(str, words)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == told or (told is None and done.stderr.startswith("Traceback"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("mode=rags", "mode=rags: not one of closed_book, rag, genpoe, genpoe_rag"),
-        ("mode=closed_book,num_passage=2", "num_passage: no such model argument; did you mean num_passages?"),
-        (
-            "mode=closed_book,batch_size=4",
-            "batch_size=4 among the model arguments: lm_eval has the option --batch_size",
-        ),
+        ("num_passage=2", r"num_passage: no such model argument; did you mean num_passages\?"),
+        ("batch_size=4", "batch_size=4 among the model arguments: lm_eval has the option --batch_size"),
     ],
 )
-def test_the_stock_command_ends_in_one_line(llm_dir, arguments, message):
-    done = lm_eval("--model_args", f"pretrained={llm_dir},{arguments}", "--tasks", "genpoe_nq", "--device", "cpu")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {message}") and "Traceback" not in done.stderr
+def test_a_name_that_is_none_is_answered_before_anything_is_loaded(arguments, message):
+    with pytest.raises(InputError, match=message):
+        GenPoELM.create_from_arg_string(f"pretrained=nothing,mode=closed_book,{arguments}", {"batch_size": 1})
 
 
-def test_the_class_for_vllm_ends_in_one_line_too(llm_dir):
-    """What is wrong first depends on whether vLLM is there."""
-    arguments = f"pretrained={llm_dir},mode=rags"
-    done = lm_eval("--model_args", arguments, "--tasks", "genpoe_nq", model="genpoe-vllm")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    wrong = "mode=rags: not one of" if find_spec("vllm") else "genpoe-vllm needs vLLM"
-    assert last.startswith(f"error: {wrong}") and "Traceback" not in done.stderr
+def test_lm_eval_hands_on_what_is_wrong_with_a_file(tmp_path):
+    data = {"genpoe_data": str(tmp_path / "nothing.jsonl")}
+    manager = TaskManager(include_path=str(task_folder()), include_defaults=False, metadata=data)
+    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file"):
+        manager.load(["genpoe_nq"])
 
 
-def test_other_errors_keep_their_tracebacks(llm_dir):
-    done = lm_eval("--model_args", f"pretrained={llm_dir}", "--tasks", "genpoe_nq", model="no_such_model")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+@pytest.mark.parametrize("arguments", ["mode=closed_book", "mode=closed_book,model=llm", ""])
+def test_an_llm_that_is_not_named_is_asked_for(arguments):
+    with pytest.raises(InputError, match="the model arguments name no LLM; add pretrained="):
+        GenPoELM.create_from_arg_string(arguments)
 
 
 def test_a_device_is_named_once(llm_dir):
@@ -84,7 +116,7 @@ def test_passages_of_a_question_need_no_ids(tmp_path):
     from genpoe_plugin.questions import read_questions
 
     path = tmp_path / "questions.jsonl"
-    ctxs = [{"title": "A", "text": "one"}, {"title": "A", "text": "two"}, {"title": "A", "text": "one"}]
+    ctxs = [{"title": "A", "text": "one"}, {"title": "A", "text": "two"}, {"id": None, "title": "A", "text": "one"}]
     path.write_text(json.dumps({"question": "what", "answers": ["one"], "ctxs": ctxs}) + "\n")
     (question,) = read_questions(path)
     first, second, again = (entry.passage for entry in question.passages)
