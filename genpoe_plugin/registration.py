@@ -2,28 +2,26 @@
 
 An lm-eval that discovers entry points (``lm_eval.models``, ``lm_eval.tasks``; see pyproject.toml) needs none of this.
 Version 0.4.13, the newest release, does not, so the wheel carries a start-up file (``startup/*.pth``, and ``*.start``
-for Python 3.15) that calls ``install`` whenever an interpreter of that environment starts. It puts one import hook in
-place and nothing else. Only when lm-eval itself gets imported
+for Python 3.15) that waits for ``import lm_eval`` and then calls ``install``. That puts one import hook in place and
+nothing else. When lm-eval imports its own
 
 - ``lm_eval.models``: the model name is registered, as a placeholder, unless that lm-eval loads plugins by itself;
 - ``lm_eval.tasks._index``: our task folder is indexed right after the built-in one, so that ``--include_path`` still
   wins, unless that lm-eval has found the folder by itself.
 
 ``GENPOE_NO_AUTOLOAD=1`` turns it off. What goes wrong here is a warning, never a broken lm-eval.
-
-This module runs at every start of an interpreter: it imports what is loaded by then, and nothing more.
 """
+
+from __future__ import annotations
 
 import os
 import sys
-
-TYPE_CHECKING = False  # importing typing would cost more than all the rest
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from importlib.machinery import ModuleSpec
-    from pathlib import Path
-    from types import ModuleType, TracebackType
-    from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
 
 MODELS = {"genpoe": "genpoe_plugin.lm:GenPoELM", "genpoe-vllm": "genpoe_plugin.vllm_lm:GenPoEVLLM"}
 
@@ -40,10 +38,8 @@ def install() -> None:
             _safely(register, sys.modules[name])
 
 
-def task_folder() -> "Path":
+def task_folder() -> Path:
     """The folder of our task YAMLs: inside the installed package, or beside it in a checkout."""
-    from pathlib import Path
-
     package = Path(__file__).resolve().parent
     installed = package / "tasks"
     return installed if installed.is_dir() else package.parent / "tasks"
@@ -60,7 +56,7 @@ def errors_in_one_line() -> None:
         return
     earlier = sys.excepthook
 
-    def hook(kind: "type[BaseException]", error: BaseException, trace: "TracebackType | None") -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         errors = sys.modules.get("genpoe_plugin.errors")
         if errors is not None and isinstance(error, errors.InputError):
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -71,7 +67,7 @@ def errors_in_one_line() -> None:
     sys.excepthook = hook
 
 
-def _register_models(models: "ModuleType") -> None:
+def _register_models(models: ModuleType) -> None:
     errors_in_one_line()
     from lm_eval.api import registry
 
@@ -82,13 +78,11 @@ def _register_models(models: "ModuleType") -> None:
             registry.model_registry.register(name, target=target)
 
 
-def _register_tasks(index: "ModuleType") -> None:
-    from pathlib import Path
-
+def _register_tasks(index: ModuleType) -> None:
     build = index.TaskIndex.build
     built_in = Path(str(index.__file__)).parent
 
-    def build_with_ours(paths: "Iterable[Path]", **options: "Any") -> "Any":
+    def build_with_ours(paths: Iterable[Path], **options: Any) -> Any:
         paths, ours = list(paths), task_folder()
         if built_in in paths and ours not in paths:
             paths.insert(paths.index(built_in) + 1, ours)
@@ -100,12 +94,10 @@ def _register_tasks(index: "ModuleType") -> None:
 _REGISTER = {"lm_eval.models": _register_models, "lm_eval.tasks._index": _register_tasks}
 
 
-def _safely(register: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
+def _safely(register: Callable[[ModuleType], None], module: ModuleType) -> None:
     try:
         register(module)
     except Exception as error:
-        import warnings
-
         warnings.warn(f"lm-eval-genpoe cannot register with this lm-eval: {error!r}", stacklevel=2)
 
 
@@ -113,8 +105,8 @@ class _Hook:
     """A finder that finds nothing itself; it has the real loader of lm-eval's two modules call us afterwards."""
 
     def find_spec(
-        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
-    ) -> "ModuleSpec | None":
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         register = _REGISTER.get(name)
         if register is None:
             return None
@@ -126,10 +118,10 @@ class _Hook:
         return None
 
 
-def _call_after(loader: "Any", register: "Callable[[ModuleType], None]") -> None:
+def _call_after(loader: Any, register: Callable[[ModuleType], None]) -> None:
     execute = loader.exec_module
 
-    def exec_module(module: "ModuleType") -> None:
+    def exec_module(module: ModuleType) -> None:
         execute(module)
         _safely(register, module)
 

@@ -46,12 +46,12 @@ def write_lm_eval(root: Path, *, registry: str = REGISTRY, index: str = INDEX) -
     return root / "lm_eval" / "tasks"
 
 
-STARTUP = REPOSITORY / "genpoe_plugin/startup/lm_eval_genpoe_autoload.pth"
+STARTUP = REPOSITORY / "genpoe_plugin/startup/lm_eval_genpoe_autoload.pth"  # beside its module, as in site-packages
 
 
 def run(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new interpreter without any start-up file but ours, whose line it executes first."""
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, [*paths, REPOSITORY])), **environment}
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, [*paths, REPOSITORY, STARTUP.parent])), **environment}
     return subprocess.run(
         [sys.executable, "-c", f"{STARTUP.read_text()}\n{code}"],
         env=os.environ | {"GENPOE_NO_AUTOLOAD": "0"} | environment,
@@ -92,7 +92,7 @@ def test_lm_eval_imported_before_the_hook(tmp_path: Path) -> None:
     write_lm_eval(tmp_path)
     code = """
 import sys
-del sys.meta_path[0]  # the hook of the start-up file
+del sys.meta_path[0]  # what the start-up file has put there
 import lm_eval.models
 import genpoe_plugin.registration as registration
 registration.install()
@@ -123,7 +123,15 @@ def test_an_lm_eval_of_another_shape_still_works(tmp_path: Path) -> None:
     assert "lm-eval-genpoe cannot register with this lm-eval" in done.stderr
 
 
-def test_harmless_without_lm_eval(tmp_path: Path) -> None:
+def start(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` after the start-up file in an interpreter that has ``paths`` and the standard library."""
+    places = [str(path) for path in (*paths, STARTUP.parent)]
+    begin = f"import sys\nsys.path += {places!r}\nbefore = set(sys.modules)\n{STARTUP.read_text()}\n"
+    command = [sys.executable, "-I", "-S", "-c", begin + code]  # -S: no site
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_harmless_without_lm_eval() -> None:
     code = """
 try:
     import lm_eval.models
@@ -132,21 +140,31 @@ except ModuleNotFoundError as error:
 else:
     raise AssertionError("lm_eval is here")
 """
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(REPOSITORY)!r})\n"
-         "import genpoe_plugin.registration as r; r.install()\n" + code],
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
+    done = start(code, REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_it_imports_nothing_but_itself() -> None:
-    line = STARTUP.read_text().strip()
-    code = f"import sys\nbefore = set(sys.modules)\n{line}\nprint(*sorted(set(sys.modules) - before))"
-    code = f"import sys, os; sys.path.append({str(REPOSITORY)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # -S: no site
-    assert done.stdout.split() == ["genpoe_plugin", "genpoe_plugin.registration"], done.stderr
+    done = start("print(*sorted(set(sys.modules) - before))", REPOSITORY)
+    assert done.stdout.split() == ["lm_eval_genpoe_autoload"], done.stderr
+
+
+def test_the_checkout_that_is_first_on_the_path_registers(tmp_path: Path) -> None:
+    write_lm_eval(tmp_path)
+    other = tmp_path / "genpoe_plugin"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    (other / "registration.py").write_text("def install(): print('the other')")
+    # It becomes first only after the interpreter has started.
+    done = start(f"sys.path.insert(0, {str(tmp_path)!r})\nimport json, lm_eval, lm_eval.models", REPOSITORY)
+    assert (done.stdout, done.stderr) == ("the other\n", "")
+
+
+def test_lm_eval_without_this_package(tmp_path: Path) -> None:
+    write_lm_eval(tmp_path)
+    done = start("import lm_eval; print(lm_eval.__name__)", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "lm_eval\n")
+    assert "lm-eval-genpoe cannot register with this lm-eval" in done.stderr
 
 
 def test_both_start_up_files_call_the_same_function() -> None:
