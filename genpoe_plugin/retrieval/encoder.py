@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import is_sentence_transformer_model
 from torch import nn
-from transformers import AutoTokenizer, DPRContextEncoder, DPRQuestionEncoder
+from transformers import AutoTokenizer, BertTokenizer, DPRContextEncoder, DPRQuestionEncoder
 from transformers.utils import logging
 
 from genpoe_plugin.errors import InputError
@@ -204,6 +204,9 @@ def _load_dpr(model_class: Any, name: str, device: str) -> tuple[Any, Any]:
     with _loading(name, kind):
         model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if type(tokenizer).__name__.startswith("DPR"):
+            # BERT's by another name, but that of transformers 5.0 forgets that texts are put into lower case.
+            tokenizer = BertTokenizer.from_pretrained(name)
         model = model.to(device).eval()
     # The wrong class loads as well, with random weights in place of those that it misses.
     if missing := report["missing_keys"] or report["mismatched_keys"]:

@@ -92,7 +92,7 @@ def test_published_dpr_encoders_give_transformers_own_vectors(
     published = [as_published(d, tmp_path / n, t) for d, n, t in zip(dpr_pair, names, tokenizers, strict=True)]
     encoder = load_encoder(",".join(map(str, published)), batch_size=3)
     assert encoder.fingerprint == load_encoder(pair(dpr_pair)).fingerprint
-    tokenizer = BertTokenizer(str(dpr_pair[0] / "vocab.txt"))
+    tokenizer = BertTokenizer(str(dpr_pair[0] / "vocab.txt"), do_lower_case=True)
     models = DPRQuestionEncoder.from_pretrained(dpr_pair[0]), DPRContextEncoder.from_pretrained(dpr_pair[1])
     texts = [[(q,) for q in QUESTIONS], [(p.title, p.text) if p.title else (p.text,) for p in PASSAGES]]
     found = [encoder.encode_questions(QUESTIONS), encoder.encode_passages(PASSAGES)]
