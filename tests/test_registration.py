@@ -51,7 +51,12 @@ STARTUP = REPOSITORY / "genpoe_plugin/startup/lm_eval_genpoe_autoload.pth"  # be
 
 def run(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new interpreter without any start-up file but ours, whose line it executes first."""
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, [*paths, REPOSITORY, STARTUP.parent])), **environment}
+    # Some versions of requests warn of others of charset-normalizer.
+    environment = {
+        "PYTHONWARNINGS": "ignore:::requests",
+        "PYTHONPATH": os.pathsep.join(map(str, [*paths, REPOSITORY, STARTUP.parent])),
+        **environment,
+    }
     return subprocess.run(
         [sys.executable, "-c", f"{STARTUP.read_text()}\n{code}"],
         env=os.environ | {"GENPOE_NO_AUTOLOAD": "0"} | environment,

@@ -7,6 +7,9 @@ import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -42,3 +45,12 @@ def test_workflows_are_yaml_and_run_what_continuous_integration_runs():
     steps = workflows["test.yml"]["jobs"]["suite"]["steps"]
     assert {"run": ".ci/run"} in steps and (ROOT / ".ci" / "run").is_file()
     assert workflows["release.yml"]["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+
+
+def test_the_lowest_versions_that_are_tested_are_those_that_are_claimed():
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for claim in map(Requirement, PROJECT["dependencies"]):
+        (lowest,) = (bound.version for bound in claim.specifier if bound.operator == ">=")
+        if claim.name != "torch":  # which the index has with CUDA alone, at that version
+            assert Version(pins[canonicalize_name(claim.name)]) == Version(lowest), claim
