@@ -67,8 +67,22 @@ def errors_in_one_line() -> None:
     sys.excepthook = hook
 
 
+def _check_version() -> None:
+    """Warn of lm-eval 0.5, whose development versions have tasks and metrics of another shape."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("lm_eval")
+    except PackageNotFoundError:  # a checkout on the path
+        return
+    if [int(part) for part in found.split(".")[:2]] >= [0, 5]:
+        message = f"lm-eval-genpoe needs lm-eval below 0.5, this is {found}: pip install 'lm-eval<0.5'"
+        warnings.warn(message, stacklevel=2)
+
+
 def _register_models(models: ModuleType) -> None:
     errors_in_one_line()
+    _check_version()
     from lm_eval.api import registry
 
     if hasattr(registry, "load_plugins"):

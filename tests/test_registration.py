@@ -172,6 +172,16 @@ def test_lm_eval_without_this_package(tmp_path: Path) -> None:
     assert "lm-eval-genpoe cannot register with this lm-eval" in done.stderr
 
 
+def test_an_lm_eval_that_is_too_new_is_named(tmp_path: Path) -> None:
+    write_lm_eval(tmp_path)
+    facts = tmp_path / "lm_eval-0.5.0.dev2.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.5.0.dev2\n")
+    done = run(f"import json\n{LIST_MODELS}", tmp_path)
+    assert "needs lm-eval below 0.5, this is 0.5.0.dev2: pip install 'lm-eval<0.5'" in done.stderr
+    assert json.loads(done.stdout) == {"hf": "a:B", **OURS}
+
+
 def test_both_start_up_files_call_the_same_function() -> None:
     module, function = STARTUP.with_suffix(".start").read_text().strip().split(":")
     assert STARTUP.read_text().strip() == f"import {module}; {module}.{function}()"
