@@ -103,15 +103,17 @@ def perturbed(answer: str, other: str, rng: random.Random) -> str:
 
 
 def check_squads(answers: list[list[str]], turns: int) -> None:
-    """Against the functions of SQuAD's own script, as transformers has them."""
+    """Against the functions of SQuAD's own script, as transformers has them up to 5.23."""
+    squad = pytest.importorskip("transformers.data.metrics.squad_metrics", reason="left transformers in 5.24")
     rng = random.Random(0)
     scores = set()
     for _ in range(turns):
         for accepted in answers:
             prediction = perturbed(rng.choice(accepted), rng.choice(rng.choice(answers)), rng)
-            exact = max(compute_exact(answer, prediction) for answer in accepted)
+            exact = max(squad.compute_exact(answer, prediction) for answer in accepted)
             # Those are of SQuAD 2.0, where no words are an answer: in 1.1 they share none with any.
-            words = [compute_f1(answer, prediction) if normalize_answer(prediction) else 0.0 for answer in accepted]
+            blank = not normalize_answer(prediction)
+            words = [0.0 if blank else squad.compute_f1(answer, prediction) for answer in accepted]
             assert exact_match(prediction, accepted) == exact, (prediction, accepted)
             assert f1(prediction, accepted) == pytest.approx(max(words), abs=1e-12), (prediction, accepted)
             scores.add((exact, round(max(words), 1)))

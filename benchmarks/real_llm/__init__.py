@@ -20,6 +20,9 @@ from train_cli.main import LazyCommand, LazyGroup
             "benchmarks.real_llm.router:router", "The attention on the passage with the answer, among several."
         ),
         "adapter": LazyCommand("benchmarks.real_llm.lora:adapter", "RAG's adapter, for a study of trainings."),
+        "demo-questions": LazyCommand(
+            "benchmarks.real_llm.demo_questions:demo_questions", "The questions that `genpoe demo` asks."
+        ),
         "report": LazyCommand("benchmarks.real_llm.report:report", "The tables of several LLMs as one document."),
     },
 )

@@ -1,0 +1,36 @@
+"""``python -m benchmarks real-llm demo-questions``: the questions that `genpoe demo` asks, from a study's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from benchmarks.real_llm.questions import SETS, file_of
+from genpoe_plugin.questions import Question, read_questions, write_questions
+
+RETRIEVED = 4
+"""Passages of a question, besides its own where that is not among them."""
+
+
+@click.command("demo-questions")
+@click.option("--study", required=True, type=click.Path(path_type=Path, exists=True), help="Folder of a study.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON Lines file to write.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="Questions of each data set.")
+def demo_questions(study: Path, out: Path, limit: int) -> None:
+    """Write the first questions of each data set of a study, with the passages that MiniLM found for them."""
+    questions = []
+    for name in SETS:
+        gold, ranked = (list(read_questions(file_of(study, name, purpose)))[:limit] for purpose in ("gold", "ranked"))
+        questions += [with_own(*pair) for pair in zip(ranked, gold, strict=True)]
+    write_questions(out, questions)
+    click.echo(f"{out}: {len(questions)} questions")
+
+
+def with_own(ranked: Question, gold: Question) -> Question:
+    """The passages that were retrieved first, and the question's own one behind them if none of them has an answer."""
+    first = ranked.passages[:RETRIEVED]
+    if any(entry.has_answer for entry in first):
+        return replace(ranked, passages=first)
+    return replace(ranked, passages=(*first, replace(gold.passages[0], rank=RETRIEVED + 1, score=None)))
