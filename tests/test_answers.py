@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from genpoe_plugin.answers import contains, exact_match, f1, has_answer, normalize_answer, popqa_accuracy, rouge_l
 
