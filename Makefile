@@ -1,18 +1,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo leaderboard test test-vllm test-lowest test-newest lint wheel-test clean
+.PHONY: demo demo-world leaderboard test test-vllm test-lowest test-newest lint wheel-test clean
 
 # Tests of what dependencies do for us.
 DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/test_checkpoint.py \
 	tests/test_model.py tests/test_registration.py tests/lm/test_generate.py tests/lm/test_score.py tests/lm/test_command.py \
 	tests/training/test_hypernetwork.py tests/training/test_reranker.py tests/retrieval/test_encoder.py tests/retrieval/test_index.py
 
-demo: .venv/installed  ## the whole story, in a few minutes on two cores
+demo: .venv/installed  ## a real LLM on real questions in every mode, in a few minutes on two cores
 	$(BIN)/genpoe demo
 
-leaderboard: demo  ## its full matrix of modes, controls and seeds, one page
-	$(BIN)/genpoe compare --run demo-out/matrix.yaml --jobs 2
+demo-world: .venv/installed  ## nothing to download: a world of its own, with training in front of your eyes
+	$(BIN)/genpoe demo world
+
+leaderboard: demo-world  ## its full matrix of modes, controls and seeds, one page
+	$(BIN)/genpoe compare --run demo-world-out/matrix.yaml --jobs 2
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -35,7 +38,7 @@ wheel-test: .venv/installed  ## the built package, in fresh environments, under 
 	$(BIN)/python -m pytest -m wheel
 
 clean:
-	rm -rf .venv .venv-vllm .venv-lowest .venv-newest demo-out
+	rm -rf .venv .venv-vllm .venv-lowest .venv-newest demo-out demo-world-out
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -9,7 +9,9 @@ import click
 @click.argument("question")
 @click.option("--model", required=True, help="The frozen LLM: directory, or user/name of the hub.")
 @click.option("--hypernetwork", required=True, help="For it: directory, or user/name@revision of the hub.")
-@click.option("--passage", "passages", multiple=True, required=True, help='As "Title: text"; may be repeated.')
+@click.option("--passage", "passages", multiple=True, help='As "Title: text"; may be repeated.')
+@click.option("--index", help="Retrieve the passages from this index.")
+@click.option("--num-passages", default=3, show_default=True, type=click.IntRange(1), help="At most, from the index.")
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the LLM.")
@@ -20,13 +22,17 @@ def ask(
     model: str,
     hypernetwork: str,
     passages: tuple[str, ...],
+    index: str | None,
+    num_passages: int,
     max_new_tokens: int,
     device: str,
     dtype: str,
     gguf_file: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Answer QUESTION in every mode, side by side."""
+    """Answer QUESTION in every mode, side by side, and show how the LLM's attention is shared among the passages."""
+    if bool(passages) == (index is not None):
+        raise click.UsageError("give passages, each with --passage, or an --index to retrieve them from")
     from genpoe_plugin.answers import first_line
     from genpoe_plugin.model import GenPoEModel
     from genpoe_plugin.prompts import MODES
@@ -34,6 +40,11 @@ def ask(
     genpoe = GenPoEModel.from_pretrained(
         model, hypernetwork, device=device, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code
     )
+    if index is not None:
+        from genpoe_plugin.retrieval.retriever import Retriever
+
+        (found,) = Retriever.load(index).retrieve([question], num_passages)
+        passages = tuple(entry.passage.string for entry in found)
     for mode in MODES:
         (answer,) = genpoe.generate([question], [passages], mode=mode, max_new_tokens=max_new_tokens)
         click.echo(f"{mode:12} {first_line(answer)}")

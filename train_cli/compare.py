@@ -56,7 +56,7 @@ def compare(
     if reproduce is not None:
         _reproduce(comparison, reproduce)
         return
-    _show(comparison)
+    show_in_terminal(comparison)
     if out is not None:
         from genpoe_plugin.comparison.files import write
 
@@ -64,7 +64,8 @@ def compare(
             click.echo(path)
 
 
-def _show(comparison: Comparison) -> None:
+def show_in_terminal(comparison: Comparison) -> None:
+    """Print a comparison, as wide as the terminal is."""
     from rich.console import Console
 
     from genpoe_plugin.comparison.terminal import show

@@ -1,4 +1,4 @@
-"""``genpoe demo`` and ``genpoe demo pretrain``."""
+"""``genpoe demo``, ``genpoe demo world`` and ``genpoe demo pretrain``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,54 @@ from pathlib import Path
 
 import click
 
+from genpoe_plugin.errors import InputError
+
+OUT, WORLD_OUT = "demo-out", "demo-world-out"
+
 
 @click.group(invoke_without_command=True)
-@click.option("--out", default="demo-out", show_default=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the world and of all training.")
+@click.option("--out", default=OUT, show_default=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="lm_eval runs at a time.")
 @click.pass_context
-def demo(context: click.Context, out: Path, seed: int) -> None:
+def demo(context: click.Context, out: Path, jobs: int) -> None:
+    """A real LLM answers real questions in every mode.
+
+    Downloads SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (some 180 MB), and runs lm_eval with the experts and the
+    questions that come with this package, in all modes and with controls. What OUT has already is not done again.
+    Where the models cannot be downloaded, the world of `genpoe demo world` takes their place.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from genpoe_plugin.demo import real
+
+    try:
+        real.fetch_models(out, lambda line: click.echo(line, err=True))
+    except InputError as error:
+        click.echo(f"No LLM for the demo, so its own world takes the place ({error})", err=True)
+        context.invoke(world)
+        return
+    from genpoe_plugin.comparison.files import write
+    from genpoe_plugin.comparison.leaderboard import compare
+    from train_cli.compare import show_in_terminal
+
+    comparison = compare([real.run(out, jobs)])
+    show_in_terminal(comparison)
+    page, *_ = write(comparison, out / "comparison")
+    ask = ["genpoe", "ask", "--model", str(out / "llm"), "--hypernetwork", str(real.EXPERTS)]
+    ask += ["--index", str(out / "index"), "who was the first man in space"]
+    click.echo(f"Ask a question of your own, over the demo's passages:\n{shlex.join(ask)}\n")
+    click.echo(f"page: {page}")
+
+
+@demo.command()
+@click.option("--out", default=WORLD_OUT, show_default=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the world and of all training.")
+def world(out: Path, seed: int) -> None:
     """Passages become experts in a world that nobody has read about.
 
     Makes the world, builds its index, trains reranker and hypernetwork on its train side, and evaluates the test
     side through lm_eval in all modes and controls. What is in OUT already is not done again.
     """
-    if context.invoked_subcommand is not None:
-        return
     from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
     from genpoe_plugin.demo.table import exact_matches, paired_p_value, render
 
@@ -43,7 +78,7 @@ def demo(context: click.Context, out: Path, seed: int) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the LLM and the encoder.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def pretrain(out: Path, seed: int) -> None:
-    """Make the demo's LLM and encoder again, which come with the package: about half an hour."""
+    """Make the LLM and the encoder of the demo's world again, which come with the package: about half an hour."""
     from genpoe_plugin.demo.pretrain import pretrain_encoder, pretrain_llm
 
     pretrain_llm(out / "llm", seed)

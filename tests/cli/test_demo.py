@@ -1,4 +1,4 @@
-"""``genpoe demo`` through the command line; the demo itself is tested in tests/demo."""
+"""``genpoe demo world`` and ``pretrain`` through the command line; the demos themselves are tested in tests/demo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = [Row(mode, passages, 15, 0.6, 0.13, 0.7, 0.12, 99.0) for mode, passages i
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["demo", *map(str, arguments)], prog_name="genpoe")
+    return CliRunner().invoke(main, ["demo", "world", *map(str, arguments)], prog_name="genpoe")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_it_prints_the_table_the_comparison_and_a_command(calls: list[Any], tmp_
 def test_the_folder_has_a_default(calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert invoke().exit_code == 0
-    assert calls == [(Path("demo-out"), DemoSettings())]
+    assert calls == [(Path("demo-world-out"), DemoSettings())]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_folder_with_other_settings_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed", "x"], ["--size", "3"], ["pretrain"]])
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed", "x"], ["--size", "3"]])
 def test_wrong_options_start_nothing(calls: list[Any], tmp_path: Path, arguments: list[str]) -> None:
     result = invoke("--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2
@@ -95,7 +95,7 @@ def test_pretrain_makes_both_models_and_runs_no_demo(
     made: list[Any] = []
     monkeypatch.setattr(pretrain, "pretrain_llm", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(pretrain, "pretrain_encoder", lambda *arguments: made.append(arguments))
-    result = invoke("pretrain", "--out", tmp_path, "--seed", 5)
+    result = CliRunner().invoke(main, ["demo", "pretrain", "--out", str(tmp_path), "--seed", "5"])
     assert result.exit_code == 0, result.output
     assert made == [(tmp_path / "llm", 5), (tmp_path / "encoder", tmp_path / "llm", 5)]
     assert calls == []

@@ -9,16 +9,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import lm_eval._cli
 import pytest
-from lm_eval.tasks._index import TaskIndex
 
-import train_cli.main
 from genpoe_plugin.answers import exact_match, f1
 from genpoe_plugin.checkpoint import is_checkpoint
 from genpoe_plugin.comparison.leaderboard import compare
@@ -31,41 +28,10 @@ from genpoe_plugin.demo.world import make_world, side_of
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.lm import GenPoEArguments
 from genpoe_plugin.questions import read_questions
-from genpoe_plugin.registration import install, task_folder
+from tests.in_process import InProcess
 
 SETTINGS = DemoSettings(seed=1, train_entities=12, test_entities=4, reranker_steps=2, hypernetwork_steps=3)
 WORLD = make_world(1, 12, 4)
-
-
-class InProcess:
-    """Stands in for `subprocess.run` of genpoe and lm_eval: a new interpreter each would take minutes."""
-
-    def __init__(self) -> None:
-        install()
-        self.commands: dict[str, list[list[str]]] = {"lm_eval": [], "train_cli": []}
-        self._lock = Lock()
-
-    def run(self, command: list[str], **options: Any) -> Any:
-        python, dash_m, module, *arguments = command
-        assert (python, dash_m) == (sys.executable, "-m")
-        with self._lock:
-            self.commands[module].append(command)
-            if module == "lm_eval":
-                self._evaluate(arguments)
-            else:
-                train_cli.main.main(arguments, standalone_mode=False)
-        return SimpleNamespace(returncode=0)
-
-    @staticmethod
-    def _evaluate(arguments: list[str]) -> None:
-        build = TaskIndex.build
-        with (
-            patch.object(sys, "argv", ["lm_eval", *arguments]),
-            patch.object(TaskIndex, "build", staticmethod(lambda _, **options: build([task_folder()], **options))),
-            patch("torch.utils.collect_env.get_pretty_env_info", return_value="not asked"),
-        ):
-            parser = lm_eval._cli.HarnessCLI()
-            parser.execute(parser.parse_args())
 
 
 @pytest.fixture(scope="module")

