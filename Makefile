@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo demo-world leaderboard test test-vllm test-lowest test-newest lint wheel-test clean
+.PHONY: demo demo-world leaderboard test test-vllm test-lowest test-newest lint wheel-test docs clean
 
 # Tests of what dependencies do for us.
 DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/test_checkpoint.py \
@@ -37,8 +37,11 @@ lint: .venv/installed
 wheel-test: .venv/installed  ## the built package, in fresh environments, under the stock lm_eval
 	$(BIN)/python -m pytest -m wheel
 
+docs: .venv-docs/installed  ## the site, in site/; broken links are errors
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .venv-vllm .venv-lowest .venv-newest demo-out demo-world-out
+	rm -rf .venv .venv-vllm .venv-lowest .venv-newest .venv-docs site demo-out demo-world-out
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +58,12 @@ clean:
 .venv-lowest/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest hypothesis
+	touch $@
+
+.venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet $$($(PYTHON) -c \
+		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['docs'])")
 	touch $@
 
 # PyTorch alone stays at the pinned version: the index has the newest with CUDA only.

@@ -280,12 +280,17 @@ def test_importing_the_package_imports_nothing_heavy():
         _ = genpoe_plugin.Nothing
 
 
+README, GETTING_STARTED = "README.md", "docs/getting-started.md"
+
+
 def test_the_readmes_example_runs(llm_dir, checkpoint, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(from genpoe_plugin import GenPoEModel\n.*?)```", readme, re.DOTALL)
+    texts = [(Path(__file__).parents[1] / name).read_text(encoding="utf-8") for name in (README, GETTING_STARTED)]
+    pattern = re.compile(r"```python\n(from genpoe_plugin import GenPoEModel\n.*?)```", re.DOTALL)
+    (short,), (example,) = map(pattern.findall, texts)
+    assert example.startswith(short)
     example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", str(llm_dir)).replace('"my-experts"', repr(str(checkpoint)))
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(example, GETTING_STARTED, "exec"), {"__name__": "__main__"})
     assert len(capsys.readouterr().out.splitlines()) >= 2
     assert (tmp_path / "my-copy" / "config.json").is_file()
 

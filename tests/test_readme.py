@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING against the code: whatever a reader may type or look for is there."""
+"""README, docs and CONTRIBUTING against the code: whatever a reader may type or look for is there."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ from train_cli.main import main
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))}
+TEXTS = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING, **DOCS}
+ALL = "\n".join((README, *DOCS.values()))
+"""For users."""
+BLOB = "https://github.com/lm-eval-genpoe/lm-eval-genpoe/blob/main/"
 TASKS = {
     name
     for path in (REPOSITORY / "tasks").glob("*.yaml")
@@ -69,14 +74,16 @@ def parse(command: click.Command, arguments: list[str]) -> None:
         command.make_context(command.name, list(arguments))
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_genpoe_commands_parse(text: str) -> None:
-    found = [shlex.split(command, comments=True)[1:] for command in commands(text, "genpoe")]
+def test_genpoe_commands_parse() -> None:
+    found = [shlex.split(command, comments=True)[1:] for text in TEXTS.values() for command in commands(text, "genpoe")]
     for arguments in found:
         parse(main, arguments)
-    if text is README:
-        used = {tuple(word for word in arguments[:2] if word.isalpha()) for arguments in found}
-        assert {("index", "build"), ("train", "reranker"), ("train", "hypernetwork"), ("data", "reranker")} <= used
+    used = {tuple(word for word in arguments[:2] if word.isalpha()) for arguments in found}
+    assert {("index", "build"), ("train", "reranker"), ("train", "hypernetwork"), ("data", "reranker")} <= used
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 900
 
 
 def test_what_does_not_exist_does_not_parse() -> None:
@@ -92,7 +99,8 @@ def accepted_arguments() -> set[str]:
 
 
 def test_lm_eval_commands_parse_and_name_what_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [command for command in commands(README, "lm_eval") if "--tasks" in command]
+    found = [command for text in (README, *DOCS.values()) for command in commands(text, "lm_eval")]
+    found = [command for command in found if "--tasks" in command]
     assert len(found) >= 2
     monkeypatch.chdir(tmp_path)
     complete = 0
@@ -120,7 +128,7 @@ def test_lm_eval_commands_parse_and_name_what_exists(tmp_path: Path, monkeypatch
 
 
 def test_the_arguments_are_those_of_the_model_class_with_their_defaults() -> None:
-    header, *rows = table(README, "argument")
+    header, *rows = table(DOCS["evaluating.md"], "argument")
     assert header == ["argument", "default", "meaning"]
     documented = {}
     for names, defaults, _ in rows:
@@ -136,32 +144,41 @@ def test_the_arguments_are_those_of_the_model_class_with_their_defaults() -> Non
 
 def test_the_table_is_one_that_the_demo_prints() -> None:
     """Some of its columns, all of its rows, and scores that so many questions can have."""
-    header, *rows = table(README, "mode")
+    header, *rows = table(DOCS["getting-started.md"], "mode")
     printed = re.split(r"  +", render([Row("m", "p", 1, 0, 0, 0, 0, 0)]).splitlines()[0].strip())
     assert [column for column in printed if column in header] == header
     assert [(row[header.index("mode")], row[header.index("passages")]) for row in rows] == list(RUNS)
     n = len(make_world(0, 0, DemoSettings().test_entities).questions["test"])
-    assert f"{n:,} questions" in README
+    assert f"{n:,}\nquestions" in DOCS["getting-started.md"]
     possible = set()
     for right in range(n + 1):
         em = right / n
         possible.add(f"{100 * em:.1f} ± {100 * (em * (1 - em) / (n - 1)) ** 0.5:.1f}")
     assert {row[header.index("EM ± se")] for row in rows} <= possible
     scores = {(row[0], row[1]): row[header.index("EM ± se")].split()[0] for row in rows}
-    for stated in re.findall(r"\(([\d.]+) against ([\d.]+) for another question's\)", README):
+    for stated in re.findall(r"\(([\d.]+) against ([\d.]+) for another question's\)", ALL):
         assert stated == (scores["genpoe", "gold"], scores["genpoe", "shuffled"])
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_links_paths_and_targets_exist(text: str) -> None:
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_paths_and_targets_exist(name: str) -> None:
+    text = TEXTS[name]
+    folder = REPOSITORY / "docs" if name in DOCS else REPOSITORY
     for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert link.startswith("https://") or (REPOSITORY / link).exists(), link
+        if link.startswith(BLOB):
+            assert (REPOSITORY / link.removeprefix(BLOB)).exists(), link
+        assert link.startswith("https://") or (folder / link).exists(), link
     top = {path.name for path in REPOSITORY.iterdir()}
     for path in re.findall(r"(?<![\w./-])([\w.-]+(?:/[\w.-]*\w)+)", text):
         assert path.split("/")[0] not in top or (REPOSITORY / path).exists(), path
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = {target for line in re.findall(r"^([\w -]+):(?!=)", makefile, re.MULTILINE) for target in line.split()}
     assert {command.split()[1] for command in commands(text, "make")} <= targets
+
+
+def test_every_page_is_two_clicks_from_the_start_page() -> None:
+    linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", DOCS["index.md"])}
+    assert set(DOCS) - {"index.md"} <= linked
 
 
 def test_the_picture_of_the_repository_is_right() -> None:

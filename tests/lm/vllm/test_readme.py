@@ -1,4 +1,4 @@
-"""README's section on vLLM: its example runs, its arguments exist, and its sizes are right."""
+"""The page on vLLM: its example runs, its arguments exist, and its sizes are right."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from genpoe_plugin.vllm_engine.arguments import set_bytes
 from genpoe_plugin.vllm_engine.expert_sets import carriers
 from genpoe_plugin.vllm_lm import VLLM, GenPoEVLLM
 from tests.lm.vllm.conftest import SMALL
-from tests.test_readme import README, commands
+from tests.test_readme import ALL, DOCS, commands
+
+PAGE = DOCS["vllm.md"]
 
 
 def test_the_example_runs(llm, llm_dir, hypernetwork_dir, by_hand, tokenizer, capsys):
-    examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    examples = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     (example,) = [code for code in examples if "vllm" in code]
     assert len([line for line in example.splitlines() if line.strip()]) <= 11
     options = {**SMALL, "max_model_len": 256}
     here = example.replace("meta-llama/Llama-3.1-8B", str(llm_dir)).replace("my-hypernetwork", str(hypernetwork_dir))
     here = here.replace("max_model_len=2048", "**options")
     assert here.count(str(llm_dir)) == here.count("**options") == 1
-    exec(compile(here, "README.md", "exec"), {"__name__": "__main__", "options": options})
+    exec(compile(here, "vllm.md", "exec"), {"__name__": "__main__", "options": options})
     printed = capsys.readouterr().out.rstrip("\n").rpartition("\n")[2]  # the engine may log before it answers
     prompt, passages, gates = (eval(re.search(pattern, example)[1]) for pattern in (
         r'request\((".*?"), passages', r"passages = (\[.*\])", r"gates=(\[.*?\])",
@@ -42,9 +44,7 @@ def test_the_example_runs(llm, llm_dir, hypernetwork_dir, by_hand, tokenizer, ca
 
 
 def test_model_arguments_exist():
-    found = [
-        command for command in commands(README, "lm_eval") if "genpoe-vllm" in command and "--model_args" in command
-    ]
+    found = [command for command in commands(ALL, "lm_eval") if "genpoe-vllm" in command and "--model_args" in command]
     assert len(found) == 3
     known = {field.name for field in fields(EngineArgs)}
     known |= {name for cls in (GenPoEVLLM, VLLM) for name in inspect.signature(cls.__init__).parameters}
@@ -52,8 +52,7 @@ def test_model_arguments_exist():
         words = shlex.split(command)
         given = words[words.index("--model_args") + 1]
         assert {pair.partition("=")[0] for pair in given.split(",")} <= known
-    section = README.partition("\n## On vLLM\n")[2].partition("\n## ")[0]
-    assert {*re.findall(r"`([a-z_]+)(?:=[^`]*)?`", section)} <= known | {"lm_eval", "rank", "core_size"}
+    assert {*re.findall(r"`([a-z_]+)(?:=[^`]*)?`", PAGE)} <= known | {"lm_eval", "rank", "core_size"}
 
 
 def test_sizes_of_expert_sets():
@@ -61,4 +60,4 @@ def test_sizes_of_expert_sets():
         config = HypernetworkConfig.preset(preset, hidden_size=width, layer=1)
         number, unit = told.split()
         size = set_bytes(carriers(config, 4), rank, itemsize=2) / {"KiB": 2**10, "MiB": 2**20}[unit]
-        assert abs(size - float(number)) < 1 and told in README
+        assert abs(size - float(number)) < 1 and told in PAGE
