@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo demo-world leaderboard test test-vllm test-lowest test-newest lint wheel-test docs clean
 
 # Tests of what dependencies do for us.
-DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/test_checkpoint.py \
+DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/checkpoints/test_checkpoint.py \
 	tests/test_model.py tests/test_registration.py tests/lm/test_generate.py tests/lm/test_score.py tests/lm/test_command.py \
 	tests/training/test_hypernetwork.py tests/training/test_reranker.py tests/retrieval/test_encoder.py tests/retrieval/test_index.py
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.retrieval.shards import Shards
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.indexing.shards import Shards
 
 DIMENSION, LATENT, HIDDEN = 768, 100, 1024
 CLUSTER = 50  # vectors, on average

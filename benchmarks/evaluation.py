@@ -7,8 +7,8 @@
 - Closed-book answering, and RAG with the same passages in the prompt, are lm-eval's own HFLM.
 
 Passages and their rerank scores come with the docs, and no two are alike. All answers have the same number of tokens.
-Works take turns; a ratio is the median of those of the single rounds. Floors are what the arithmetic of a work, or the
-bytes that it has to read, would take at the rates of a square product and of a matrix times a vector.
+Variants run interleaved; a ratio is the median of those of the single rounds. Floors are what the arithmetic of a
+variant, or the bytes that it has to read, would take at the rates of a square product and of a matrix times a vector.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from benchmarks.options import Options, folder_of
 from benchmarks.random_llm import random_llm, random_text
 from benchmarks.rates import product, product_flops, reading, seconds
 from benchmarks.row import Row
-from genpoe_plugin.checkpoint import write_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import write_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
+from genpoe_plugin.training.creation import attention_config
 
 BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
 PRODUCT = 2048  # side of the square product
@@ -199,7 +199,7 @@ def check_answers(models: Models, docs: Sequence[dict[str, Any]]) -> None:
 
 
 def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, rounds: int) -> Rounds:
-    """Seconds a question of all works, which take turns; the first round is warm-up.
+    """Seconds per question of all variants, which run interleaved; the first round is warm-up.
 
     ``product`` and ``read`` among them are seconds a FLOP of a square product, and a byte that is read.
     """

@@ -36,15 +36,15 @@ from tqdm import tqdm
 from benchmarks.options import Options
 from benchmarks.relations import related_questions
 from benchmarks.row import Row
-from genpoe_plugin import controls
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.demo.run import LLM
 from genpoe_plugin.demo.world import Side, make_world
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.files import atomic_file
-from genpoe_plugin.language_model import load_language_model
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage
+from genpoe_plugin.llm.language_model import load_language_model
+from genpoe_plugin.selection import controls
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork

@@ -27,15 +27,16 @@ import Stemmer
 
 from benchmarks.options import Options, folder_of
 from benchmarks.row import Row
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
-from genpoe_plugin.reranking import Reranker, rerank
-from genpoe_plugin.results import retrieve_all
+from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.measures import AnswerRank, answer_rank, mean_reciprocal_rank, quality_table, recall_at
 from genpoe_plugin.retrieval.retriever import Retriever
+from genpoe_plugin.selection.reranking import Reranker, rerank
+from genpoe_plugin.selection.result_files import retrieve_all
 
 NQ, SQUAD = "nq-open-gold-passages*.jsonl*", "squad-v1.1*.json*"
 RETRIEVED = 20  # per question of the test; as many are reranked
@@ -150,7 +151,7 @@ def index_of(corpus: Sequence[Passage], encoder: Encoder, directory: Path) -> Pa
         index = PassageIndex.load(directory)
         if [index.passage(row) for row in range(len(index))] == list(corpus):
             return index
-    return PassageIndex.build(corpus, encoder, directory)
+    return index_passages(corpus, encoder, directory)
 
 
 def _ranks_of_answers(rankings: Mapping[str, Sequence[Question]]) -> dict[str, list[AnswerRank]]:

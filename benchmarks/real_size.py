@@ -30,11 +30,11 @@ from benchmarks.options import Options, folder_of
 from benchmarks.random_llm import random_llm
 from benchmarks.rates import seconds
 from benchmarks.row import Row
+from genpoe_plugin.checkpoints.card import ModelCard
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.creation import attention_config, create_attention_experts
 from genpoe_plugin.experts.footprint import footprint
-from genpoe_plugin.lm import GenPoELM
-from genpoe_plugin.training.card import ModelCard
+from genpoe_plugin.lm.hf import GenPoELM
+from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def time_works(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rounds:
-    """Seconds a question of all works, which take turns; the first round is warm-up."""
+    """Seconds per question of all variants, which run interleaved; the first round is warm-up."""
     docs = questions(batch)
     times: Rounds = {}
     for number in tqdm(range(1 + rounds), desc=f"Timing batches of {batch}"):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import random
 
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.demo import lexicon
 from genpoe_plugin.demo.world import Side, side_of
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage
 
 RELATIONS = {
     "work": ("{subject} employs {object}.", "Whom does {name} employ?", "Who employs {name}?"),

@@ -31,14 +31,13 @@ from benchmarks.clustered_vectors import DIMENSION, ClusteredVectors, NumberedQu
 from benchmarks.options import Options, folder_of
 from benchmarks.row import Row
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.retrieval.building import Queries, build_index, building_directory
-from genpoe_plugin.retrieval.factory import choose_factory, index_bytes
-from genpoe_plugin.retrieval.faiss_setup import faiss
+from genpoe_plugin.indexing.building import Queries, build_index, building_directory
+from genpoe_plugin.indexing.factory import choose_factory, index_bytes
+from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.faiss_setup import faiss, set_parameters
 from genpoe_plugin.retrieval.index import VECTORS, PassageIndex
 from genpoe_plugin.retrieval.measures import neighbour_recall
 from genpoe_plugin.retrieval.retriever import Retriever
-from genpoe_plugin.retrieval.shards import Shards
-from genpoe_plugin.retrieval.tuning import set_parameters
 
 WIKIPEDIA = 21_015_324  # passages of psgs_w100
 MEMORY = 16 * 10**9  # bytes, for Wikipedia

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from genpoe_plugin.data.questions import passages_from_ctxs
 from genpoe_plugin.prompts import PROMPT_MODES, knowledge_block
-from genpoe_plugin.questions import passages_from_ctxs
 
 DATE = "2026-01-01T00-00-{:02d}.000000"
 

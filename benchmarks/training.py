@@ -28,10 +28,10 @@ from benchmarks.random_llm import random_llm, random_text
 from benchmarks.rates import seconds
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner

@@ -25,7 +25,7 @@ from benchmarks.options import Options, folder_of
 from benchmarks.random_llm import END, MARKS
 from benchmarks.row import Row
 from benchmarks.training import LAYER, WIDTH, language_model, training_set
-from genpoe_plugin.checkpoint import save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import closed_book_prompt
@@ -103,8 +103,8 @@ def measure(options: Options) -> list[Row]:
     # With one process, no core of a small machine is set aside for the other.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from genpoe_plugin.lm import GenPoELM
-    from genpoe_plugin.vllm_lm import GenPoEVLLM
+    from genpoe_plugin.lm.hf import GenPoELM
+    from genpoe_plugin.lm.vllm import GenPoEVLLM
 
     count, repeats = (32, 1) if options.quick else (REQUESTS, REPEATS)
     answers, equal = requests(count, ANSWERS), requests(count, EQUAL)

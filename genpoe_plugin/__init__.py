@@ -4,7 +4,7 @@ TYPE_CHECKING = False  # this runs at every start of an interpreter, and importi
 if TYPE_CHECKING:
     from typing import Any
 
-    from genpoe_plugin.checkpoint import HypernetworkCheckpoint
+    from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.model import GenPoEModel
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> "Any":
 
         return GenPoEModel
     if name == "HypernetworkCheckpoint":
-        from genpoe_plugin.checkpoint import HypernetworkCheckpoint
+        from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint
 
         return HypernetworkCheckpoint
     if name == "InputError":

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.checkpoint import HypernetworkCheckpoint
+from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import inject, observe_router
 from genpoe_plugin.experts.store import DTYPES, ExpertStore
-from genpoe_plugin.language_model import check_tokenizer, context_length, load_language_model
+from genpoe_plugin.llm.language_model import check_tokenizer, context_length, load_language_model
 from genpoe_plugin.prompts import (
     EXPERT_MODES,
     MAX_NEW_TOKENS,

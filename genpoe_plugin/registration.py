@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-MODELS = {"genpoe": "genpoe_plugin.lm:GenPoELM", "genpoe-vllm": "genpoe_plugin.vllm_lm:GenPoEVLLM"}
+MODELS = {"genpoe": "genpoe_plugin.lm.hf:GenPoELM", "genpoe-vllm": "genpoe_plugin.lm.vllm:GenPoEVLLM"}
 
 
 def install() -> None:

@@ -7,8 +7,8 @@ argument::
     --metadata '{"genpoe_data": "FILE"}'                                  every genpoe task of the run
     --metadata '{"genpoe_data": {"genpoe_nq": "FILE", "genpoe_tqa": "FILE"}}'   task by task
 
-in any form that ``genpoe_plugin.questions`` reads: the authors' own files, the hub's Parquet files, DPR result JSON or
-JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task that is not named reads the file of its task.
+in any form that ``genpoe_plugin.data.questions`` reads: the authors' own files, the hub's Parquet files, DPR result
+JSON or JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task that is not named reads the file of its task.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 import datasets
 
-from genpoe_plugin import hub_questions as hub
-from genpoe_plugin.answers import contains, exact_match, f1, first_line, popqa_accuracy, rouge_l
+from genpoe_plugin.data import hub_questions as hub
+from genpoe_plugin.data.answers import contains, exact_match, f1, first_line, popqa_accuracy, rouge_l
+from genpoe_plugin.data.questions import Question, read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import closed_book_prompt
-from genpoe_plugin.questions import Question, read_questions
 
 HUB = {  # task: data set and split
     "genpoe_nq": (hub.NQ_OPEN, "validation"),

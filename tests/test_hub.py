@@ -13,14 +13,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genpoe_plugin import GenPoEModel, HypernetworkCheckpoint, InputError
-from genpoe_plugin.checkpoint import save_hypernetwork
-from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+from genpoe_plugin.checkpoints.card import ModelCard
+from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.hub import commit_of, split_revision
-from genpoe_plugin.language_model import load_language_model
-from genpoe_plugin.lm import GenPoELM
-from genpoe_plugin.reranking import Reranker
-from genpoe_plugin.training.card import ModelCard
+from genpoe_plugin.llm.language_model import load_language_model
+from genpoe_plugin.lm.hf import GenPoELM
+from genpoe_plugin.selection.reranking import Reranker
+from genpoe_plugin.training.creation import attention_config, create_attention_experts
 from genpoe_plugin.training.model_size import read_size
 from tests.hub_server import TOKEN
 

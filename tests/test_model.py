@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import genpoe_plugin
 from genpoe_plugin import GenPoEModel, HypernetworkCheckpoint
-from genpoe_plugin.checkpoint import save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import attend
 from genpoe_plugin.experts.attention_interface import listening
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.prompts import MODES, closed_book_prompt, rag_prompt
+from genpoe_plugin.training.creation import attention_config
 from train_cli.main import main
 
 QUESTIONS = ["where was Rossini born", "who discovered radium, and in which year was that"]

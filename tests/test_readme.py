@@ -16,14 +16,14 @@ import lm_eval._cli
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.demo.run import RUNS, DemoSettings
 from genpoe_plugin.demo.table import Row, render
 from genpoe_plugin.demo.world import make_world
-from genpoe_plugin.lm import GenPoEArguments, GenPoELM
-from genpoe_plugin.pipeline import GATES
+from genpoe_plugin.lm.hf import GenPoEArguments, GenPoELM
 from genpoe_plugin.prompts import MODES
 from genpoe_plugin.registration import MODELS
+from genpoe_plugin.selection.controls import CONTROLS
+from genpoe_plugin.selection.pipeline import GATES
 from tasks import open_qa
 from train_cli.main import main
 

@@ -25,7 +25,7 @@ class TaskIndex:
     def build(paths, *, resolve_includes=True):
         return [str(path) for path in paths]
 """
-OURS = {"genpoe": "genpoe_plugin.lm:GenPoELM", "genpoe-vllm": "genpoe_plugin.vllm_lm:GenPoEVLLM"}
+OURS = {"genpoe": "genpoe_plugin.lm.hf:GenPoELM", "genpoe-vllm": "genpoe_plugin.lm.vllm:GenPoEVLLM"}
 MODELS = "from lm_eval.api.registry import model_registry\nmodel_registry.register('hf', target='a:B')\n"
 
 

@@ -7,14 +7,14 @@ import click
 
 @click.command()
 @click.argument("question")
-@click.option("--model", required=True, help="The frozen LLM: directory, or user/name of the hub.")
-@click.option("--hypernetwork", required=True, help="For it: directory, or user/name@revision of the hub.")
+@click.option("--model", required=True, help="Frozen LLM: directory or hub id.")
+@click.option("--hypernetwork", required=True, help="Its hypernetwork: directory or hub id (user/name@revision).")
 @click.option("--passage", "passages", multiple=True, help='As "Title: text"; may be repeated.')
 @click.option("--index", help="Retrieve the passages from this index.")
-@click.option("--num-passages", default=3, show_default=True, type=click.IntRange(1), help="At most, from the index.")
+@click.option("--num-passages", default=3, show_default=True, type=click.IntRange(1), help="Passages to retrieve.")
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1))
-@click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the LLM.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the LLM.")
+@click.option("--dtype", default="auto", show_default=True, help="Data type of the LLM.")
 @click.option("--gguf-file", help="Read the LLM from this GGUF file in its directory or repository.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def ask(
@@ -33,7 +33,7 @@ def ask(
     """Answer QUESTION in every mode, side by side, and show how the LLM's attention is shared among the passages."""
     if bool(passages) == (index is not None):
         raise click.UsageError("give passages, each with --passage, or an --index to retrieve them from")
-    from genpoe_plugin.answers import first_line
+    from genpoe_plugin.data.answers import first_line
     from genpoe_plugin.model import GenPoEModel
     from genpoe_plugin.prompts import MODES
 

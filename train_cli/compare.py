@@ -20,7 +20,7 @@ WIDTH = 200  # of a table that goes into a file or a pipe
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for page, Markdown, CSV, JSON.")
 @click.option("--run", "config", type=click.Path(path_type=Path), help="Run this matrix (YAML) first, then compare it.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="--run: lm_eval runs at a time.")
-@click.option("--metric", help="The one that ranks.  [default: em, or what a task has in its place]")
+@click.option("--metric", help="Metric to rank by.  [default: em, or what a task has in its place]")
 @click.option("--allow", multiple=True, metavar="ASPECT", help="Rank together runs that differ in this; repeatable.")
 @click.option("--reproduce", metavar="ROW", help="Print the command of a row: its number, or TASK:NUMBER.")
 def compare(
@@ -34,8 +34,8 @@ def compare(
 ) -> None:
     """A leaderboard of the lm_eval runs in RESULTS, with intervals, paired tests, controls and costs.
 
-    RESULTS are folders that lm_eval wrote to (--output_path, with --log_samples), of any model. Runs that were not
-    asked the same in the same way are ranked apart, and it is said what differs; what is broken is left out, by name.
+    RESULTS are folders that lm_eval wrote to (--output_path, with --log_samples), of any model. Runs with other
+    questions or settings get a table of their own that says what differs. Broken results are named and left out.
     """
     if not results and config is None:
         raise click.UsageError("give RESULTS, folders that lm_eval wrote to, or --run CONFIG.yaml")

@@ -14,8 +14,8 @@ def data() -> None:
 
 @data.command("list")
 def list_() -> None:
-    """List what can be downloaded, and what to do where something cannot."""
-    from genpoe_plugin.resources import RESOURCES, UNAVAILABLE
+    """List the resources that can be downloaded, and advice for those that cannot."""
+    from genpoe_plugin.data.resources import RESOURCES, UNAVAILABLE
 
     rows = [("NAME", "WHAT", "LICENCE"), *((row.name, row.what, row.licence) for row in RESOURCES)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -34,11 +34,11 @@ def list_() -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--out", default="downloads", show_default=True, type=click.Path(path_type=Path), help="Folder.")
 def download(names: tuple[str, ...], out: Path) -> None:
-    """Download the resource called NAME, or all whose names begin so.
+    """Download resource NAME, or all resources whose names begin with NAME.
 
-    `genpoe data list` has the names, DPR's own. What was interrupted is gone on with by the same command.
+    `genpoe data list` has the names, DPR's own. Rerun the same command to resume.
     """
-    from genpoe_plugin.resources import fetch, find, left_out
+    from genpoe_plugin.data.resources import fetch, find, left_out
 
     wanted = {resource.name: resource for name in names for resource in find(name)}
     try:
@@ -58,8 +58,8 @@ def download(names: tuple[str, ...], out: Path) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON lines of query, pos, neg and prompt.")
 @click.option("--negatives", default=32, show_default=True, help="Passages without an answer, at most, per question.")
 @click.option("--min-negatives", type=int, help="Leave out questions that have fewer.  [default: --negatives]")
-@click.option("--random-negatives", is_flag=True, help="Fill up with passages of other questions.")
-@click.option("--seed", default=0, show_default=True, help="Of the random negatives.")
+@click.option("--random-negatives", is_flag=True, help="Fill up with random passages of other questions.")
+@click.option("--seed", default=0, show_default=True, help="Random seed for the negatives.")
 @click.option("--prompt", help="Question that the reranker is asked about query A and passage B.  [default: BGE's]")
 def reranker(
     results: tuple[Path, ...],
@@ -71,7 +71,7 @@ def reranker(
     prompt: str | None,
 ) -> None:
     """Turn retrieval RESULTS (DPR's JSON, or JSON lines; .gz too) into training data for the reranker."""
-    from genpoe_plugin.reranking import DEFAULT_PROMPT
+    from genpoe_plugin.selection.reranking import DEFAULT_PROMPT
     from genpoe_plugin.training.reranker_data import write_reranker_data
 
     least = negatives if min_negatives is None else min_negatives

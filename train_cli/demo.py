@@ -20,7 +20,7 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
     """A real LLM answers real questions in every mode.
 
     Downloads SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (some 180 MB), and runs lm_eval with the experts and the
-    questions that come with this package, in all modes and with controls. What OUT has already is not done again.
+    questions that come with this package, in all modes and with controls. Finished steps in OUT are skipped.
     Where the models cannot be downloaded, the world of `genpoe demo world` takes their place.
     """
     if context.invoked_subcommand is not None:
@@ -53,7 +53,7 @@ def world(out: Path, seed: int) -> None:
     """Passages become experts in a world that nobody has read about.
 
     Makes the world, builds its index, trains reranker and hypernetwork on its train side, and evaluates the test
-    side through lm_eval in all modes and controls. What is in OUT already is not done again.
+    side through lm_eval in all modes and controls. Finished steps in OUT are skipped.
     """
     from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
     from genpoe_plugin.demo.table import exact_matches, paired_p_value, render

@@ -32,10 +32,10 @@ def experts() -> None:
 @click.option(
     "--calibrate",
     multiple=True,
-    help="Questions with passages to choose layers with: DPR results, or ours; .gz. As many of each file.",
+    help="Questions with passages to choose layers with: DPR results, or ours; .gz. Each file gives equally many.",
 )
-@click.option("--max-layers", type=click.IntRange(1), help="At most so many layers.")
-@click.option("--max-bytes", type=Size(), help="At most so large an expert, such as 200KB, of a mean passage.")
+@click.option("--max-layers", type=click.IntRange(1), help="Maximum number of layers.")
+@click.option("--max-bytes", type=Size(), help="Maximum size of the expert of an average passage, such as 200KB.")
 @click.option(
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
@@ -45,11 +45,13 @@ def experts() -> None:
 @click.option(
     "--num-questions", default=100, show_default=True, type=click.IntRange(1), help="Questions to calibrate with."
 )
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions at a time.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the draw of questions.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions per batch.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Random seed for the choice of questions."
+)
 @card_options
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
+@click.option("--dtype", default="auto", show_default=True, help="Data type of the frozen LLM.")
 @click.option("--gguf-file", help="Read the LLM from this GGUF file in its directory or repository.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def create(
@@ -84,12 +86,12 @@ def create(
     if calibrate and not limited:
         raise InputError("--calibrate needs --max-layers, --max-bytes or --keep")
 
-    from genpoe_plugin.checkpoint import is_checkpoint
-    from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+    from genpoe_plugin.checkpoints.card import DataFile, ModelCard
+    from genpoe_plugin.checkpoints.checkpoint import is_checkpoint
     from genpoe_plugin.experts.footprint import footprint
     from genpoe_plugin.files import check_replaceable
-    from genpoe_plugin.language_model import load_language_model
-    from genpoe_plugin.training.card import DataFile, ModelCard
+    from genpoe_plugin.llm.language_model import load_language_model
+    from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
     check_replaceable(out, is_checkpoint, "a checkpoint")
     model, tokenizer = load_language_model(
@@ -99,7 +101,7 @@ def create(
     calibration = None
     measurements = out.resolve().with_name(f"{out.resolve().name}.calibration.jsonl")
     if calibrate:
-        from genpoe_plugin.calibration import Limits, calibrate_on
+        from genpoe_plugin.training.calibration import Limits, calibrate_on
 
         calibration = calibrate_on(
             calibrate,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from genpoe_plugin.retrieval.building import Queries
+    from genpoe_plugin.indexing.building import Queries
+    from genpoe_plugin.indexing.shards import Shards
     from genpoe_plugin.retrieval.encoder import Encoder
     from genpoe_plugin.retrieval.index import PassageIndex
-    from genpoe_plugin.retrieval.shards import Shards
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PASSAGES = "TSV, JSON lines or DPR results; .gz."
@@ -40,25 +40,25 @@ def with_encoding(command: Command) -> Command:
     """Add the options that say how passages are encoded."""
     for option in (
         click.option(
-            "--shard-size", default=2**16, show_default=True, type=click.IntRange(1), help="Passages a shard."
+            "--shard-size", default=2**16, show_default=True, type=click.IntRange(1), help="Passages per shard."
         ),
         click.option(
             "--store",
             default="float16",
             show_default=True,
             type=click.Choice(["float16", "float32"]),
-            help="Numbers of the vectors on disk, until they are in the index.",
+            help="Precision of the vectors in the shards.",
         ),
         click.option(
             "--dtype",
             default="float32",
             show_default=True,
             type=click.Choice(["float32", "float16", "bfloat16"]),
-            help="What the encoder computes in; the halves are for GPUs.",
+            help="Precision of the encoder; half precision is for GPUs.",
         ),
         click.option("--device", default="cpu", show_default=True),
         click.option(
-            "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Passages encoded at once."
+            "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Passages per encoding batch."
         ),
     ):
         command = option(command)
@@ -71,14 +71,14 @@ def with_tuning(command: Command) -> Command:
         click.option(
             "--queries",
             type=click.Path(path_type=Path),
-            help=f"Questions to measure recall with ({QUESTIONS}); else passages, changed a little.",
+            help=f"Questions to measure recall with ({QUESTIONS}); without it, perturbed passages.",
         ),
         click.option(
             "--recall",
             default=0.95,
             show_default=True,
             type=click.FloatRange(0, 1, min_open=True),
-            help="Share of the best 20 of exact search that an approximate index has to find.",
+            help="Recall@20 against exact search that an approximate index has to reach.",
         ),
     ):
         command = option(command)
@@ -98,13 +98,13 @@ def index() -> None:
 def encode(
     passages: Path, encoder: str, out: Path, batch_size: int, device: str, dtype: str, store: str, shard_size: int
 ) -> None:
-    """Encode PASSAGES into a folder of shards, of which any number of indexes can be built.
+    """Encode PASSAGES into a folder of shards, from which any number of indexes is built.
 
     As `accelerate launch -m train_cli index encode ...`, on one machine or many that see the folder, every shard is
-    encoded by one process. Interrupted, the same command goes on.
+    encoded by one process. Rerun the same command to resume.
     """
+    from genpoe_plugin.indexing.encoding import encode_shards
     from genpoe_plugin.retrieval.encoder import load_encoder
-    from genpoe_plugin.retrieval.encoding import encode_shards
 
     model = load_encoder(encoder, device=_own(device), batch_size=batch_size, dtype=dtype)
     shards = encode_shards(passages, model, out, shard_size=shard_size, dtype=store)
@@ -123,7 +123,7 @@ def encode(
     help="Folder of `genpoe index encode`, or one to make and keep.  [default: one that goes when the index is there]",
 )
 @click.option("--factory", help="FAISS factory string; Flat is exact search.  [default: by size and memory]")
-@click.option("--memory", type=Size(), help="What building may take, such as 16GB.  [default: what is free]")
+@click.option("--memory", type=Size(), help="Memory limit of the build, such as 16GB.  [default: what is free]")
 @with_tuning
 @with_encoding
 def build(
@@ -141,18 +141,18 @@ def build(
     store: str,
     shard_size: int,
 ) -> None:
-    """Build an index that can be searched, of PASSAGES or of SHARDS. Interrupted, the same command goes on."""
+    """Build a search index from PASSAGES or from SHARDS. Rerun the same command to resume."""
     from genpoe_plugin.errors import InputError
-    from genpoe_plugin.retrieval.building import already_built, build_index, check_directory, shards_directory
-    from genpoe_plugin.retrieval.factory import make_index
-    from genpoe_plugin.retrieval.shards import Shards
+    from genpoe_plugin.indexing.building import already_built, build_index, check_directory, shards_directory
+    from genpoe_plugin.indexing.shards import Shards
+    from genpoe_plugin.retrieval.faiss_setup import make_index
 
     check_directory(out)
     asked: dict[str, Any] = {"factory": factory, "memory": memory, "recall": recall}
     model = None
     if passages is not None:
+        from genpoe_plugin.indexing.encoding import encode_shards
         from genpoe_plugin.retrieval.encoder import load_encoder
-        from genpoe_plugin.retrieval.encoding import encode_shards
 
         if encoder is None:
             raise InputError("--passages needs --encoder, the model to encode them with")
@@ -184,13 +184,13 @@ def build(
     "--shards", "folder", required=True, type=click.Path(path_type=Path), help="What the index was built from."
 )
 @with_tuning
-@click.option("--encoder", help="The index's encoder, where it has moved since.")
+@click.option("--encoder", help="Encoder of the index, if its path has changed.")
 @click.option("--device", default="cpu", show_default=True)
 def tune(directory: Path, folder: Path, recall: float, queries: Path | None, encoder: str | None, device: str) -> None:
-    """Choose anew how thoroughly the index in DIRECTORY is searched."""
-    from genpoe_plugin.retrieval.building import retune
+    """Tune the search parameters of the index in DIRECTORY again."""
+    from genpoe_plugin.indexing.building import retune
+    from genpoe_plugin.indexing.shards import Shards
     from genpoe_plugin.retrieval.index import PassageIndex
-    from genpoe_plugin.retrieval.shards import Shards
 
     opened, shards = PassageIndex.load(directory), Shards.open(folder)
     tuned_by = None if queries is None else _encode_questions(queries, shards, encoder, None, device)
@@ -228,9 +228,9 @@ def _recall(index: PassageIndex) -> str:
 
 def _encode_questions(path: Path, shards: Shards, name: str | None, model: Encoder | None, device: str) -> Queries:
     """Question vectors of the encoder that the shards were made with."""
+    from genpoe_plugin.data.questions import read_questions
     from genpoe_plugin.errors import InputError
-    from genpoe_plugin.questions import read_questions
-    from genpoe_plugin.retrieval.building import Queries
+    from genpoe_plugin.indexing.building import Queries
     from genpoe_plugin.retrieval.encoder import load_encoder
 
     asked = [question.question for question in read_questions(path)]

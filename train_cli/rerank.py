@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from genpoe_plugin.data.questions import read_header
 from genpoe_plugin.files import file_digest
-from genpoe_plugin.questions import read_header
 from train_cli.result_options import count_questions, load_reranker, make_file, reranking_options, result_options
 
 
@@ -19,9 +19,9 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 def rerank(
     results: Path, reranker: str, llm: str | None, gguf_file: str | None, out: Path, form: str, device: str
 ) -> None:
-    """Put the passages of RESULTS in a reranker's order, and say how many questions find an answer before and after.
+    """Rerank the passages of RESULTS, and print recall and MRR before and after.
 
-    RESULTS are those of `genpoe retrieve` or DPR's, .gz too. What was interrupted is gone on with by the same command.
+    RESULTS are files of `genpoe retrieve` or of DPR, also as .gz. Rerun the same command to resume.
     """
     total = count_questions(results, with_passages=True)
     work, named = load_reranker(reranker, llm, gguf_file, device)

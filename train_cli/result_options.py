@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
+from genpoe_plugin.data.questions import FORMATS, Question, read_questions
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.questions import FORMATS, Question, read_questions
 
 Rerank = Callable[[Iterator[Question]], Iterator[Question]]
 
 
 def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of both commands."""
-    form = "JSON lines of ours, or one JSON list as DPR's results are; the tasks read both."
+    form = "Our JSON Lines, or DPR's JSON list; the tasks read both."
     for option in (
         click.option("--device", default="cpu", show_default=True),
         click.option("--format", "form", default="genpoe", show_default=True, type=click.Choice(FORMATS), help=form),
@@ -48,9 +48,9 @@ def reranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def load_reranker(name: str, llm: str | None, gguf_file: str | None, device: str) -> tuple[Rerank, dict[str, Any]]:
     """What puts questions' passages in order, and what the header of the results says of it."""
-    from genpoe_plugin.language_model import load_tokenizer
-    from genpoe_plugin.reranking import Reranker
-    from genpoe_plugin.results import rerank_all
+    from genpoe_plugin.llm.language_model import load_tokenizer
+    from genpoe_plugin.selection.reranking import Reranker
+    from genpoe_plugin.selection.result_files import rerank_all
 
     if gguf_file is not None and llm is None:
         raise InputError("--gguf-file: it is a file of the LLM that passages are cut for; give --llm as well")
@@ -71,7 +71,7 @@ def make_file(
     header: dict[str, Any],
 ) -> None:
     """Do the work on a file's questions, write what comes out, and print how good it is."""
-    from genpoe_plugin.results import make_results
+    from genpoe_plugin.selection.result_files import make_results
 
     quality = make_results(out, read_questions(asked), work, header, form=form, total=total, progress=True)
     click.echo(quality.table(reranked="reranker" in header))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from genpoe_plugin.data.questions import Question
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest
-from genpoe_plugin.questions import Question
 from train_cli.result_options import count_questions, load_reranker, make_file, reranking_options, result_options
 
 
@@ -17,8 +17,8 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 @click.option("--index", required=True, type=click.Path(path_type=Path), help="Directory that `genpoe index` wrote.")
 @click.option("--questions", required=True, type=click.Path(path_type=Path), help="DPR results or qas, nq_open; .gz.")
 @click.option("--num-retrieved", default=20, show_default=True, type=click.IntRange(1), help="Passages per question.")
-@click.option("--reranker", help="Decoder-LLM reranker that puts them in order: directory or hub name.")
-@click.option("--encoder", help="The index's encoder, where it has moved since.")
+@click.option("--reranker", help="Decoder-LLM reranker to order them with: directory or hub name.")
+@click.option("--encoder", help="Encoder of the index, if its path has changed.")
 @reranking_options
 @result_options
 def retrieve(
@@ -33,12 +33,12 @@ def retrieve(
     form: str,
     device: str,
 ) -> None:
-    """Retrieve passages for QUESTIONS, ahead of time, and say how many questions find an answer.
+    """Retrieve passages for QUESTIONS ahead of time, and print recall and MRR.
 
-    What was interrupted is gone on with by the same command.
+    Rerun the same command to resume.
     """
-    from genpoe_plugin.results import retrieve_all
     from genpoe_plugin.retrieval.retriever import Retriever
+    from genpoe_plugin.selection.result_files import retrieve_all
 
     if (llm or gguf_file) and not reranker:
         raise InputError(

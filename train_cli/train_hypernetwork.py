@@ -46,15 +46,17 @@ ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
     default=4.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Memory for what the LLM computes of passages, over all epochs.",
+    help="Memory for the LLM's states of passages, which are kept over all epochs.",
 )
-@click.option("--state-store", type=click.Path(file_okay=False), help="Folder that keeps it, for later runs too.")
-@click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
+@click.option(
+    "--state-store", type=click.Path(file_okay=False), help="Folder that keeps these states, also for later runs."
+)
+@click.option("--estimate", is_flag=True, help="Print a memory estimate, and stop.")
 @form_options
 @training_options(HypernetworkTraining)
 @card_options
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
-@click.option("--dtype", default="auto", show_default=True, help="Of the frozen LLM.")
+@click.option("--dtype", default="auto", show_default=True, help="Data type of the frozen LLM.")
 @click.option("--gguf-file", help="Read the frozen LLM from this GGUF file in its directory or repository.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def hypernetwork(
@@ -78,14 +80,14 @@ def hypernetwork(
     **options: Any,
 ) -> None:
     """Train a hypernetwork: passages in, experts for a frozen LLM out."""
-    from genpoe_plugin.checkpoint import checkpoint_fingerprint, load_hypernetwork, read_config
+    from genpoe_plugin.checkpoints.card import DataFile
+    from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint, load_hypernetwork, read_config
+    from genpoe_plugin.data.passages import read_passages
+    from genpoe_plugin.data.questions import read_questions
     from genpoe_plugin.experts.config import HypernetworkConfig
-    from genpoe_plugin.experts.creation import attention_config
     from genpoe_plugin.experts.footprint import footprint
-    from genpoe_plugin.language_model import load_language_model, load_tokenizer
-    from genpoe_plugin.passages import read_passages
-    from genpoe_plugin.questions import read_questions
-    from genpoe_plugin.training.card import DataFile
+    from genpoe_plugin.llm.language_model import load_language_model, load_tokenizer
+    from genpoe_plugin.training.creation import attention_config
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.examples import CONTINUED, GIVEN, passage_examples, training_examples
     from genpoe_plugin.training.hypernetwork import Examples, train_hypernetwork

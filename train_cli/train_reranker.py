@@ -16,8 +16,8 @@ from train_cli.training_options import card_options, describe, digests, report, 
 @click.option("--data", required=True, help="Training data, as `genpoe data reranker` writes it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the trained reranker.")
 @click.option("--validation", help="Held-out data; the weights that rank it best are kept.")
-@click.option("--estimate", is_flag=True, help="Say how much memory it takes, and stop.")
-@click.option("--max-length", default=512, show_default=True, help="Tokens of query and passage together.")
+@click.option("--estimate", is_flag=True, help="Print a memory estimate, and stop.")
+@click.option("--max-length", default=512, show_default=True, help="Maximum tokens of query and passage together.")
 @training_options(RerankerTraining)
 @card_options
 @click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
@@ -26,7 +26,7 @@ from train_cli.training_options import card_options, describe, digests, report, 
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the frozen weights beside an adapter.",
+    help="Data type of the frozen weights.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def reranker(
@@ -44,9 +44,9 @@ def reranker(
     **options: Any,
 ) -> None:
     """Train a reranker: a decoder LLM that tells passages with an answer from those without."""
-    from genpoe_plugin.language_model import load_tokenizer
-    from genpoe_plugin.reranking import Reranker
-    from genpoe_plugin.training.card import DataFile
+    from genpoe_plugin.checkpoints.card import DataFile
+    from genpoe_plugin.llm.language_model import load_tokenizer
+    from genpoe_plugin.selection.reranking import Reranker
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.model_size import empty_model, read_size
     from genpoe_plugin.training.plans import plan_reranker

@@ -18,7 +18,7 @@ from train_cli.layers import Layers
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from genpoe_plugin.training.card import DataFile
+    from genpoe_plugin.checkpoints.card import DataFile
     from genpoe_plugin.training.memory import MemoryEstimate
     from genpoe_plugin.training.state import Progress
 
@@ -27,46 +27,46 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 HELP = {
     "epochs": "Passes over the examples.",
     "max_steps": "Optimizer steps, instead of epochs.",
-    "batch_size": "Examples an optimizer step, of each process.",
+    "batch_size": "Examples per optimizer step and process.",
     "micro_batch_size": "Examples in memory at a time; gradients are accumulated.",
-    "learning_rate": "Peak of AdamW's rate; 1e-3 by default where experts in the attention are trained.",
-    "warmup_ratio": "Share of the steps that the rate rises in.",
-    "final_rate": "What the cosine ends at, as a share of the peak.",
-    "weight_decay": "AdamW's.",
-    "max_gradient_norm": "Gradients are clipped to this length.",
-    "precision": "Of the forward pass; what learns stays in float32.",
+    "learning_rate": "Peak learning rate of AdamW; 1e-3 by default for experts in the attention.",
+    "warmup_ratio": "Share of the steps with linear warm-up.",
+    "final_rate": "Final learning rate of the cosine schedule, as a share of the peak.",
+    "weight_decay": "Weight decay of AdamW.",
+    "max_gradient_norm": "Maximum gradient norm.",
+    "precision": "Precision of the forward pass; trained weights stay in float32.",
     "validate_every": "Steps between validations.  [default: one before and one at the end]",
-    "save_every": "Steps between savings, from which a stopped run goes on.",
-    "seed": "Of initialisation, order and draws.",
-    "negatives": "Per group, drawn anew every epoch.",
+    "save_every": "Steps between saved training states.",
+    "seed": "Random seed for initialisation, data order and sampling.",
+    "negatives": "Negatives per example, drawn again in every epoch.",
     "lora_rank": "0 trains every weight.",
-    "lora_alpha": "Scale of the adapter, times its rank.",
+    "lora_alpha": "LoRA's alpha.",
     "lora_targets": "Layer names, comma-separated.  [default: the attention's linear layers]",
-    "gradient_checkpointing": "Less memory for a third more time.",
-    "num_passages": "At most, per example: one that answers, the others distractors.",
-    "knowledge": "Share of steps whose prompts hold the passages' text.",
-    "unanswerable": "Share of examples with wrong passages, to be answered as without any.",
-    "distillation": "Weight of matching the LLM's own answers with the passages in its prompt.",
+    "gradient_checkpointing": "Recompute activations: less memory, a third more time.",
+    "num_passages": "Maximum passages per example: one with the answer, the others distractors.",
+    "knowledge": "Share of steps whose prompts also contain the passages.",
+    "unanswerable": "Share of examples with wrong passages only; target: the LLM without passages.",
+    "distillation": "Weight of the divergence from the LLM with the passages in its prompt.",
 }
 
 FORM_HELP = {
     "expert_width": "Hidden width of an expert.  [default: the LLM's width]",
     "rank": "Inner width of a dense expert's low-rank products.",
     "core_size": "Width of the two cores of a factored or memory expert.",
-    "encoder": "How a passage becomes a code.",
+    "encoder": "Passage encoder of the hypernetwork.",
     "num_queries": "Learned queries of the attention encoder, and slots of a memory expert.",
-    "value_size": "Width of what the attention encoder finds.",
-    "code_size": "Width of a passage's code.",
+    "value_size": "Value width of the attention encoder.",
+    "code_size": "Width of the passage's encoding.",
     "normalise": "RMS-normalise the token states.",
-    "states": "What the encoder reads of each token.",
-    "head": "How a code becomes an expert.",
-    "base": "What an untrained expert is.",
-    "generator_gain": "Factor on what is generated.",
-    "addition_rank": "Of what is added to keys and values of experts in the attention.  [default: 64]",
-    "query_rank": "Of what is added to the queries that read experts in the attention.",
-    "window": "Consecutive tokens of a passage that become one unit of an expert in the attention.",
+    "states": "Token representations that the encoder reads.",
+    "head": "Head of the hypernetwork, which makes the expert.",
+    "base": "Initial experts: random, or zero (silent).",
+    "generator_gain": "Factor on generated weights.",
+    "addition_rank": "Rank of the additions to keys and values (experts in the attention).  [default: 64]",
+    "query_rank": "Rank of the additions to queries (experts in the attention).",
+    "window": "Consecutive tokens that are pooled into one unit (experts in the attention).",
     "layout": "How the LLM reads a passage for experts in the attention: as in RAG's prompt, or by itself.",
-    "place": "Where experts of passages' tokens are read: in the attention, or beside the MLP below.",
+    "place": "Where experts are read: in the attention, or beside the MLP of the layer below.",
 }
 
 
@@ -91,9 +91,7 @@ def form_options(function: Function) -> Function:
     function = click.option("--layers", type=Layers(), help="Layers of experts in the attention, such as 5,11,12.")(
         function
     )
-    function = click.option(
-        "--init", help="Begin with this checkpoint, its layers and heads: of `genpoe experts create`, or of a training."
-    )(function)
+    function = click.option("--init", help="Start from this checkpoint, with its layers and heads.")(function)
     function = click.option(
         "--layer", type=int, help="Decoder layer of the experts, from 0.  [default: a third of the way up]"
     )(function)
@@ -102,7 +100,7 @@ def form_options(function: Function) -> Function:
         type=click.Choice(list(PRESETS)),
         default="recommended",
         show_default=True,
-        help="The form that the options below change.",
+        help="Form of the experts; the options below change parts of it.",
     )(function)
 
 
@@ -190,7 +188,7 @@ def describe(
     datasets: Sequence[str] = (),
 ) -> None:
     """Write the model card, unless it is there."""
-    from genpoe_plugin.training.card import CARD, ModelCard, write_card
+    from genpoe_plugin.checkpoints.card import CARD, ModelCard, write_card
 
     if (out / CARD).is_file():
         return

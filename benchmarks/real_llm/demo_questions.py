@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmarks.real_llm.questions import SETS, file_of
-from genpoe_plugin.questions import Question, read_questions, write_questions
+from genpoe_plugin.data.questions import Question, read_questions, write_questions
 
 RETRIEVED = 4
 """Passages of a question, besides its own where that is not among them."""

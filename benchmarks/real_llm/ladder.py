@@ -26,14 +26,14 @@ from benchmarks.real_llm.rows import StudyRow
 from benchmarks.real_llm.scores import Scores, paired
 from benchmarks.real_llm.study import Study
 from benchmarks.row import machine
-from genpoe_plugin.checkpoint import read_config
+from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.comparison.matrix import processors_of_one
+from genpoe_plugin.data.questions import read_questions, write_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.int8 import unit_bytes
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import normalise_question
-from genpoe_plugin.questions import read_questions, write_questions
 from genpoe_plugin.training.arguments import HypernetworkTraining
 
 CONTROLS = ("shuffled", "constant")

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from genpoe_plugin.checkpoint import read_config
+from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.errors import InputError
 
 Layers = tuple[int, ...]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.files import atomic_directory, file_digest
-from genpoe_plugin.language_model import load_language_model
-from genpoe_plugin.questions import read_questions
+from genpoe_plugin.llm.language_model import load_language_model
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on

@@ -16,10 +16,10 @@ from benchmarks.real_llm.scores import MEASURES
 from benchmarks.real_llm.section import PICTURES, picture_name, section
 from benchmarks.real_llm.study import SETTINGS, Study
 from benchmarks.row import machine
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.files import atomic_file
-from genpoe_plugin.language_model import load_tokenizer
+from genpoe_plugin.llm.language_model import load_tokenizer
 from genpoe_plugin.prompts import cut_passages
-from genpoe_plugin.questions import read_questions
 
 TABLE, SECTION, FOLDER = "table.json", "section.md", "real"
 _ENDS = ("value", "low", "high")

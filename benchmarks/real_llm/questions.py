@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.real_retrieval import NQ, SQUAD, encoder_name, index_of
-from genpoe_plugin.answers import has_answer
+from genpoe_plugin.data.answers import has_answer
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import normalise_question
-from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.retriever import Retriever
 

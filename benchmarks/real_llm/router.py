@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.real_llm.measures import mean
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.model import GenPoEModel
-from genpoe_plugin.questions import read_questions
 
 
 @click.command()

@@ -18,7 +18,7 @@ from benchmarks.real_llm.scores import NATS, Scores, kinds_of, read_scores, task
 from genpoe_plugin.comparison.matrix import Cell, Matrix, is_finished, run_matrix
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
-from genpoe_plugin.language_model import load_tokenizer
+from genpoe_plugin.llm.language_model import load_tokenizer
 
 SETTINGS = "study.json"
 NATS_BATCH = 8  # lm_eval keeps the logits of whole prompts: gigabytes with a large vocabulary

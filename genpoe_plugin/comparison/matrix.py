@@ -20,13 +20,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from genpoe_plugin.checkpoint import checkpoint_fingerprint
+from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint
 from genpoe_plugin.comparison.runs import HOW, QuestionBook, read_runs
 from genpoe_plugin.comparison.settings import deciding, key
-from genpoe_plugin.controls import CONTROLS
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
+from genpoe_plugin.selection.controls import CONTROLS
 
 AXES: dict[str, Any] = {"modes": ["genpoe"], "passages": ["retrieved"], "num_passages": [4], "seeds": [0]}
 """What a matrix varies, with the defaults; a model may have its own."""

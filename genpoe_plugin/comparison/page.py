@@ -16,9 +16,9 @@ from genpoe_plugin.comparison.breakdown import telling
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Pair, System
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.comparison.plots import plots
+from genpoe_plugin.data.questions import passages_from_ctxs
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import PROMPT_MODES
-from genpoe_plugin.questions import passages_from_ctxs
 
 QUESTIONS = 200
 """Single questions on the page; the CSV has all."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from genpoe_plugin.comparison.runs import ABSENT, UNKNOWN, Run, prompt_key, read_lines
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.trace import TRACE
+from genpoe_plugin.selection.trace import TRACE
 
 
 @dataclass(frozen=True, eq=False)

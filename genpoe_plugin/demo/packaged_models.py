@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_directory, check_replaceable
-from genpoe_plugin.gguf_files import need_gguf_package
-from genpoe_plugin.language_model import load_language_model
+from genpoe_plugin.llm.gguf_files import need_gguf_package
+from genpoe_plugin.llm.language_model import load_language_model
 
 RECORD = "source.json"
 FORMAT = "genpoe-real-llm"

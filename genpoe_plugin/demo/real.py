@@ -12,12 +12,12 @@ from pathlib import Path
 import yaml
 
 from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.demo.packaged_models import fetch, fetch_encoder
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.prompts import MODES
-from genpoe_plugin.questions import read_questions
 from genpoe_plugin.retrieval.encoder import load_encoder
-from genpoe_plugin.retrieval.index import PassageIndex
 
 ASSETS = Path(__file__).parent / "assets"
 LLM = "smollm2-135m"
@@ -57,7 +57,7 @@ def run(out: Path, jobs: int) -> Path:
     """
     if not (out / "index").is_dir():
         passages = {entry.passage.string: entry.passage for q in read_questions(QUESTIONS) for entry in q.passages}
-        PassageIndex.build(list(passages.values()), load_encoder(str(out / "encoder")), out / "index")
+        index_passages(list(passages.values()), load_encoder(str(out / "encoder")), out / "index")
     with atomic_file(matrix_file(out)) as temporary:
         temporary.write_text(yaml.safe_dump(_matrix(out), sort_keys=False), encoding="utf-8")
     matrix = read_matrix(matrix_file(out))

@@ -19,17 +19,17 @@ import yaml
 from tqdm import tqdm
 
 from genpoe_plugin import __version__
-from genpoe_plugin.controls import CONTROLS
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.demo.table import Row, read_row
 from genpoe_plugin.demo.world import Side, World, WorldQuestion, make_world
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.prompts import MODES
-from genpoe_plugin.questions import Question, RetrievedPassage, read_questions, write_questions
-from genpoe_plugin.reranking import Reranker, rerank
 from genpoe_plugin.retrieval.encoder import load_encoder
-from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.retriever import Retriever
+from genpoe_plugin.selection.controls import CONTROLS
+from genpoe_plugin.selection.reranking import Reranker, rerank
 from genpoe_plugin.training.reranker_data import write_reranker_data
 from genpoe_plugin.training.trainer import is_finished
 
@@ -109,7 +109,7 @@ def _retrieve(out: Path, world: World, settings: DemoSettings) -> None:
     """The index over all passages of the world, and the passages that it finds for the questions of either side."""
     if not (out / "index").is_dir():
         encoder = load_encoder(str(ENCODER))
-        PassageIndex.build(world.passages, encoder, out / "index")
+        index_passages(world.passages, encoder, out / "index")
     targets: dict[Side, Path] = {"train": out / "train.jsonl", "test": out / "test.retrieved.jsonl"}
     for side, target in targets.items():
         if not target.is_file():

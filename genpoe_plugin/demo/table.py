@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.questions import read_questions
 
 RECALL_AT = (1, 5, 20)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.demo import lexicon
-from genpoe_plugin.passages import Passage
 
 Side = Literal["train", "test"]
 MIN_WORDS, MAX_WORDS = 30, 90

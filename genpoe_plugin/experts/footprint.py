@@ -1,4 +1,4 @@
-"""How large a hypernetwork and its experts are, told from the configuration alone."""
+"""The sizes of a hypernetwork and its experts, computed from the configuration."""
 
 from __future__ import annotations
 

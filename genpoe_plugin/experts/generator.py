@@ -20,7 +20,7 @@ from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, unit_mask
 from genpoe_plugin.experts.states import hidden_states, keys_and_values
-from genpoe_plugin.language_model import embedding_table
+from genpoe_plugin.llm.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block, paragraph
 
 MOST = 128  # passages at a time

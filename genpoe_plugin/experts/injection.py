@@ -109,7 +109,7 @@ def _tokens_in_cache(arguments: dict[str, Any]) -> int:
 
 @contextmanager
 def branch_off() -> Iterator[None]:
-    """Passes inside the block neither hear nor move the branch of an `inject` around it."""
+    """Forward passes in this context ignore an enclosing `inject`."""
     token = _off.set(True)
     try:
         yield

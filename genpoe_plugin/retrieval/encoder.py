@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, DPRContextEncoder, DPRQuestionEncoder
 from transformers.utils import logging
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.passages import Passage
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DPR_MAX_LENGTH = 256

@@ -1,4 +1,4 @@
-"""FAISS with the settings that its exact search needs; import ``faiss`` from here, and here only.
+"""FAISS with the settings that its exact search needs, and a few helpers; import ``faiss`` from here, and here only.
 
 Two defaults of faiss-cpu cost a factor of fifteen on recent CPUs (77 against 5 ms a query, 300,000 vectors of 768):
 
@@ -11,8 +11,11 @@ Two defaults of faiss-cpu cost a factor of fifteen on recent CPUs (77 against 5 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from genpoe_plugin.errors import InputError
 
 
 def _has_avx512() -> bool:
@@ -35,4 +38,34 @@ if _set_here:
 faiss: Any = _faiss  # whose type stubs miss or misstate a part of what it has
 faiss.cvar.distance_compute_blas_threshold = 20
 
-__all__ = ["faiss"]
+
+def make_index(factory: str, dimension: int) -> Any:
+    """An empty FAISS index that compares by inner product.
+
+    Raises:
+        InputError: FAISS cannot make it.
+    """
+    try:
+        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(f"factory {factory!r}: not one that FAISS can make ({faiss_reason(error)})") from error
+
+
+def faiss_reason(error: Exception) -> str:
+    """The end of a FAISS message, which begins with C++ signatures and source paths."""
+    return " ".join(str(error).rsplit("Error: ", 1)[-1].split())
+
+
+def set_parameters(index: Any, parameters: Mapping[str, float]) -> None:
+    """Set parameters of a FAISS index, whatever it is made of."""
+    space = faiss.ParameterSpace()
+    for part in parts(index):
+        for name, value in parameters.items():
+            space.set_index_parameter(part, name, value)
+
+
+def parts(index: Any) -> list[Any]:
+    """The indexes that are searched side by side; one, in general."""
+    if isinstance(index, faiss.IndexShards):
+        return [faiss.downcast_index(index.at(i)) for i in range(index.count())]
+    return [index]

@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest, refuse_pickles
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.retrieval.factory import faiss_reason, make_index
-from genpoe_plugin.retrieval.faiss_setup import faiss
+from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, set_parameters
 from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES, PassageStore
-from genpoe_plugin.retrieval.tuning import set_parameters
 
 if TYPE_CHECKING:
-    from genpoe_plugin.retrieval.encoder import Encoder
+    pass
 
 FORMAT, VERSION = "genpoe-index", 2
 MANIFEST, VECTORS = "index.json", "index.faiss"
@@ -57,32 +55,6 @@ class PassageIndex:
     def __init__(self, directory: Path, manifest: dict[str, Any], passages: PassageStore) -> None:
         self.directory, self.manifest = directory, manifest
         self._passages = passages
-
-    @classmethod
-    def build(
-        cls,
-        passages: Sequence[Passage],
-        encoder: Encoder,
-        directory: str | Path,
-        *,
-        factory: str = "Flat",
-        progress: bool = True,
-    ) -> PassageIndex:
-        """Encode passages and build an index of them, as ``genpoe index build`` does it in steps.
-
-        Raises:
-            InputError: there are no passages, an id comes twice, FAISS cannot make the index, or ``directory`` holds
-                something that is not an index. An index that is there already is replaced.
-        """
-        # Here, because it loads what encoding needs, and searching does not.
-        from genpoe_plugin.retrieval.building import build_index, check_directory, shards_directory
-        from genpoe_plugin.retrieval.encoding import encode_shards
-
-        check_directory(directory)
-        make_index(factory, encoder.dimension)
-        with shards_directory(directory) as folder:
-            shards = encode_shards(passages, encoder, folder, dtype="float32", progress=progress)
-        return build_index(shards, directory, factory=factory, progress=progress)
 
     @classmethod
     def load(cls, directory: str | Path) -> PassageIndex:

@@ -6,21 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.retrieval.shards import BLOCK, SCHEMA, Shards
 
 PASSAGES, IDS = "passages.arrow", "ids.npy"
+BLOCK = 512  # passages in a record batch
+SCHEMA = pa.schema([(field, pa.string()) for field in ("id", "title", "text")])
 OPEN_BLOCKS = 2**16  # more than Wikipedia has; to open one takes longer than to read a passage of it, to keep it 3 KB
 
 
@@ -64,7 +62,7 @@ class PassageStore:
 
     def row(self, identifier: str) -> int:
         """The row of the passage with this id; a ``KeyError`` where there is none."""
-        wanted = np.uint64(_hash(identifier))
+        wanted = np.uint64(hash_id(identifier))
         hashes, rows = self._ids
         for position in range(np.searchsorted(hashes, wanted), len(self)):
             if hashes[position] != wanted:
@@ -74,53 +72,6 @@ class PassageStore:
         raise KeyError(identifier)
 
 
-def write_passages(shards: Shards, directory: Path, *, progress: bool = False) -> None:
-    """Write the files of a `PassageStore` from those of all shards; what is there already is left as it is."""
-    if not (directory / PASSAGES).exists():
-        with (
-            tqdm(desc="storing passages", total=shards.count, unit="passage", disable=not progress) as bar,
-            atomic_file(directory / PASSAGES) as temporary,
-            temporary.open("wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as writer,
-        ):
-            for block in _blocks(shards):
-                writer.write_batch(block)
-                bar.update(block.num_rows)
-    if not (directory / IDS).exists():
-        hashes = np.empty(shards.count, "<u8")
-        bar = tqdm(desc="storing ids", total=shards.count, unit="passage", disable=not progress)
-        with bar, pa.ipc.open_file(pa.memory_map(str(directory / PASSAGES))) as passages:
-            for number in range(passages.num_record_batches):
-                ids = passages.get_batch(number).column("id").to_pylist()
-                hashes[number * BLOCK : number * BLOCK + len(ids)] = [_hash(identifier) for identifier in ids]
-                bar.update(len(ids))
-        order = np.argsort(hashes, kind="stable")
-        with atomic_file(directory / IDS) as temporary, temporary.open("wb") as file:
-            header = {"shape": (2, len(order)), "fortran_order": False, "descr": hashes.dtype.str}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(hashes[order].data)
-            file.write(order.astype(hashes.dtype).data)
-
-
-def _blocks(shards: Shards) -> Iterator[pa.RecordBatch]:
-    """All passages in record batches of `BLOCK`, wherever the shards end; the last batch may be smaller."""
-    waiting: list[pa.RecordBatch] = []
-    for number in shards.numbers:
-        path = shards.passages_file(number)
-        try:
-            with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-                for i in range(reader.num_record_batches):
-                    waiting.append(reader.get_batch(i))
-                    while sum(batch.num_rows for batch in waiting) >= BLOCK:
-                        table = pa.Table.from_batches(waiting)
-                        yield table.slice(0, BLOCK).combine_chunks().to_batches()[0]
-                        waiting = table.slice(BLOCK).to_batches()
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path}: cannot be read ({reason}); delete it and run the same command again") from error
-    if waiting:
-        yield pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]
-
-
-def _hash(identifier: str) -> int:
+def hash_id(identifier: str) -> int:
+    """64 bits that stand for an id."""
     return int.from_bytes(blake2b(identifier.encode(), digest_size=8).digest(), "little")

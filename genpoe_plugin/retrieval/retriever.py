@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from genpoe_plugin.data.questions import RetrievedPassage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.questions import RetrievedPassage
 from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
 

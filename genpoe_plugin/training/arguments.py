@@ -26,7 +26,7 @@ class TrainingArguments:
         precision: in which the forward pass computes; the weights that learn stay in float32.
         validate_every: steps between two validations; at the end only by default.
         save_every: steps between two savings of all that a resumed run needs.
-        seed: of initialisation, order and draws.
+        seed: random seed for initialisation, data order and sampling.
     """
 
     epochs: int = 1

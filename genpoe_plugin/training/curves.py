@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from genpoe_plugin.checkpoints.card import LOSS, PICTURE, VALIDATION
 from genpoe_plugin.files import atomic_file
 
-LOSS, VALIDATION, PICTURE = "loss.csv", "validation.csv", "curves.png"
 FEW = 60  # points; a line through fewer is drawn with a mark on each, and one point is no line at all
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from genpoe_plugin.answers import has_answer
+from genpoe_plugin.data.answers import has_answer
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.injection import RowExperts
-from genpoe_plugin.passages import Passage
 from genpoe_plugin.prompts import cut_passages
-from genpoe_plugin.questions import Question, RetrievedPassage
 
 
 @dataclass(frozen=True, slots=True)

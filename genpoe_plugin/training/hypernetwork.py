@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.checkpoint import write_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import write_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp
@@ -26,7 +26,7 @@ from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import AttentionHead, Hypernetwork
 from genpoe_plugin.experts.injection import inject
-from genpoe_plugin.language_model import embedding_table
+from genpoe_plugin.llm.language_model import embedding_table
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, divergences, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on

@@ -16,8 +16,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_decoder
-from genpoe_plugin.gguf_files import check_gguf
 from genpoe_plugin.hub import UNREACHABLE, split_revision
+from genpoe_plugin.llm.gguf_files import check_gguf
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

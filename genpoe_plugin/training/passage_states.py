@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.checkpoint import llm_identity, tokenizer_fingerprint
+from genpoe_plugin.checkpoints.checkpoint import llm_identity, tokenizer_fingerprint
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.language_model import weights_sample
+from genpoe_plugin.llm.language_model import weights_sample
 from genpoe_plugin.training.arguments import HypernetworkTraining
 
 IN_MEMORY = 4 * 10**9  # bytes, where nothing else is said

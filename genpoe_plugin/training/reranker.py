@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_directory
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.arguments import RerankerTraining
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from genpoe_plugin.answers import has_answer
+from genpoe_plugin.data.answers import has_answer
+from genpoe_plugin.data.passages import Passage, check_characters, read_json_objects
+from genpoe_plugin.data.questions import Question, read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
-from genpoe_plugin.passages import Passage, check_characters, read_json_objects
-from genpoe_plugin.questions import Question, read_questions
-from genpoe_plugin.reranking import DEFAULT_PROMPT
+from genpoe_plugin.selection.reranking import DEFAULT_PROMPT
 
 # Passages kept to draw random negatives from, however large the files are.
 POOL_SIZE = 100_000

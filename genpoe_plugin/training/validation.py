@@ -9,13 +9,13 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genpoe_plugin.answers import exact_match, f1
+from genpoe_plugin.data.answers import exact_match, f1
+from genpoe_plugin.data.questions import Question
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.injection import inject
-from genpoe_plugin.pipeline import Pipeline
 from genpoe_plugin.prompts import closed_book_prompt
-from genpoe_plugin.questions import Question
+from genpoe_plugin.selection.pipeline import Pipeline
 from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.examples import DrawnExample, row_experts
 

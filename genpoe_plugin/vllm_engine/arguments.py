@@ -1,4 +1,4 @@
-"""vLLM's engine arguments for an LLM with experts; what can be wrong with them is told before an engine starts."""
+"""vLLM's engine arguments for an LLM with experts; they are checked before an engine starts."""
 
 from __future__ import annotations
 

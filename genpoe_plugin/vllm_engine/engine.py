@@ -17,13 +17,13 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from genpoe_plugin.checkpoint import load_hypernetwork, read_record, resolve_checkpoint
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record, resolve_checkpoint
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
-from genpoe_plugin.language_model import load_lower_layers, load_tokenizer
+from genpoe_plugin.llm.language_model import load_lower_layers, load_tokenizer
 from genpoe_plugin.prompts import cut_passages, tokens_from
 from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments
 from genpoe_plugin.vllm_engine.expert_sets import expert_set

@@ -16,7 +16,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 
-from genpoe_plugin.checkpoint import WEIGHTS, resolve_checkpoint
+from genpoe_plugin.checkpoints.checkpoint import WEIGHTS, resolve_checkpoint
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Factors
 from genpoe_plugin.vllm_engine.branch import Branch, Start

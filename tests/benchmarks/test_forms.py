@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import forms
 from benchmarks.forms import FORMS, Run, World, carry_out, conditions, markdown, questions_of, rows, split
-from genpoe_plugin.answers import has_answer
+from genpoe_plugin.data.answers import has_answer
 
 TINY = World(entities=30, tested=4, rate_steps=2, steps=4, batch_size=4, every=2)
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks.__main__ import main
-from genpoe_plugin import gguf_files
 from genpoe_plugin.demo.packaged_models import LLMS, Package, RealLLM
 from genpoe_plugin.files import file_digest
+from genpoe_plugin.llm import gguf_files
 from tests.gguf_llm import write_gguf
 
 NAME = "smollm2-135m"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.__main__ import main
 from benchmarks.real_llm.ladder import LADDER, cells
-from genpoe_plugin.questions import read_questions
+from genpoe_plugin.data.questions import read_questions
 from tests.benchmarks.test_real_llm_table import LIMIT, LmEval, data, letters  # noqa: F401
 from train_cli.main import main as genpoe
 from train_cli.train_hypernetwork import hypernetwork

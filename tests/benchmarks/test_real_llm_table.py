@@ -29,11 +29,11 @@ from benchmarks.real_llm.scores import paired, read_scores, tasks_of, token_coun
 from benchmarks.real_size import card_of
 from benchmarks.synthetic_results import write_run
 from genpoe_plugin.comparison import matrix
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.creation import attention_config, create_attention_experts
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.pipeline import Pipeline
-from genpoe_plugin.questions import Question, RetrievedPassage, read_questions
+from genpoe_plugin.selection.pipeline import Pipeline
+from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
 COUNT = 12  # questions of a data set
 LIMIT, CURVE, NATS = 8, 5, 4

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks import real_retrieval
 from benchmarks.options import Options
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import read_questions
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.selection.reranking import Reranker
 
 TOPICS = ["opera", "radium", "fox", "canberra", "volcano", "violin", "glacier", "harbour"]
 

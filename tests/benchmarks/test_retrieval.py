@@ -13,7 +13,7 @@ from benchmarks import clustered_vectors, flat_search, retrieval
 from benchmarks.child import run_child
 from benchmarks.clustered_vectors import ClusteredVectors, NumberedQuestions, write_shards
 from benchmarks.options import Options
-from genpoe_plugin.retrieval.factory import Choice, choose_factory, index_bytes
+from genpoe_plugin.indexing.factory import Choice, choose_factory, index_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,8 @@ def naive_neighbours(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[s
 
 
 def test_exact_neighbours_over_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpoe_plugin.retrieval.shards.Shards.rows", lambda self, number: (512, 512, 76)[number])
-    monkeypatch.setattr("genpoe_plugin.retrieval.shards.Shards.__len__", lambda self: 3)
+    monkeypatch.setattr("genpoe_plugin.indexing.shards.Shards.rows", lambda self, number: (512, 512, 76)[number])
+    monkeypatch.setattr("genpoe_plugin.indexing.shards.Shards.__len__", lambda self: 3)
     corpus = ClusteredVectors(1100)
     shards = write_shards(corpus, tmp_path / "shards")
     stored = np.concatenate([shards.vectors(number) for number in shards.numbers])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from genpoe_plugin import resources
-from genpoe_plugin.resources import RESOURCES, UNAVAILABLE
+from genpoe_plugin.data import resources
+from genpoe_plugin.data.resources import RESOURCES, UNAVAILABLE
 from tests.http_files import HTTPFile, serve
 from train_cli.main import main
 

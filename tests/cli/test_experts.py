@@ -14,9 +14,9 @@ import yaml
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from genpoe_plugin.calibration import AnswerLoss
-from genpoe_plugin.checkpoint import load_hypernetwork, read_record
-from genpoe_plugin.experts.creation import attention_config
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record
+from genpoe_plugin.training.calibration import AnswerLoss
+from genpoe_plugin.training.creation import attention_config
 from train_cli.experts import create
 from train_cli.main import main
 

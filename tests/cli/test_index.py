@@ -12,10 +12,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from genpoe_plugin.retrieval import encoding
+from genpoe_plugin.indexing import encoding
+from genpoe_plugin.indexing.shards import Shards
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.retriever import Retriever
-from genpoe_plugin.retrieval.shards import Shards
 from train_cli.index import Size
 from train_cli.main import main
 

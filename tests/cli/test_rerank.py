@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from transformers import PreTrainedTokenizerFast
 
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_header, read_questions, write_questions
 from genpoe_plugin.files import file_digest
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage, read_header, read_questions, write_questions
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.selection.reranking import Reranker
 from tests.gguf_llm import write_gguf
 from train_cli.main import main
 
@@ -124,7 +124,7 @@ def test_dprs_format(results: Path, tmp_path: Path, reranker: ByLength) -> None:
 
 
 def test_ctrl_c_and_again(results: Path, tmp_path: Path, reranker: ByLength, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpoe_plugin.results.SCORED", 1)
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORED", 1)
     run(results, tmp_path / "whole.jsonl")
     reranker.fails_at = "q2"
     stopped = run(results, tmp_path / "out.jsonl")

@@ -12,11 +12,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import read_questions
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import read_questions
+from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
+from genpoe_plugin.selection.reranking import Reranker
 from train_cli.main import main
 
 WORDS = ["rossini", "barber", "curie", "radium", "polonium", "fox", "opera", "pesaro"]
@@ -37,7 +38,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=16)], device="cpu")
     encoder.save(str(directory / "encoder"))
     loaded = load_encoder(str(directory / "encoder"))
-    PassageIndex.build(PASSAGES, loaded, directory / "index", progress=False)
+    index_passages(PASSAGES, loaded, directory / "index", progress=False)
     return directory / "index"
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from genpoe_plugin import device_memory
-from genpoe_plugin.checkpoint import load_hypernetwork, read_record
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record
+from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.questions import read_questions
 from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork

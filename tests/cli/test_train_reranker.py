@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.arguments import RerankerTraining
 from train_cli.main import main
 from train_cli.train_reranker import reranker as command

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genpoe_plugin.comparison import matrix
+from genpoe_plugin.data.questions import read_questions, write_questions
 from genpoe_plugin.demo import real, run
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.creation import attention_config, create_attention_experts
 from genpoe_plugin.prompts import MODES
-from genpoe_plugin.questions import read_questions, write_questions
+from genpoe_plugin.training.creation import attention_config, create_attention_experts
 from tests.in_process import InProcess
 from train_cli.main import main
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import genpoe_plugin.demo
-from genpoe_plugin.checkpoint import read_config, read_record
+from genpoe_plugin.checkpoints.checkpoint import read_config, read_record
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
 FOLDER = Path(genpoe_plugin.demo.__file__).parent / "assets" / "qwen2.5-coder-0.5b-experts"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from genpoe_plugin.answers import has_answer
+from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.demo.documents import Documents
 from genpoe_plugin.demo.lexicon import FIRST_NAMES, SURNAME_ENDS, SURNAME_STARTS
 from genpoe_plugin.demo.world import MAX_WORDS, MIN_WORDS, make_world, side_of

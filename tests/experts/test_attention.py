@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from genpoe_plugin.checkpoint import load_hypernetwork, save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts import attention, attention_interface
 from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, attend
 from genpoe_plugin.experts.attention_interface import Call
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.decoder import find_attention
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import branch_off, inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
+from genpoe_plugin.training.creation import attention_config
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox")
 WINDOWED = ("mistral", "gemma2", "gemma3")

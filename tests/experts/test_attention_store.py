@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genpoe_plugin.experts import store as store_module
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.files import PASSAGES, UNITS, ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.slab import Slab
 from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.training.creation import attention_config
 from tests.experts.test_store import PASSAGES as TEXTS
 from tests.experts.test_store import Recorder, ragged_batch
 

@@ -8,13 +8,13 @@ import torch
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.int8 import Int8Experts
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.prompts import closed_book_prompt
+from genpoe_plugin.training.creation import attention_config
 
 PASSAGES = ["Rossini: Gioachino Rossini was born in Pesaro in 1792.", "Marie Curie discovered polonium and radium."]
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import branch_off, inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.prompts import closed_book_prompt
+from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.examples import DrawnExample, row_experts
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")

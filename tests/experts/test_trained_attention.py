@@ -11,7 +11,6 @@ from torch.nn import functional
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, into_windows
@@ -19,6 +18,7 @@ from genpoe_plugin.experts.injection import RowExperts, inject
 from genpoe_plugin.experts.states import hidden_states, keys_and_values
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
+from genpoe_plugin.training.creation import attention_config
 
 PASSAGES = [
     "Rossini: Gioachino Rossini was an Italian composer born in Pesaro in 1792.",

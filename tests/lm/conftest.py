@@ -15,11 +15,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from genpoe_plugin.checkpoint import load_hypernetwork, save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, save_hypernetwork
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.lm import GenPoELM
-from genpoe_plugin.passages import Passage
+from genpoe_plugin.indexing.encoding import index_passages
+from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.prompts import closed_book_prompt
 from genpoe_plugin.registration import task_folder
 
@@ -228,7 +229,6 @@ def index_dir(tmp_path_factory) -> Path:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     from genpoe_plugin.retrieval.encoder import load_encoder
-    from genpoe_plugin.retrieval.index import PassageIndex
 
     directory = tmp_path_factory.mktemp("index")
     vocabulary = sorted({word.lower() for fact in FACTS for word in re.findall(r"\w+", " ".join(fact))})
@@ -239,7 +239,7 @@ def index_dir(tmp_path_factory) -> Path:
         encoder = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=32)], device="cpu")
     encoder.save(str(directory / "encoder"))
     passages = [Passage(str(n), title, text) for n, (title, text) in enumerate(FACTS)]
-    PassageIndex.build(passages, load_encoder(str(directory / "encoder")), directory / "index", progress=False)
+    index_passages(passages, load_encoder(str(directory / "encoder")), directory / "index", progress=False)
     return directory / "index"
 
 

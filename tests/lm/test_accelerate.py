@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 
 CONTROLS = ("retrieved", "shuffled", "random", "constant")
 

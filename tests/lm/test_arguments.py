@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.lm import GenPoEArguments
+from genpoe_plugin.lm.hf import GenPoEArguments
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_a_checkpoint_of_another_llm(make_lm, make_llm):
 
 def test_without_index_the_vector_library_is_not_even_imported(make_lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "genpoe_plugin.retrieval.retriever", None)
-    monkeypatch.setitem(sys.modules, "genpoe_plugin.reranking", None)
+    monkeypatch.setitem(sys.modules, "genpoe_plugin.selection.reranking", None)
     make_lm("rag")

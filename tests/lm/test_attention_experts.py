@@ -10,13 +10,13 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from genpoe_plugin.checkpoint import checkpoint_fingerprint, save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint, save_hypernetwork
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.creation import attention_config, create_attention_experts
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.language_model import weights_sample
+from genpoe_plugin.llm.language_model import weights_sample
 from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
+from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
 EVERY, SOME = (0, 1, 2), (0, 2)
 

@@ -71,7 +71,7 @@ def test_a_cache_serves_other_batches(cached, docs, generation, options):
 
 
 def test_a_cache_of_another_checkpoint_is_refused(cached, docs, generation, hypernetwork_dir, tmp_path, llm, tokenizer):
-    from genpoe_plugin.checkpoint import load_hypernetwork, save_hypernetwork
+    from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, save_hypernetwork
 
     cached().generate_until(generation(docs[:1]))
     network = load_hypernetwork(hypernetwork_dir, llm, tokenizer)

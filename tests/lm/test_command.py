@@ -13,7 +13,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.tasks._index import TaskIndex
 
 from genpoe_plugin import registration
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
 
 TEMPLATE = (

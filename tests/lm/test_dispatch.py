@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 
 
 @pytest.fixture

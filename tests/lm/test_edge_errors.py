@@ -13,7 +13,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.registration import task_folder
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ VLLM = find_spec("vllm") is not None
 
 BY_THE_START_UP_FILE = "import genpoe_plugin.registration as r; r.install()"
 BY_LM_EVAL_ITSELF = (
-    "from lm_eval.api.registry import model_registry as m; m.register('genpoe', target='genpoe_plugin.lm:GenPoELM')"
+    "from lm_eval.api.registry import model_registry as m; m.register('genpoe', target='genpoe_plugin.lm.hf:GenPoELM')"
 )
 # Reading thousands of other task files is most of what the command would do here.
 OWN_TASKS_ALONE = (
@@ -113,7 +113,7 @@ def test_what_nothing_takes_is_named_and_what_the_loader_takes_is_not(llm_dir):
 
 
 def test_passages_of_a_question_need_no_ids(tmp_path):
-    from genpoe_plugin.questions import read_questions
+    from genpoe_plugin.data.questions import read_questions
 
     path = tmp_path / "questions.jsonl"
     ctxs = [{"title": "A", "text": "one"}, {"title": "A", "text": "two"}, {"id": None, "title": "A", "text": "one"}]

@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.prompts import closed_book_prompt, rag_prompt
 
 

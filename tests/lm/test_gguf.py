@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from genpoe_plugin.checkpoint import load_hypernetwork, save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, save_hypernetwork
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.language_model import load_language_model
-from genpoe_plugin.lm import GenPoELM
+from genpoe_plugin.llm.language_model import load_language_model
+from genpoe_plugin.lm.hf import GenPoELM
 from tests.gguf_llm import write_gguf
 
 

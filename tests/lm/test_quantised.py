@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from genpoe_plugin.checkpoint import llm_identity
+from genpoe_plugin.checkpoints.checkpoint import llm_identity
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_mlp
 

@@ -50,7 +50,7 @@ def test_answers_and_likelihoods(
 ):
     """For questions with none to four passages, in batches of other sizes."""
     if form == "attention":
-        from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+        from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
         directory = tmp_path / "experts"
         create_attention_experts(directory, attention_config(llm, (0, 2)), llm, tokenizer)

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from genpoe_plugin.comparison.leaderboard import compare
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
-from genpoe_plugin.trace import Trace
+from genpoe_plugin.selection.trace import Trace
 
 
 @pytest.fixture

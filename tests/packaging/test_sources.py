@@ -48,3 +48,50 @@ def test_nothing_is_pickled() -> None:
     sources = [path for path in FILES if path.suffix == ".py"]
     found = {str(path): {*names(path.read_text(encoding="utf-8"))} & forbidden for path in sources}
     assert {path: pickling for path, pickling in found.items() if pickling} == {}
+
+
+EDGES = ("lm", "vllm_engine", "registration", "startup")
+"""Folders and modules of genpoe_plugin that may import lm_eval and vllm."""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a module imports at run time, wherever in it, by full names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(name: str) -> str:
+    """The folder of genpoe_plugin, or the module beside them, that a full name is in."""
+    return name.removeprefix("genpoe_plugin.").partition(".")[0]
+
+
+def test_the_core_imports_no_framework_around_it() -> None:
+    outer = {"lm_eval", "click", "vllm"}
+    found = {}
+    for path in (REPOSITORY / "genpoe_plugin").rglob("*.py"):
+        where = path.relative_to(REPOSITORY / "genpoe_plugin").parts[0].removesuffix(".py")
+        names = {name.partition(".")[0] for name in imported(path)} & outer
+        if names and where not in EDGES:
+            found[str(path)] = names
+    assert found == {}
+    assert outer & {name.partition(".")[0] for name in imported(REPOSITORY / "genpoe_plugin/lm/hf.py")}
+
+
+def test_folders_import_one_another_in_one_direction() -> None:
+    uses: dict[str, set[str]] = {}
+    for path in (REPOSITORY / "genpoe_plugin").rglob("*.py"):
+        where = path.relative_to(REPOSITORY / "genpoe_plugin").parts[0].removesuffix(".py")
+        names = {part(name) for name in imported(path) if name.startswith("genpoe_plugin.")}
+        uses.setdefault(where, set()).update(names - {where, "__version__"})
+    assert {"data", "experts", "retrieval", "selection", "training"} <= uses.keys()
+    while leaves := [where for where in uses if not uses[where] & uses.keys()]:
+        for where in leaves:
+            del uses[where]
+    assert uses == {}, "these are in a cycle, or above one"

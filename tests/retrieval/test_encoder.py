@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, BertTokenizer, DPRContextEncoder, DPRQuestionEncoder
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.passages import Passage
 from genpoe_plugin.retrieval.encoder import load_encoder
 
 PASSAGES = [

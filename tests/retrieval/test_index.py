@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.passages import Passage
+from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval import index as index_module
 from genpoe_plugin.retrieval.faiss_setup import faiss
 from genpoe_plugin.retrieval.index import MANIFEST, VECTORS, PassageIndex
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES
-from genpoe_plugin.retrieval.shards import BLOCK
+from genpoe_plugin.retrieval.passage_store import BLOCK, IDS, PASSAGES
 
 Corpus = Callable[[np.ndarray], tuple[list[Passage], object]]
 
 
 def build(corpus: Corpus, vectors: np.ndarray, directory: Path, **options: object) -> PassageIndex:
     passages, encoder = corpus(vectors)
-    return PassageIndex.build(passages, encoder, directory, progress=False, **options)
+    return index_passages(passages, encoder, directory, progress=False, **options)
 
 
 def brute_force(passages: np.ndarray, questions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +72,7 @@ def test_what_is_loaded_is_what_was_built(fixed_corpus: Corpus, tmp_path: Path) 
     vectors = rng.standard_normal((2 * BLOCK + 7, 8), np.float32)
     passages, encoder = fixed_corpus(vectors)
     passages[BLOCK] = Passage(passages[BLOCK].id, "", 'naïve 東京 "quoted"\nsecond line')
-    built = PassageIndex.build(passages, encoder, tmp_path / "index", progress=False)
+    built = index_passages(passages, encoder, tmp_path / "index", progress=False)
     loaded = PassageIndex.load(tmp_path / "index")
     assert [loaded.passage(row) for row in range(len(loaded))] == passages
     for ours, theirs in zip(built.search(vectors[:30], 9), loaded.search(vectors[:30], 9), strict=True):
@@ -92,13 +92,13 @@ def test_what_is_loaded_is_what_was_built(fixed_corpus: Corpus, tmp_path: Path) 
 def test_fingerprint_is_of_encoder_vectors_and_passages(fixed_corpus: Corpus, tmp_path: Path) -> None:
     vectors = np.eye(4, dtype=np.float32)
     passages, encoder = fixed_corpus(vectors)
-    fingerprint = PassageIndex.build(passages, encoder, tmp_path / "a", progress=False).fingerprint
-    assert PassageIndex.build(passages, encoder, tmp_path / "b", progress=False).fingerprint == fingerprint
+    fingerprint = index_passages(passages, encoder, tmp_path / "a", progress=False).fingerprint
+    assert index_passages(passages, encoder, tmp_path / "b", progress=False).fingerprint == fingerprint
     other_text = [*passages[:3], Passage("p3", "", "other")]
-    changed = [PassageIndex.build(other_text, encoder, tmp_path / "c", progress=False).fingerprint]
+    changed = [index_passages(other_text, encoder, tmp_path / "c", progress=False).fingerprint]
     changed.append(build(fixed_corpus, 2 * vectors, tmp_path / "d").fingerprint)
     encoder.fingerprint = "another"
-    changed.append(PassageIndex.build(passages, encoder, tmp_path / "e", progress=False).fingerprint)
+    changed.append(index_passages(passages, encoder, tmp_path / "e", progress=False).fingerprint)
     edit_manifest(tmp_path / "b", search={"parameters": {"nprobe": 2}})
     changed.append(PassageIndex.load(tmp_path / "b").fingerprint)
     assert len({fingerprint, *changed}) == 5
@@ -149,12 +149,12 @@ def test_a_build_that_fails_leaves_an_index_as_it_was(fixed_corpus: Corpus, tmp_
     def build_all() -> None:
         for given_passages, given_encoder, factory, message in attempts:
             with pytest.raises(InputError, match=message) as caught:
-                PassageIndex.build(given_passages, given_encoder, tmp_path / "index", factory=factory, progress=False)
+                index_passages(given_passages, given_encoder, tmp_path / "index", factory=factory, progress=False)
             assert "\n" not in str(caught.value)
 
     build_all()
     assert list(tmp_path.iterdir()) == []
-    kept = PassageIndex.build(passages, encoder, tmp_path / "index", progress=False).fingerprint
+    kept = index_passages(passages, encoder, tmp_path / "index", progress=False).fingerprint
     build_all()
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     assert PassageIndex.load(tmp_path / "index").fingerprint == kept

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.passages import Passage
+from genpoe_plugin.indexing import passage_writing
+from genpoe_plugin.indexing.encoding import encode_shards
+from genpoe_plugin.indexing.passage_writing import write_passages
 from genpoe_plugin.retrieval import passage_store
-from genpoe_plugin.retrieval.encoding import encode_shards
-from genpoe_plugin.retrieval.passage_store import PassageStore, write_passages
-from genpoe_plugin.retrieval.shards import BLOCK
+from genpoe_plugin.retrieval.passage_store import BLOCK, PassageStore
 
 
 @pytest.mark.parametrize("shard_size", [100, BLOCK, BLOCK + 1, 5000])
@@ -36,7 +37,8 @@ def test_rows_and_ids(fixed_corpus: Callable[..., tuple], tmp_path: Path, shard_
 def test_ids_of_one_hash_are_told_apart(
     fixed_corpus: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passage_store, "_hash", lambda identifier: len(identifier))
+    for module in (passage_store, passage_writing):
+        monkeypatch.setattr(module, "hash_id", lambda identifier: len(identifier))
     passages, encoder = fixed_corpus(np.zeros((120, 2)))
     shards = encode_shards(passages, encoder, tmp_path / "shards", progress=False)
     write_passages(shards, tmp_path)

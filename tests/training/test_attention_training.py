@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from genpoe_plugin.experts.creation import attention_config
+from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.experts.files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.passages import Passage
 from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.examples import (
     CONTINUED,

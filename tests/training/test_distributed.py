@@ -17,12 +17,12 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
+from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner, train_hypernetwork
 from genpoe_plugin.training.reranker import train_reranker

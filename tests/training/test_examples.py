@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.training.examples import TrainingExample, draw_passages, training_examples
 
 OTHERS = [TrainingExample("q", f"answer{number}", f"passage {number}") for number in range(9)]

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from genpoe_plugin.checkpoint import load_hypernetwork, read_record
+from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.creation import attention_config
 from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.batches import make_batch
+from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.reranking import Reranker
+from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.arguments import RerankerTraining
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.reranker import (

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from genpoe_plugin.answers import has_answer
+from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.reranking import DEFAULT_PROMPT
+from genpoe_plugin.selection.reranking import DEFAULT_PROMPT
 from genpoe_plugin.training import reranker_data
 from genpoe_plugin.training.reranker_data import RerankerDataCounts, RerankerExample, read_examples, write_reranker_data
 

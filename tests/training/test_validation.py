@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from genpoe_plugin.answers import exact_match, f1
+from genpoe_plugin.data.answers import exact_match, f1
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.passages import Passage
-from genpoe_plugin.questions import Question, RetrievedPassage
 from genpoe_plugin.training.validation import MAX_NEW_TOKENS, Validation
 
 CONFIG = HypernetworkConfig(hidden_size=32, layers=(1,), rank=4, expert_width=16, base="random", generator_gain=1.0)

@@ -68,7 +68,7 @@ def hypernetwork_dir(make_hypernetwork_dir) -> Path:
 @pytest.fixture(scope="session")
 def make_vllm(llm_dir, hypernetwork_dir) -> Callable[..., Any]:
     """``make_vllm(mode, **options)``: the vLLM class with the LLM, hypernetwork and arguments that `make_lm` has."""
-    from genpoe_plugin.vllm_lm import GenPoEVLLM
+    from genpoe_plugin.lm.vllm import GenPoEVLLM
 
     def make(mode: str = "genpoe", **options: Any) -> GenPoEVLLM:
         if mode.startswith("genpoe"):

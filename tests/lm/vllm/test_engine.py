@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from genpoe_plugin.checkpoint import save_hypernetwork
+from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork

@@ -43,7 +43,7 @@ def test_arguments(make_vllm, arguments, says):
 
 
 def test_experts_in_the_attention(make_vllm, llm, tokenizer, tmp_path):
-    from genpoe_plugin.experts.creation import attention_config, create_attention_experts
+    from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
     create_attention_experts(tmp_path / "attention", attention_config(llm), llm, tokenizer)
     with pytest.raises(InputError, match="which do not run on vLLM yet; use --model genpoe") as error:
@@ -56,7 +56,7 @@ def test_an_architecture_without_a_class(make_vllm, make_llm, tokenizer, make_hy
     tokenizer.save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM
 
-    from genpoe_plugin.checkpoint import save_hypernetwork
+    from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
     from genpoe_plugin.experts.config import HypernetworkConfig
     from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
@@ -115,7 +115,7 @@ def test_another_version_of_vllm(llm_dir):
         "import importlib.metadata as m; known = m.version\n"
         "m.version = lambda name: '0.11.0' if name == 'vllm' else known(name)\n"
         "from genpoe_plugin.errors import InputError\n"
-        "try:\n    import genpoe_plugin.vllm_lm\n"
+        "try:\n    import genpoe_plugin.lm.vllm\n"
         "except InputError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,0 +1,55 @@
+"""The questions of data sets on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from genpoe_plugin.data.questions import Question, questions_from_record
+from genpoe_plugin.errors import InputError
+
+NQ_OPEN, TRIVIA_QA = "google-research-datasets/nq_open", "mandarjoshi/trivia_qa"
+SQUAD, NARRATIVE_QA, POP_QA = "rajpurkar/squad", "deepmind/narrativeqa", "akariasai/PopQA"
+HOTPOT_QA, TWO_WIKI = "hotpotqa/hotpot_qa", "framolfese/2WikiMultihopQA"
+MQUAKE = "henryzhongsc/MQuAKE-Remastered"
+
+
+class _Source(NamedTuple):
+    config: str | None = None
+    files: str | None = None  # of a split alone, where the others would be a download of gigabytes
+
+
+_SOURCES = {
+    NQ_OPEN: _Source(),
+    TRIVIA_QA: _Source("unfiltered.nocontext"),
+    SQUAD: _Source(),
+    NARRATIVE_QA: _Source(files="data/{split}-*"),
+    POP_QA: _Source(),
+    HOTPOT_QA: _Source("distractor"),
+    TWO_WIKI: _Source(),
+    MQUAKE: _Source(),
+}
+
+
+def read_hub_questions(name: str, split: str) -> Iterator[Question]:
+    """The questions of a split of one of the data sets named above, each answer once, with the passages they bring.
+
+    Later runs find them in the hub's cache.
+
+    Raises:
+        InputError: the hub cannot be reached, and the cache does not have the data set; or it has changed its form.
+    """
+    import datasets  # seconds
+
+    source = _SOURCES[name]
+    files = {"data_files": {split: source.files.format(split=split)}} if source.files else {}
+    try:
+        rows = datasets.load_dataset(name, source.config, split=split, **files)
+    # Not reachable, not there, offline and not in the cache, or damaged on the way.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).split("\n", 1)[0]
+        raise InputError(f"cannot load {name} from the hub ({reason})") from error
+    for number, row in enumerate(rows, 1):
+        for question in questions_from_record(row, f"{name}, {split}, row {number}"):
+            yield replace(question, answers=tuple(dict.fromkeys(question.answers)))

@@ -1,0 +1,63 @@
+"""The passages of an index, written from those of its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.passage_store import BLOCK, IDS, PASSAGES, SCHEMA, hash_id
+
+
+def write_passages(shards: Shards, directory: Path, *, progress: bool = False) -> None:
+    """Write the files of a `PassageStore` from those of all shards; what is there already is left as it is."""
+    if not (directory / PASSAGES).exists():
+        with (
+            tqdm(desc="storing passages", total=shards.count, unit="passage", disable=not progress) as bar,
+            atomic_file(directory / PASSAGES) as temporary,
+            temporary.open("wb") as file,
+            pa.ipc.new_file(file, SCHEMA) as writer,
+        ):
+            for block in _blocks(shards):
+                writer.write_batch(block)
+                bar.update(block.num_rows)
+    if not (directory / IDS).exists():
+        hashes = np.empty(shards.count, "<u8")
+        bar = tqdm(desc="storing ids", total=shards.count, unit="passage", disable=not progress)
+        with bar, pa.ipc.open_file(pa.memory_map(str(directory / PASSAGES))) as passages:
+            for number in range(passages.num_record_batches):
+                ids = passages.get_batch(number).column("id").to_pylist()
+                hashes[number * BLOCK : number * BLOCK + len(ids)] = [hash_id(identifier) for identifier in ids]
+                bar.update(len(ids))
+        order = np.argsort(hashes, kind="stable")
+        with atomic_file(directory / IDS) as temporary, temporary.open("wb") as file:
+            header = {"shape": (2, len(order)), "fortran_order": False, "descr": hashes.dtype.str}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(hashes[order].data)
+            file.write(order.astype(hashes.dtype).data)
+
+
+def _blocks(shards: Shards) -> Iterator[pa.RecordBatch]:
+    """All passages in record batches of `BLOCK`, wherever the shards end; the last batch may be smaller."""
+    waiting: list[pa.RecordBatch] = []
+    for number in shards.numbers:
+        path = shards.passages_file(number)
+        try:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+                for i in range(reader.num_record_batches):
+                    waiting.append(reader.get_batch(i))
+                    while sum(batch.num_rows for batch in waiting) >= BLOCK:
+                        table = pa.Table.from_batches(waiting)
+                        yield table.slice(0, BLOCK).combine_chunks().to_batches()[0]
+                        waiting = table.slice(BLOCK).to_batches()
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: cannot be read ({reason}); delete it and run the same command again") from error
+    if waiting:
+        yield pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]

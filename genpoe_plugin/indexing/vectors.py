@@ -1,0 +1,36 @@
+"""Reading the vectors of shards without holding them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from genpoe_plugin.indexing.shards import Shards
+
+
+def chunks(shards: Shards, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+    """Rows ``start`` to ``stop`` in order, float32 [size, dimension] each; the last may have fewer rows."""
+    for first in range(start, stop, size):
+        yield gathered(shards, np.arange(first, min(first + size, stop)))
+
+
+def gathered(shards: Shards, rows: np.ndarray) -> np.ndarray:
+    """The vectors of some rows, in ascending order: float32 [n, dimension].
+
+    Raises:
+        InputError: a shard is missing or damaged.
+    """
+    vectors = np.empty((len(rows), shards.dimension), np.float32)
+    for number in shards.numbers:
+        first = number * shards.rows(0)
+        begin, end = np.searchsorted(rows, [first, first + shards.rows(number)])
+        if begin < end:
+            # The mapping ends with this statement, and the shard does not stay in memory.
+            vectors[begin:end] = shards.vectors(number)[rows[begin:end] - first]
+    return vectors
+
+
+def sampled_rows(count: int, number: int, seed: int) -> np.ndarray:
+    """``number`` different rows of ``count``, ascending; int64."""
+    return np.sort(np.random.default_rng(seed).choice(count, number, replace=False, shuffle=False))

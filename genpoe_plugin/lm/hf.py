@@ -1,0 +1,244 @@
+"""The lm-eval model ``genpoe``: a Hugging Face LLM in the four modes, every row of a batch with its own passages.
+
+Everything before the LLM is `genpoe_plugin.lm.requests`; here each batch finds its experts.
+`genpoe_plugin.registration` makes the name known to lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.injection import RowExperts, inject
+from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
+from genpoe_plugin.hub import commit_of
+from genpoe_plugin.llm.gguf_files import begin_as_stored, check_gguf, gguf_path
+from genpoe_plugin.lm.arguments import GenPoEArguments
+from genpoe_plugin.lm.requests import PassageRequests, options
+from genpoe_plugin.provenance import peak_memory
+from genpoe_plugin.selection.pipeline import Selection
+
+# HFLM's arguments that say where and how fast and not what, and those that the fingerprint has in another form.
+_NO_OPTIONS = (
+    *("device", "batch_size", "max_batch_size", "parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory"),
+    *("offload_folder", "use_fast_tokenizer", "trust_remote_code", "logits_cache"),
+    *("revision", "peft", "delta", "dtype", "max_length"),
+)
+
+
+class GenPoELM(PassageRequests, HFLM):
+    """HFLM with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
+
+    Under data parallelism (``accelerate launch``) every process answers its own share of the docs, with the passages
+    that it would give them alone.
+
+    Raises:
+        InputError: arguments that cannot be, or parts that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        *,
+        mode: str = "genpoe",
+        hypernetwork: str | None = None,
+        index: str | None = None,
+        reranker: str | None = None,
+        num_retrieved: int = 20,
+        num_passages: int = 4,
+        gates: str = "softmax",
+        passages: str = "retrieved",
+        expert_layers: str | int | None = None,
+        question_field: str = "question",
+        expert_dtype: str | None = None,
+        expert_store: str | None = None,
+        expert_gb: float = ON_DEVICE / 10**9,
+        trace: str | None = None,
+        seed: int = 0,
+        **hf_arguments: Any,
+    ) -> None:
+        self.arguments = arguments = GenPoEArguments(
+            mode=mode,
+            hypernetwork=hypernetwork,
+            index=index,
+            reranker=reranker,
+            num_retrieved=num_retrieved,
+            num_passages=num_passages,
+            gates=gates,
+            passages=passages,
+            expert_layers=expert_layers,
+            question_field=question_field,
+            expert_dtype=expert_dtype,
+            expert_store=expert_store,
+            expert_gb=expert_gb,
+            trace=trace,
+            seed=seed,
+        )
+        if isinstance(pretrained, str):
+            check_gguf(pretrained, hf_arguments.get("gguf_file"), hf_arguments.get("subfolder") or "")
+        super().__init__(pretrained, **hf_arguments)
+        if self.world_size == 1 and hasattr(self, "accelerator"):
+            # Processes without several GPUs, which HFLM has all do the same work.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.backend != "causal":
+            raise InputError(f"{self._llm_name} is not a decoder-only model, which genpoe needs")
+        if mode == "genpoe_rag" and self.truncation:
+            raise InputError("truncation=True may cut the question off a prompt; leave it out with mode=genpoe_rag")
+
+        self.store: ExpertStore | None = None
+        if arguments.uses_experts:
+            network = self._checkpoint.load(self.model, self.tokenizer)
+            self._layers = arguments.layers_of(network.config)
+            # Equal contexts may have different experts, so one's logits cannot serve another.
+            self.logits_cache = False
+        self._start_requests(self._llm_facts(hf_arguments), str(self.device))
+        if arguments.uses_experts:
+            self.store = self._expert_store(network, self.model, self.tokenizer)
+        self._rows: RowExperts | None = None
+        self._inputs: list[list[int]] | None = None
+        self._probing = False
+
+    def _from_others(self, own: list[Any]) -> list[Any]:
+        """What the other processes of a data-parallel run say to this one; all of them call this at the same point."""
+        if self.world_size == 1:
+            return []
+        everyones: list[list[Any]] = [[]] * self.world_size
+        torch.distributed.all_gather_object(everyones, own)
+        return [item for rank, items in enumerate(everyones) if rank != torch.distributed.get_rank() for item in items]
+
+    def barrier(self) -> None:
+        """As HFLM. lm-eval has all processes come here after every type of request: their traces become one file."""
+        super().barrier()
+        if self.world_size > 1:
+            self._documents.join(self.gather_object(self._documents.seen))
+            self._trace.join(self.gather_object(self._trace.lines))
+
+    def _create_tokenizer(self, pretrained: str | PreTrainedModel, tokenizer: Any, **options: Any) -> None:
+        """As HFLM, and that of a GGUF file begins a text as the file says."""
+        super()._create_tokenizer(pretrained, tokenizer, **options)
+        if options.get("gguf_file") is not None and not tokenizer and isinstance(pretrained, str):
+            revision, subfolder = options.get("revision"), options.get("subfolder") or ""
+            path = gguf_path(pretrained, options["gguf_file"], revision=revision, subfolder=subfolder)
+            begin_as_stored(self.tokenizer, path)
+
+    @property
+    def _llm_name(self) -> str:
+        return self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name_or_path
+
+    @property
+    def _scored_length(self) -> int:
+        return self.max_length + 1  # the last token is not read
+
+    @property
+    def _window_length(self) -> int:
+        return self.max_length
+
+    def _peak_memory(self) -> dict[str, Any]:
+        return peak_memory(self.device)
+
+    def _llm_facts(self, hf_arguments: dict[str, Any]) -> dict[str, Any]:
+        commit = commit_of(self.pretrained, self.revision) if isinstance(self.pretrained, str) else None
+        return {
+            "pretrained": self._llm_name,
+            "revision": self.revision,
+            **({} if commit is None else {"commit": commit}),
+            "peft": self.peft,
+            "delta": self.delta,
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
+            "options": options(hf_arguments, _NO_OPTIONS),
+        }
+
+    # Experts beside the batches
+
+    def _expert_rows(self, selections: Sequence[Selection], starts: Sequence[int]) -> RowExperts | None:
+        assert self.store is not None
+        self._rows = None  # those of the last batch, or for a moment both would be in memory
+        return self.store.rows(
+            [selection.strings for selection in selections], [selection.gates for selection in selections], starts
+        )
+
+    def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As HFLM, which is about to generate from these prompts: their experts are made ready."""
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        if self.store is not None:
+            lengths = mask.sum(1).tolist()
+            starts = [self._start(context, context, length) for context, length in zip(strings, lengths, strict=True)]
+            self._rows = self._expert_rows([context.selection for context in strings], starts)
+        return ids, mask
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._injected(len(context)):
+            return super()._model_generate(context, *args, **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._inputs is not None and not self._probing:
+            seen = [row[: len(tokens)].tolist() for row, tokens in zip(inps, self._inputs, strict=True)]
+            assert seen == self._inputs, "a batch is in another order than its experts"
+        with self._injected(len(inps)):
+            return super()._model_call(inps, *args, **kwargs)
+
+    @contextmanager
+    def _injected(self, batch: int) -> Iterator[None]:
+        if self.store is None:
+            yield
+            return
+        rows = self._rows
+        if self._probing:
+            rows = self._expert_rows([self._widest] * batch, [0] * batch) if self._widest else None
+        assert rows is None or len(rows.start) == batch, "a batch has other rows than its experts"
+        with inject(self.model, self._layers, rows):
+            yield
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """As HFLM, with as many experts in every row as the run will see."""
+        self._probing = True
+        try:
+            return super()._detect_batch_size(requests, pos)
+        finally:
+            self._probing = False
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """As HFLM, which is handed one batch at a time, in the order in which it would sort them itself."""
+        if self.store is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+        def key(number: int) -> tuple[int, tuple[int, ...]]:
+            _, context, continuation = requests[number]
+            return -len(context) - len(continuation), tuple(context + continuation)
+
+        owners = [self._scored_row(request) for request in requests]
+        order = sorted(range(len(requests)), key=key)
+        detect = self.batch_size == "auto" and not override_bs
+        if detect:
+            self.batch_sizes: dict[int, int] = {}
+        batches = Collator.get_chunks(
+            (requests[number] for number in order),
+            n=override_bs if self.batch_size == "auto" else self.batch_size,
+            fn=self._batch_scheduler if detect else None,
+        )
+        results: dict[int, tuple[float, bool]] = {}
+        hidden = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=hidden) as bar:
+            for batch in batches:
+                numbers = order[len(results) : len(results) + len(batch)]
+                rows = [owners[number] for number in numbers]
+                self._rows = self._expert_rows([selection for selection, _ in rows], [start for _, start in rows])
+                self._inputs = [(row[1] + row[2])[-(self.max_length + 1) :][:-1] for row in batch]
+                scores = super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
+                results.update(zip(numbers, scores, strict=True))
+                bar.update(len(batch))
+        return [results[number] for number in range(len(requests))]
