@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, check_replaceable, file_digest, replace_directory, writing
+from genpoe_plugin.indexing.corpus import source_of
 from genpoe_plugin.indexing.factory import (
     CHUNK,
     POINTS_PER_CENTROID,
@@ -103,8 +104,6 @@ def already_built(
     queries: Path | None,
 ) -> bool:
     """Whether ``directory`` has an index of just this file of passages, built with just these arguments."""
-    from genpoe_plugin.indexing.encoding import source_of  # here, for it loads what building does without
-
     try:
         manifest = PassageIndex.load(directory).manifest
     except InputError:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -57,3 +58,11 @@ def _located(passages: str | Path | Iterable[Passage]) -> Iterator[tuple[Passage
     else:
         for number, passage in enumerate(passages, 1):
             yield passage, f"passage {number}"
+
+
+def source_of(passages: str | Path | Iterable[Passage]) -> dict[str, Any] | None:
+    """What tells that a file is still the same; None for what is not a file."""
+    if not isinstance(passages, str | Path) or not Path(passages).is_file():
+        return None
+    status = Path(passages).stat()
+    return {"path": str(Path(passages).resolve()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}

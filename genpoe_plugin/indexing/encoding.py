@@ -20,7 +20,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import writing
 from genpoe_plugin.indexing.building import build_index, check_directory, shards_directory
 from genpoe_plugin.indexing.claims import Claim, can_be_claimed, claim, owner
-from genpoe_plugin.indexing.corpus import Corpus, check_corpus
+from genpoe_plugin.indexing.corpus import Corpus, check_corpus, source_of
 from genpoe_plugin.indexing.shards import KEPT, MANIFEST, SHARD_SIZE, Shards
 from genpoe_plugin.retrieval.encoder import Encoder
 from genpoe_plugin.retrieval.faiss_setup import make_index
@@ -187,14 +187,6 @@ class _Encoding:
 def _encoded(shards: Shards) -> int:
     """How many passages are in the shards that are there."""
     return shards.count - sum(map(shards.rows, shards.missing()))
-
-
-def source_of(passages: str | Path | Iterable[Passage]) -> dict[str, Any] | None:
-    """What tells that a file is still the same; None for what is not a file."""
-    if not isinstance(passages, str | Path) or not Path(passages).is_file():
-        return None
-    status = Path(passages).stat()
-    return {"path": str(Path(passages).resolve()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def _tidy(directory: Path) -> None:
