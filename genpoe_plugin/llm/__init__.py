@@ -1,0 +1,1 @@
+"""The frozen LLM: loading it, and GGUF files."""
