@@ -87,5 +87,9 @@ def _matrix(out: Path) -> dict[str, object]:
             "expert_store": str(out / "experts"),
         },
         "num_passages": [1],
-        "models": {LLM: {"modes": list(MODES)}, f"{LLM}-control": {"modes": ["genpoe"], "passages": list(CONTROLS)}},
+        "models": {
+            LLM: {"modes": list(MODES)},
+            f"{LLM}-shuffled": {"modes": ["genpoe_rag"], "passages": ["shuffled"]},
+            f"{LLM}-control": {"modes": ["genpoe"], "passages": list(CONTROLS)},
+        },
     }

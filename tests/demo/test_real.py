@@ -50,7 +50,7 @@ def test_from_download_to_page_and_only_once(small):
     assert fetched == [out / "llm", out / "encoder"]
     cells = [json.loads(path.read_text())["command"] for path in out.rglob("cell.json")]
     asked = Counter(re.search(r"mode=(\w+)", command[4])[1] for command in cells)
-    assert asked == {"closed_book": 1, "rag": 1, "genpoe": 4, "genpoe_rag": 1}
+    assert asked == {"closed_book": 1, "rag": 1, "genpoe": 4, "genpoe_rag": 2}
     assert {re.search(r"passages=(\w+)", command[4])[1] for command in cells} == {"none", "retrieved", *real.CONTROLS}
     for mode in MODES:
         assert mode in first.stdout
