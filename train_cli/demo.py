@@ -27,6 +27,7 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
         return
     from genpoe_plugin.demo import real
 
+    real.check_folder(out)
     try:
         real.fetch_models(out, lambda line: click.echo(line, err=True))
     except InputError as error:

