@@ -93,7 +93,10 @@ class BM25:
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[tuple[RetrievedPassage, ...]]:
         k = min(k, len(self.passages))
-        rows, scores = self.index.retrieve(self._words(list(questions)), k=k, show_progress=False)
+        # The same order of equal scores wherever it runs: jax has another than numpy.
+        rows, scores = self.index.retrieve(
+            self._words(list(questions)), k=k, show_progress=False, backend_selection="numpy"
+        )
         return [
             tuple(
                 RetrievedPassage(self.passages[row], score, rank)

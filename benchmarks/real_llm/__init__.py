@@ -16,6 +16,9 @@ from train_cli.main import LazyCommand, LazyGroup
         "study": LazyCommand(
             "benchmarks.real_llm.study_command:study", "Trained experts, beside RAG that learned as much."
         ),
+        "pipeline": LazyCommand(
+            "benchmarks.real_llm.pipeline:pipeline", "Retrieval, experts and answers on five data sets, over K."
+        ),
         "router": LazyCommand(
             "benchmarks.real_llm.router:router", "The attention on the passage with the answer, among several."
         ),

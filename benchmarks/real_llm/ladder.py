@@ -21,7 +21,7 @@ from benchmarks.real_llm.layers import BYTES, Layers
 from benchmarks.real_llm.lora import ADAPTER
 from benchmarks.real_llm.measures import Paired, mean
 from benchmarks.real_llm.output import passage_tokens
-from benchmarks.real_llm.questions import DISTRACTORS, file_of, with_gold
+from benchmarks.real_llm.questions import DISTRACTORS, file_of, with_gold, with_hard_negatives
 from benchmarks.real_llm.rows import StudyRow
 from benchmarks.real_llm.scores import Scores, paired
 from benchmarks.real_llm.study import Study
@@ -40,6 +40,8 @@ CONTROLS = ("shuffled", "constant")
 UNTRAINED, INT8, FOUR_EQUAL = "untrained", "int8", "four-equal"
 LORA = "rag_lora"
 LADDER = "ladder.json"
+IN_INT8 = ("window_4", "window_16")
+"""Trainings whose experts are also kept in int8."""
 COUNTS = (1, 2, 4, 8)
 """Retrieved passages of a question."""
 LABELS = {
@@ -106,7 +108,8 @@ def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> li
         Cell("paper", ("--preset", "paper", *middle)),
     ]
     if more_layers is not None:
-        found.insert(3, Cell("window_4_more_layers", attention(own=more_layers)))
+        more = [Cell(f"window_{size}_more_layers", attention(window=size, own=more_layers)) for size in (4, 16)]
+        found[3:3] = more
     return found
 
 
@@ -150,7 +153,10 @@ class Ladder:
         return self.study.out / f"training-{self._wanted}.jsonl"
 
     def write_data(self) -> None:
-        """As many questions of each file as the steps need, drawn by seed 0, without those that the study asks."""
+        """As many questions of each file as the steps need, drawn by seed 0, without those that the study asks.
+
+        Each has its passage, and the best of the others for BM25 that have no answer to it.
+        """
         if self.data.is_file():
             return
         asked = {
@@ -167,7 +173,7 @@ class Ladder:
             ]
             drawn += random.Random(0).sample(questions, min(-(-self._wanted // len(self.training)), len(questions)))
         random.Random(1).shuffle(drawn)
-        write_questions(self.data, drawn, purpose="training")
+        write_questions(self.data, with_hard_negatives(drawn), purpose="training")
 
     def train(self, cell: Cell, seed: int) -> Path:
         """The folder of a cell's checkpoint or adapter, which is made unless it is there.
@@ -228,7 +234,7 @@ class Ladder:
             ]
         row = StudyRow(name, "genpoe", layers=self.layers, checkpoint=trained)
         rows = [row, *(replace(row, name=f"{name}-{kind}", passages=kind, curve=True) for kind in CONTROLS)]
-        if "attention" in cell.options:
+        if cell.name in IN_INT8:
             rows.append(_in_int8(row))
         if cell.several:
             rows += [_four_equal(row), *(_first(row, count) for count in COUNTS)]

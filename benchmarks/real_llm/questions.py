@@ -6,9 +6,10 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from benchmarks.real_retrieval import NQ, SQUAD, encoder_name, index_of
+from benchmarks.real_retrieval import BM25, NQ, SQUAD, encoder_name, index_of
 from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
@@ -24,6 +25,9 @@ RANKED = 8
 """Passages of a question whose purpose is ``ranked``."""
 LESS = -math.log(7)
 """The rerank score of all passages but the first, whose score is 0: each has a seventh of its gate."""
+NEGATIVES = 7
+"""Passages without an answer that a training question has."""
+_NEGATIVES_AMONG = 30
 _DEPTH = 200  # passages among which distractors are looked for
 
 
@@ -56,6 +60,21 @@ def with_gold(questions: Iterable[Question]) -> list[Question]:
             kept = replace(gold, rank=1, rerank_score=None, rerank_rank=None, has_answer=True)
             found.setdefault(normalise_question(question.question).casefold(), replace(question, passages=(kept,)))
     return list(found.values())
+
+
+def with_hard_negatives(questions: Sequence[Question]) -> list[Question]:
+    """Questions with one passage each, and the `NEGATIVES` best of all their passages for BM25 that have no answer."""
+    corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
+    ranked = BM25(corpus).retrieve([question.question for question in questions], _NEGATIVES_AMONG)
+    return [
+        replace(question, passages=(*question.passages, *_negatives(question, entries)))
+        for question, entries in zip(questions, ranked, strict=True)
+    ]
+
+
+def _negatives(question: Question, ranked: Sequence[RetrievedPassage]) -> list[RetrievedPassage]:
+    wrong = (entry for entry in ranked if not has_answer(entry.passage.text, question.answers))
+    return [replace(entry, rank=rank, has_answer=False) for rank, entry in enumerate(islice(wrong, NEGATIVES), 2)]
 
 
 def sample(questions: Sequence[Question], count: int, seed: int) -> list[Question]:

@@ -126,12 +126,12 @@ def study(
 def run_ladder(ladder: Ladder, trainings: Sequence[tuple[Cell, int]]) -> list[str]:
     """Carry out trainings and rows, ``ladder.jobs`` at a time, the rows of a training as soon as it has ended.
 
-    One that fails keeps no other from being run.
+    Trainings come first, since they take longest. One that fails keeps no other from being run.
 
     Returns:
         The names of those that failed.
     """
-    ready: deque[StudyRow | tuple[Cell, int]] = deque([*ladder.base_rows(), *trainings])
+    ready: deque[StudyRow | tuple[Cell, int]] = deque([*trainings, *ladder.base_rows()])
     running: dict[Future, StudyRow | tuple[Cell, int]] = {}
     failed = []
     with ThreadPoolExecutor(ladder.jobs) as pool:

@@ -13,7 +13,7 @@ from genpoe_plugin.experts.hypernetwork import Hypernetwork
 
 ASSETS = Path(genpoe_plugin.demo.__file__).parent / "assets"
 QWEN, SMOLLM2 = ASSETS / "qwen2.5-coder-0.5b-experts", ASSETS / "smollm2-135m-experts"
-PASSAGES, BYTES = {QWEN: 4, SMOLLM2: 2}, {QWEN: 4_000_000, SMOLLM2: 6_000_000}
+UNANSWERABLE, BYTES = {QWEN: 0.25, SMOLLM2: 0.0}, {QWEN: 4_000_000, SMOLLM2: 6_000_000}
 LAYERS = {QWEN: (11, 16, 21, 22), SMOLLM2: (12, 14, 16, 17, 18, 20, 21, 22, 23, 25)}
 
 
@@ -26,7 +26,7 @@ def test_weights_are_those_of_the_configuration(folder):
     assert all(weight.isfinite().all() for weight in weights.values())
     assert weights["head.query_write"].abs().max() > 0 and weights["head.adders.3.write"].abs().max() > 0
     record = read_record(folder)["training"]["arguments"]
-    assert (record["unanswerable"], record["num_passages"]) == (0.25, PASSAGES[folder])
+    assert (record["unanswerable"], record["num_passages"]) == (UNANSWERABLE[folder], 4)
 
 
 @pytest.mark.parametrize("folder", LAYERS, ids=lambda folder: folder.name)

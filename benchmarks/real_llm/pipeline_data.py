@@ -1,0 +1,182 @@
+"""The corpus of the pipeline study, its questions, and the passages that are retrieved for them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.real_llm.questions import sample
+from benchmarks.real_retrieval import NQ, SQUAD
+from genpoe_plugin.data.answers import has_answer
+from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import atomic_file
+from genpoe_plugin.prompts import normalise_question
+
+RETRIEVED = 20
+"""Passages per question."""
+SEED = 0
+PARAGRAPHS = "wikipedia_paragraphs*.jsonl*"
+WITH_PASSAGES = (
+    *(NQ, SQUAD, "nq_qed.train*.jsonl*", "squad_v1_train_44articles.train*.jsonl*"),
+    *("hotpotqa_distractor.dev*.jsonl*", "2wiki.dev*.jsonl*", "musique_hipporag.train*.jsonl*"),
+    *("hotpotqa_amor100.train*.jsonl*", "hotpotqa_hipporag.train*.jsonl*", "2wiki_migres.train*.jsonl*"),
+)
+"""Files of the data folder whose questions bring passages: all of these go into the corpus."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Questions of one data set.
+
+    Attributes:
+        task: of lm_eval.
+        pattern: of its file in the folder of data.
+        most: questions that are retrieved for.
+        answerable: whether only those are asked for which a passage with an answer is among those retrieved, since
+            the corpus was not made for them.
+        hops: whether a question needs two passages, which its file marks.
+    """
+
+    task: str
+    pattern: str
+    most: int
+    answerable: bool = False
+    hops: bool = False
+
+
+DATA_SETS = {
+    "nq": DataSet("genpoe_nq", NQ, 1_000),
+    "squad": DataSet("genpoe_squad", SQUAD, 1_000),
+    "tqa": DataSet("genpoe_tqa", "dpr-trivia.dev*", 4_000, answerable=True),
+    "hotpotqa": DataSet("genpoe_hotpotqa", "hotpotqa_distractor.dev*.jsonl*", 600, hops=True),
+    "2wiki": DataSet("genpoe_2wiki", "2wiki.dev*.jsonl*", 300, hops=True),
+}
+
+
+def file_in(data: Path, pattern: str) -> Path:
+    """The first file of that pattern in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = sorted(data.rglob(pattern))
+    if not found:
+        raise InputError(f"{data}: no {pattern} in it")
+    return found[0]
+
+
+def write_corpus(data: Path, path: Path) -> None:
+    """All different passages of the folder, as TSV like DPR's psgs_w100, unless the file is there."""
+    if path.is_file():
+        return
+    seen: dict[tuple[str, str], None] = {}
+    for pattern in WITH_PASSAGES:
+        for question in read_questions(file_in(data, pattern)):
+            for entry in question.passages:
+                seen.setdefault((_line(entry.passage.title), _line(entry.passage.text)))
+    for title, text in _paragraphs(file_in(data, PARAGRAPHS)):
+        seen.setdefault((_line(title), _line(text)))
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(("id", "text", "title"))
+        writer.writerows((number, text, title) for number, (title, text) in enumerate(seen, 1))
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            yield row.get("title", ""), row["text"]
+
+
+def retrieve(data: Path, out: Path, encoder: str, device: str) -> None:
+    """Build the index over the corpus, and retrieve for all questions, by the commands that users have."""
+    corpus, index = out / "corpus.tsv", out / "index"
+    write_corpus(data, corpus)
+    if not index.is_dir():
+        build = ["index", "build", "--passages", str(corpus), "--encoder", encoder, "--out", str(index)]
+        _genpoe([*build, "--shards", str(out / "shards"), "--factory", "Flat", "--device", device])
+    for name, data_set in DATA_SETS.items():
+        source, found = out / f"{name}.questions.jsonl", out / f"{name}.retrieved.jsonl"
+        if not source.is_file():
+            write_questions(source, _bare(read_questions(file_in(data, data_set.pattern)), data_set.most))
+        if not found.is_file():
+            words = ["retrieve", "--index", str(index), "--questions", str(source), "--out", str(found)]
+            _genpoe([*words, "--num-retrieved", str(RETRIEVED), "--device", device])
+
+
+def _bare(questions: Iterator[Question], most: int) -> list[Question]:
+    """``most`` different questions, drawn by `SEED`, without passages."""
+    different = {normalise_question(question.question).casefold(): question for question in questions}
+    drawn = sample(list(different.values()), most, SEED)
+    return [Question(question.question, question.answers) for question in drawn]
+
+
+def _genpoe(words: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "train_cli", *words], stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise InputError(f"genpoe {' '.join(words)}: stopped with status {done.returncode}")
+
+
+def asked_file(out: Path, name: str, purpose: str) -> Path:
+    return out / "asked" / f"{name}.{purpose}.jsonl"
+
+
+def write_asked(data: Path, out: Path, limit: int) -> None:
+    """Write the files that are evaluated, ``limit`` questions of each data set at most.
+
+    retrieved: with the passages that were retrieved. hops, reversed: multi-hop questions with the two passages that
+    they need, in the order of the file and in the other.
+    """
+    for name, data_set in DATA_SETS.items():
+        kept = [
+            question
+            for question in read_questions(out / f"{name}.retrieved.jsonl")
+            if not data_set.answerable or any(entry.has_answer for entry in question.passages)
+        ][:limit]
+        _write(asked_file(out, name, "retrieved"), kept)
+        if data_set.hops:
+            needed = needed_passages(file_in(data, data_set.pattern))
+            pairs = [(question, needed.get(question.question, ())) for question in kept]
+            both = [(question, passages) for question, passages in pairs if len(passages) == 2]
+            _write(asked_file(out, name, "hops"), [_with(*pair) for pair in both])
+            _write(asked_file(out, name, "reversed"), [_with(question, pair[::-1]) for question, pair in both])
+
+
+def _write(path: Path, questions: Sequence[Question]) -> None:
+    if questions and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_questions(path, questions)
+
+
+def needed_passages(path: Path) -> dict[str, tuple[Passage, ...]]:
+    """The passages that a file marks as ``gold``, by question."""
+    opener: Callable = gzip.open if path.suffix == ".gz" else open
+    found = {}
+    with opener(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            gold = [ctx for ctx in row["ctxs"] if ctx.get("gold")]
+            found[row["question"]] = tuple(Passage(ctx["id"], ctx["title"], ctx["text"]) for ctx in gold)
+    return found
+
+
+def _with(question: Question, passages: Sequence[Passage]) -> Question:
+    entries = tuple(
+        RetrievedPassage(passage, 0.0, rank, has_answer=has_answer(passage.text, question.answers))
+        for rank, passage in enumerate(passages, 1)
+    )
+    return replace(question, passages=entries)

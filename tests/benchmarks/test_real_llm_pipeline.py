@@ -1,0 +1,150 @@
+"""The study of the whole pipeline: its corpus, its files of questions, and the runs that it declares."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from benchmarks.real_llm.pipeline import COUNTS, PURPOSES, TEMPERATURE, matrix
+from benchmarks.real_llm.pipeline_data import (
+    DATA_SETS,
+    PARAGRAPHS,
+    WITH_PASSAGES,
+    asked_file,
+    needed_passages,
+    write_asked,
+    write_corpus,
+)
+from benchmarks.real_llm.questions import NEGATIVES, with_hard_negatives
+from genpoe_plugin.comparison.matrix import read_matrix
+from genpoe_plugin.data.answers import has_answer
+from genpoe_plugin.data.passages import Passage, read_passages
+from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
+from genpoe_plugin.errors import InputError
+
+
+def ctx(number: int, text: str, **more: object) -> dict[str, object]:
+    return {"id": str(number), "title": f"T{number}", "text": text, "score": "0", "has_answer": False, **more}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of data in which every file has one question and two passages, one of them the same in all."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, pattern in enumerate(WITH_PASSAGES):
+        name = pattern.replace("*", "")
+        own = {
+            "question": f"q{number}?",
+            "answers": ["blue"],
+            "ctxs": [ctx(0, "shared"), ctx(number + 1, f"p {number}")],
+        }
+        if pattern == WITH_PASSAGES[1]:  # SQuAD's own form
+            paragraph = {"context": "p 1", "qas": [{"question": "q1?", "answers": [{"text": "p"}]}]}
+            text = json.dumps({"data": [{"title": "T2", "paragraphs": [paragraph]}]})
+        else:
+            text = json.dumps(own) + "\n"
+        (folder / name).write_text(text)
+    lines = [{"id": "1", "title": "T0", "text": "shared"}, {"id": "2", "title": "W", "text": "one\nmore"}]
+    (folder / PARAGRAPHS.replace("*", "")).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_corpus_has_every_passage_once_and_is_not_written_twice(data, tmp_path):
+    path = tmp_path / "corpus.tsv"
+    write_corpus(data, path)
+    passages = list(read_passages(path))
+    own = {(f"T{number + 1}", f"p {number}") for number in range(len(WITH_PASSAGES))}
+    assert len(passages) == len(own) + 2
+    assert {(passage.title, passage.text) for passage in passages} == own | {("T0", "shared"), ("W", "one more")}
+    assert [passage.id for passage in passages] == [str(number) for number in range(1, len(passages) + 1)]
+    path.write_text("kept")
+    write_corpus(data, path)
+    assert path.read_text() == "kept"
+
+
+def test_a_missing_data_set_is_named(data, tmp_path):
+    next(data.glob("2wiki.dev*")).unlink()
+    with pytest.raises(InputError, match=r"no 2wiki\.dev"):
+        write_corpus(data, tmp_path / "corpus.tsv")
+
+
+def retrieved(question: str, *found: bool) -> Question:
+    passages = (
+        RetrievedPassage(Passage(str(rank), "", f"text {rank}"), 1.0, rank, has_answer=answer)
+        for rank, answer in enumerate(found, 1)
+    )
+    return Question(question, ("blue",), tuple(passages))
+
+
+def test_asked_are_the_first_questions_and_of_trivia_those_that_the_corpus_answers(data, tmp_path):
+    for name in DATA_SETS:
+        questions = [retrieved("q4?", False), retrieved("b?", False, True), retrieved("c?", True)]
+        write_questions(tmp_path / f"{name}.retrieved.jsonl", questions)
+    gold = [ctx(1, "is blue", gold=True), ctx(2, "not"), ctx(3, "is red", gold=True)]
+    next(data.glob("hotpotqa_distractor*")).write_text(json.dumps({"question": "q4?", "answers": [], "ctxs": gold}))
+    write_asked(data, tmp_path, 2)
+    asked = {name: [q.question for q in read_questions(asked_file(tmp_path, name, "retrieved"))] for name in DATA_SETS}
+    assert asked == {name: ["b?", "c?"] if name == "tqa" else ["q4?", "b?"] for name in DATA_SETS}
+    (both,) = read_questions(asked_file(tmp_path, "hotpotqa", "hops"))
+    (other,) = read_questions(asked_file(tmp_path, "hotpotqa", "reversed"))
+    assert [entry.passage.text for entry in both.passages] == ["is blue", "is red"]
+    assert [entry.passage.text for entry in other.passages] == ["is red", "is blue"]
+    assert [entry.has_answer for entry in both.passages] == [True, False]
+    assert not asked_file(tmp_path, "2wiki", "hops").exists()  # none of its questions marks two passages
+
+
+def test_needed_passages_are_those_marked_gold(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps({"question": "q", "ctxs": [ctx(1, "a"), ctx(2, "b", gold=True)]}) + "\n")
+    assert needed_passages(path) == {"q": (Passage("2", "T2", "b"),)}
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
+    options = {"device": "cpu", "metadata": {"genpoe_data": {"genpoe_nq": "nq.jsonl"}}}
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump(matrix(purpose, "llm", tmp_path / "experts", "float32", tmp_path, options)))
+    declared = read_matrix(path)
+    assert declared.tasks == ("genpoe_nq",) and declared.out == tmp_path / purpose
+    gates = {
+        (cell.arguments.get("num_passages"), cell.arguments.get("gate_temperature"))
+        for cell in declared.cells
+        if cell.arguments["mode"] == "genpoe" and cell.arguments.get("passages") == "retrieved"
+    }
+    if purpose == "retrieved":
+        assert gates == {*((count, None) for count in COUNTS), *((count, TEMPERATURE) for count in COUNTS[1:])}
+        assert any(cell.arguments.get("passages") == "shuffled" for cell in declared.cells)
+    else:
+        assert gates == {(1, None), (2, None)}
+
+
+def test_hard_negatives_are_near_the_question_and_have_no_answer():
+    words = (
+        "river",
+        "rivers",
+        "the river bank",
+        "river blue",
+        "mountain",
+        "sea",
+        "lake",
+        "hill",
+        "wood",
+        "field",
+        "moor",
+    )
+    texts = [f"{word} number {number} of all" for number, word in enumerate(words)]
+    questions = [
+        Question(f"which {text}?", (f"{number}",), (RetrievedPassage(Passage(str(number), "", text), 0.0, 1),))
+        for number, text in enumerate(texts)
+    ]
+    for question in with_hard_negatives(questions):
+        own, *negatives = question.passages
+        assert len(negatives) == NEGATIVES and own.passage.text in question.question
+        assert not any(has_answer(entry.passage.text, question.answers) for entry in negatives)
+        assert [entry.rank for entry in negatives] == list(range(2, 2 + NEGATIVES))
+        assert all(entry.has_answer is False for entry in negatives)
+    first = with_hard_negatives(questions)[0].passages[1:4]
+    assert all("river" in entry.passage.text for entry in first)
