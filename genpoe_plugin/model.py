@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genpoe_plugin.arguments import check_value
 from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import inject, observe_router
-from genpoe_plugin.experts.store import DTYPES, ExpertStore
+from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import check_tokenizer, context_length, load_language_model
 from genpoe_plugin.prompts import (
     EXPERT_MODES,
     MAX_NEW_TOKENS,
-    MODES,
     PROMPT_MODES,
     STOP,
     closed_book_prompt,
@@ -82,14 +82,13 @@ class GenPoEModel:
         revision: str | None = None,
         expert_dtype: str | None = None,
     ) -> None:
-        if expert_dtype is not None and expert_dtype not in DTYPES:
-            raise InputError(f"expert_dtype={expert_dtype}: not one of {', '.join(DTYPES)}")
+        check_value("expert_dtype", expert_dtype)
         check_tokenizer(tokenizer, str(llm.config.name_or_path))
         self.llm, self.tokenizer = llm.eval(), tokenizer
         self.checkpoint = HypernetworkCheckpoint.from_pretrained(hypernetwork, revision=revision)
         self.hypernetwork = self.checkpoint.load(llm, tokenizer)
         self._store = ExpertStore(
-            self.hypernetwork, llm, tokenizer, dtype=None if expert_dtype is None else DTYPES[expert_dtype]
+            self.hypernetwork, llm, tokenizer, dtype=None if expert_dtype is None else getattr(torch, expert_dtype)
         )
 
     @classmethod
@@ -310,8 +309,7 @@ class GenPoEModel:
         self, questions: Sequence[str], passages: Passages | None, gates: Gates, mode: str, room: int = 0
     ) -> list[_Row]:
         """Questions as the LLM reads them, with so many tokens left for what follows."""
-        if mode not in MODES:
-            raise InputError(f"mode={mode}: not one of {', '.join(MODES)}")
+        check_value("mode", mode)
         if isinstance(questions, str):
             raise InputError("questions are a list; give [question] for one")
         used = None if mode == "closed_book" else passages

@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
+from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.hub import commit_of
 from genpoe_plugin.llm.gguf_files import begin_as_stored, check_gguf, gguf_path
-from genpoe_plugin.lm.arguments import GenPoEArguments
 from genpoe_plugin.lm.requests import PassageRequests, options
 from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.selection.pipeline import Selection
@@ -35,53 +34,21 @@ _NO_OPTIONS = (
 
 
 class GenPoELM(PassageRequests, HFLM):
-    """HFLM with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
+    """HFLM with passages in the prompt, as experts, both, or neither.
 
     Under data parallelism (``accelerate launch``) every process answers its own share of the docs, with the passages
     that it would give them alone.
+
+    Args:
+        pretrained: the LLM: a directory, a name on the hub, or a loaded one.
+        arguments: those of `GenPoEArguments`, and those of HFLM.
 
     Raises:
         InputError: arguments that cannot be, or parts that do not fit each other.
     """
 
-    def __init__(
-        self,
-        pretrained: str | PreTrainedModel,
-        *,
-        mode: str = "genpoe",
-        hypernetwork: str | None = None,
-        index: str | None = None,
-        reranker: str | None = None,
-        num_retrieved: int = 20,
-        num_passages: int = 4,
-        gates: str = "softmax",
-        passages: str = "retrieved",
-        expert_layers: str | int | None = None,
-        question_field: str = "question",
-        expert_dtype: str | None = None,
-        expert_store: str | None = None,
-        expert_gb: float = ON_DEVICE / 10**9,
-        trace: str | None = None,
-        seed: int = 0,
-        **hf_arguments: Any,
-    ) -> None:
-        self.arguments = arguments = GenPoEArguments(
-            mode=mode,
-            hypernetwork=hypernetwork,
-            index=index,
-            reranker=reranker,
-            num_retrieved=num_retrieved,
-            num_passages=num_passages,
-            gates=gates,
-            passages=passages,
-            expert_layers=expert_layers,
-            question_field=question_field,
-            expert_dtype=expert_dtype,
-            expert_store=expert_store,
-            expert_gb=expert_gb,
-            trace=trace,
-            seed=seed,
-        )
+    def __init__(self, pretrained: str | PreTrainedModel, **arguments: Any) -> None:
+        hf_arguments = self._take_arguments(arguments)
         if isinstance(pretrained, str):
             check_gguf(pretrained, hf_arguments.get("gguf_file"), hf_arguments.get("subfolder") or "")
         super().__init__(pretrained, **hf_arguments)
@@ -90,17 +57,17 @@ class GenPoELM(PassageRequests, HFLM):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.backend != "causal":
             raise InputError(f"{self._llm_name} is not a decoder-only model, which genpoe needs")
-        if mode == "genpoe_rag" and self.truncation:
+        if self.arguments.mode == "genpoe_rag" and self.truncation:
             raise InputError("truncation=True may cut the question off a prompt; leave it out with mode=genpoe_rag")
 
         self.store: ExpertStore | None = None
-        if arguments.uses_experts:
+        if self.arguments.uses_experts:
             network = self._checkpoint.load(self.model, self.tokenizer)
-            self._layers = arguments.layers_of(network.config)
+            self._layers = self.arguments.layers_of(network.config)
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
         self._start_requests(self._llm_facts(hf_arguments), str(self.device))
-        if arguments.uses_experts:
+        if self.arguments.uses_experts:
             self.store = self._expert_store(network, self.model, self.tokenizer)
         self._rows: RowExperts | None = None
         self._inputs: list[list[int]] | None = None

@@ -25,14 +25,15 @@ from lm_eval.utils import get_rolling_token_windows, hash_string, simple_parse_a
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
+from genpoe_plugin.arguments import ARGUMENTS, GenPoEArguments
 from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint, llm_identity
 from genpoe_plugin.data.questions import Question, passages_from_ctxs
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.store import DTYPES, ExpertStore
+from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import weights_sample
-from genpoe_plugin.lm.arguments import GenPoEArguments, check_names, nearest_name
+from genpoe_plugin.lm.argument_names import check_names, nearest_name
 from genpoe_plugin.lm.saved_results import RunFacts, save_traces
 from genpoe_plugin.prompts import PROMPT_MODES, Prompt, expert_start, in_mode, last_question
 from genpoe_plugin.provenance import DocumentDigests, digest, provenance
@@ -84,14 +85,23 @@ def options(arguments: Mapping[str, Any], without: Collection[str]) -> dict[str,
 class PassageRequests(TemplateLM):
     """A part of an lm-eval model class: what happens to requests before and after the LLM.
 
-    The class that it is mixed into loads the LLM, then calls `_start_requests`, and where there are to be experts
-    `_expert_store`. It says with `_llm_name`, `_scored_length`, `_window_length` and `_peak_memory` what it loaded, and
-    brings experts to the rows.
+    The class that it is mixed into calls `_take_arguments`, loads the LLM, then calls `_start_requests`, and where
+    there are to be experts `_expert_store`. It says with `_llm_name`, `_scored_length`, `_window_length` and
+    `_peak_memory` what it loaded, and brings experts to the rows.
     """
 
     arguments: GenPoEArguments
     store: ExpertStore | None
     cache_hook: CacheHook
+
+    def _take_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Check what of the model arguments is ours; returns the others.
+
+        Raises:
+            InputError: arguments that cannot be.
+        """
+        self.arguments = GenPoEArguments(**{name: value for name, value in given.items() if name in ARGUMENTS})
+        return {name: value for name, value in given.items() if name not in ARGUMENTS}
 
     def _start_requests(self, llm: dict[str, Any], device: str) -> None:
         """Load what comes before the LLM, onto ``device``; ``llm`` is what the fingerprint has to say of the LLM."""
@@ -145,7 +155,7 @@ class PassageRequests(TemplateLM):
         """What keeps the experts of ``network``, in ``dtype`` or that of ``model``, whose states it reads."""
         arguments, files = self.arguments, None
         if arguments.expert_dtype is not None:
-            dtype = DTYPES[arguments.expert_dtype]
+            dtype = getattr(torch, arguments.expert_dtype)
         if arguments.expert_store is not None:
             # Those that this checkpoint made of this LLM's states, in this precision.
             names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
@@ -189,27 +199,15 @@ class PassageRequests(TemplateLM):
         ``llm`` is what there is to say of the LLM.
         """
         arguments, pipeline = self.arguments, self.pipeline
-        facts: dict[str, Any] = {"version": __version__, **llm, "mode": arguments.mode}
-        if arguments.uses_experts:
-            facts["hypernetwork"] = self._checkpoint.fingerprint
-            if self._checkpoint.commit is not None:
-                facts["hypernetwork_commit"] = self._checkpoint.commit
-            if arguments.expert_layers is not None:
-                facts["expert_layers"] = arguments.wanted_layers
-            if arguments.expert_dtype is not None:
-                facts["expert_dtype"] = arguments.expert_dtype
-        if arguments.mode != "closed_book":
-            facts |= {
-                "index": pipeline.retriever and pipeline.retriever.fingerprint,
-                "reranker": pipeline.reranker and pipeline.reranker.fingerprint,
-                **{
-                    name: getattr(arguments, name)
-                    for name in ("num_retrieved", "num_passages", "gates", "passages", "question_field", "seed")
-                },
-            }
-            if pipeline.reranker is not None and pipeline.reranker.commit is not None:
-                facts["reranker_commit"] = pipeline.reranker.commit
-        return facts
+        loaded = {
+            "hypernetwork": self._checkpoint if arguments.uses_experts else None,
+            "index": pipeline.retriever,
+            "reranker": pipeline.reranker,
+        }
+        facts = {"version": __version__, **llm}
+        facts |= arguments.fingerprint({name: part and part.fingerprint for name, part in loaded.items()})
+        commits = {f"{name}_commit": getattr(part, "commit", None) for name, part in loaded.items()}
+        return facts | {name: commit for name, commit in commits.items() if commit is not None}
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts, and under ``genpoe`` arguments, fingerprint, where the run comes from, and its costs.

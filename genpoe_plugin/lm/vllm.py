@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from genpoe_plugin.comparison.runs import HOW
+from genpoe_plugin.arguments import HOW
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
+from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import load_tokenizer
-from genpoe_plugin.lm.arguments import GenPoEArguments
 from genpoe_plugin.lm.requests import PassageRequests, PlacedContext, options
 from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.selection.pipeline import Selection
@@ -58,14 +57,15 @@ _NO_OPTIONS = (*HOW, "trust_remote_code", "revision", "dtype", "max_length", "ma
 
 
 class GenPoEVLLM(PassageRequests, VLLM):
-    """lm-eval's vLLM class with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
-
-    Other arguments are lm-eval's for vLLM, and through it vLLM's engine arguments. vLLM batches by itself, so
-    ``batch_size`` is not used.
+    """lm-eval's vLLM class with passages in the prompt, as experts, both, or neither.
 
     Args:
+        pretrained: the LLM: a directory, or a name on the hub.
         device: where passages are encoded, reranked and made into experts.
         device_memory: where that is a GPU, the share of its memory that is kept for this and not given to vLLM.
+        batch_size: not used, for vLLM batches by itself.
+        arguments: those of `GenPoEArguments`, those of lm-eval's class for vLLM, and through it vLLM's engine
+            arguments.
 
     Raises:
         InputError: arguments that cannot be, or parts that do not fit each other; before the engine starts.
@@ -75,57 +75,31 @@ class GenPoEVLLM(PassageRequests, VLLM):
         self,
         pretrained: str,
         *,
-        mode: str = "genpoe",
-        hypernetwork: str | None = None,
-        index: str | None = None,
-        reranker: str | None = None,
-        num_retrieved: int = 20,
-        num_passages: int = 4,
-        gates: str = "softmax",
-        passages: str = "retrieved",
-        expert_layers: str | int | None = None,
-        question_field: str = "question",
-        expert_dtype: str | None = None,
-        expert_store: str | None = None,
-        expert_gb: float = ON_DEVICE / 10**9,
-        trace: str | None = None,
-        seed: int = 0,
         device: str | None = None,
         device_memory: float = 0.2,
         batch_size: int | str | None = None,
-        **vllm_arguments: Any,
+        **arguments: Any,
     ) -> None:
-        self.arguments = arguments = GenPoEArguments(
-            mode=mode,
-            hypernetwork=hypernetwork,
-            index=index,
-            reranker=reranker,
-            num_retrieved=num_retrieved,
-            num_passages=num_passages,
-            gates=gates,
-            passages=passages,
-            expert_layers=expert_layers,
-            question_field=question_field,
-            expert_store=expert_store,
-            expert_gb=expert_gb,
-            trace=trace,
-            seed=seed,
-        )
-        if expert_dtype is not None:
-            raise InputError(f"expert_dtype={expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe")
+        vllm_arguments = self._take_arguments(arguments)
+        asked = self.arguments
+        if asked.expert_dtype is not None:
+            raise InputError(
+                f"expert_dtype={asked.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
+            )
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
-        if arguments.control != "none":
+        if asked.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))
         self.store: ExpertStore | None = None
         self._engine: ExpertEngine | None = None
         makers = None
-        device, engine = share_device(None if mode == "closed_book" else device, device_memory, vllm_arguments)
-        if arguments.uses_experts:
-            assert hypernetwork is not None
+        device, engine = share_device(None if asked.mode == "closed_book" else device, device_memory, vllm_arguments)
+        if asked.uses_experts:
+            assert asked.hypernetwork is not None
             own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            makers = load_makers(pretrained, hypernetwork, device=device, **own)
-            arguments.layers_of(makers[0].config)
-            engine |= engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, vllm_arguments)
+            makers = load_makers(pretrained, asked.hypernetwork, device=device, **own)
+            config = makers[0].config
+            asked.layers_of(config)
+            engine |= engine_arguments(pretrained, asked.hypernetwork, config, asked.num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
         self._pretrained = pretrained
         self._rows: deque[tuple[Selection, int]] = deque()
