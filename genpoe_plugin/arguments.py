@@ -8,8 +8,8 @@ that the model classes take, and into the table of docs/evaluating.md.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.keeping import DTYPES, ON_DEVICE
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
 from genpoe_plugin.selection.controls import CONTROLS
-from genpoe_plugin.selection.pipeline import GATES
+from genpoe_plugin.selection.gates import GATES
 
 PASSAGE_MODES = tuple(mode for mode in MODES if mode != "closed_book")
 _WITH_PASSAGES = tuple(control for control in CONTROLS if control != "none")
@@ -64,7 +64,7 @@ class Use:
             return f"not one of {', '.join(filter(None, self.choices))}"
         if self.least is not None and not (number and isinstance(value, int) and value >= self.least):
             return f"give a whole number of at least {self.least}"
-        if self.positive is not None and not (number and 0 < value < math.inf):
+        if self.positive is not None and not (number and 0 < value <= sys.float_info.max):
             return f"give {self.positive} above 0"
         return None
 
@@ -105,8 +105,8 @@ class GenPoEArguments:
     )
     reranker: str | None = _argument(
         None,
-        "directory or hub id (`user/name`, `user/name@revision`); without one, passages keep their order and gates "
-        "are uniform",
+        "directory or hub id (`user/name`, `user/name@revision`); without one, passages keep their order and "
+        "`softmax` gates are uniform",
         controls=_RANKED,
         loaded=True,
     )
@@ -114,11 +114,21 @@ class GenPoEArguments:
     num_passages: int = _argument(4, "passages after reranking, at most", controls=(*_RANKED, "random"), least=1)
     gates: str = _argument(
         "softmax",
-        "`softmax` of the rerank scores, or `uniform`",
+        "`softmax` of the rerank scores, `retriever` (the same of the retriever's scores), or `uniform`",
         modes=EXPERT_MODES,
         controls=_RANKED,
         choices=GATES,
         traced=True,
+    )
+    gate_temperature: float = _argument(
+        1.0,
+        "gates are the softmax of the scores divided by it: with a large one they are equal, with a small one the best "
+        "passage counts alone",
+        modes=EXPERT_MODES,
+        controls=_RANKED,
+        positive="a finite number",
+        traced=True,
+        later=True,
     )
     passages: str = _argument(
         "retrieved",
@@ -166,6 +176,12 @@ class GenPoEArguments:
     def __post_init__(self) -> None:
         for name in ARGUMENTS:
             check_value(name, getattr(self, name))
+        object.__setattr__(self, "gate_temperature", float(self.gate_temperature))  # 2 and 2.0 are the same
+        if self.gates == "uniform" and self.gate_temperature != DEFAULTS["gate_temperature"]:
+            raise InputError(
+                f"gate_temperature={self.gate_temperature:g} with gates=uniform: they are equal at any temperature; "
+                "leave it out, or give gates=softmax or gates=retriever"
+            )
         if self.num_passages > self.num_retrieved:
             raise InputError(
                 f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"

@@ -22,7 +22,15 @@ from tests.selection.test_pipeline import FakeReranker, FakeRetriever
     ("arguments", "says"),
     [
         ({"mode": "magic"}, "mode=magic: not one of closed_book, rag, genpoe, genpoe_rag"),
-        ({"mode": "rag", "gates": "hard"}, "gates=hard: not one of softmax, uniform"),
+        ({"mode": "rag", "gates": "hard"}, "gates=hard: not one of softmax, retriever, uniform"),
+        *(
+            ({"mode": "rag", "gate_temperature": value}, f"gate_temperature={value}: give a finite number above 0")
+            for value in (0, -1.5, "warm", "2", True, float("nan"), float("inf"), 10**400, None)
+        ),
+        (
+            {"mode": "rag", "gate_temperature": 2, "gates": "uniform"},
+            "gate_temperature=2 with gates=uniform: they are equal at any temperature; leave it out, or give",
+        ),
         (
             {"mode": "rag", "passages": "best"},
             "passages=best: not one of retrieved, gold, shuffled, random, constant, none",
@@ -58,6 +66,7 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "num_retrieved": (5, 4),
     "num_passages": (3, 2),
     "gates": ("softmax", "uniform"),
+    "gate_temperature": (1.0, 2.0),
     "seed": (0, 1),
 }
 """What is given, and what is given instead, for arguments that the choice of passages depends on."""
@@ -115,6 +124,9 @@ def test_the_fingerprint_has_what_the_mode_uses(mode, tmp_path):
     with_more = replace(arguments, expert_layers="11+5", expert_dtype="int8").fingerprint(loaded)
     more = {"expert_layers": (5, 11), "expert_dtype": "int8"} if mode in EXPERT_MODES else {}
     assert with_more == EXPECTED[mode] | more
+    # The trace has gates in every mode with passages.
+    heated = {} if mode == "closed_book" else {"gate_temperature": 2.0}
+    assert replace(arguments, gate_temperature=2).fingerprint(loaded) == EXPECTED[mode] | heated
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -129,6 +141,7 @@ def test_a_fingerprint_has_all_that_tells_two_runs_apart(mode, control, tmp_path
         passages=control,
         expert_layers=1,
         expert_dtype="int8",
+        gate_temperature=0.5,
     )
     decides = deciding(vars(arguments))
     stated = arguments.fingerprint(dict.fromkeys(LOADED, "content"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genpoe_plugin.arguments import DEFAULTS, HOW, LOADED, control_of, tells_apart
+from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, HOW, LOADED, control_of, is_used, tells_apart
 from genpoe_plugin.comparison.runs import Run
 
 Settings = dict[str, Any]
@@ -64,6 +64,12 @@ def labels(systems: Sequence[Settings], shown: Sequence[Mapping[str, Any]]) -> l
     for settings in systems:
         for name in settings:
             values.setdefault(name, set()).add(json.dumps(settings[name], default=str))
+    ours = [settings for settings in systems if "mode" in settings]
+    for name in {name for settings in ours for name in settings} & ARGUMENTS.keys():
+        # What one of them leaves at a default that settings do not tell is another value all the same.
+        lacking = [settings for settings in ours if name not in settings]
+        if any(is_used(name, settings["mode"], settings["passages"]) for settings in lacking):
+            values[name].add(json.dumps(DEFAULTS[name]))
     differing = [name for name in values if len(values[name]) > 1 and name not in told]
     names = []
     for settings, show in zip(systems, shown, strict=True):

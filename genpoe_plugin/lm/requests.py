@@ -187,6 +187,7 @@ class PassageRequests(TemplateLM):
             num_retrieved=arguments.num_retrieved,
             num_passages=arguments.num_passages,
             gates=arguments.gates,
+            gate_temperature=arguments.gate_temperature,
             control=arguments.control,
             seed=arguments.seed,
             progress=self.rank == 0,
