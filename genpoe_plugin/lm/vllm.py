@@ -6,8 +6,7 @@ Everything before the LLM is `genpoe_plugin.lm.requests`, and what happens insid
 from __future__ import annotations
 
 import importlib.metadata
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 
 from genpoe_plugin.arguments import HOW
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import load_tokenizer
-from genpoe_plugin.lm.requests import PassageRequests, PlacedContext, options
+from genpoe_plugin.lm.requests import PassageRequests, options
+from genpoe_plugin.lm.side_channels import EngineOrder, PlacedContext, Row
 from genpoe_plugin.provenance import peak_memory
-from genpoe_plugin.selection.pipeline import Selection
 from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments, share_device
 
 check_vllm()
@@ -89,7 +87,6 @@ class GenPoEVLLM(PassageRequests, VLLM):
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
         if asked.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))
-        self.store: ExpertStore | None = None
         self._engine: ExpertEngine | None = None
         makers = None
         device, engine = share_device(None if asked.mode == "closed_book" else device, device_memory, vllm_arguments)
@@ -102,8 +99,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             engine |= engine_arguments(pretrained, asked.hypernetwork, config, asked.num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
         self._pretrained = pretrained
-        self._rows: deque[tuple[Selection, int]] = deque()
-        self._encoded: deque[tuple[PlacedContext, list[int]]] = deque()
+        self._order = EngineOrder()
         dtype = self.model.llm_engine.model_config.dtype
         facts = {
             "engine": "vllm",
@@ -141,18 +137,14 @@ class GenPoEVLLM(PassageRequests, VLLM):
             and not isinstance(string, str)
             and all(isinstance(s, PlacedContext) for s in string)
         ):
-            # About to generate from these, in this order.
-            rows = zip(string, ids, strict=True)
-            self._encoded = deque(sorted(rows, key=lambda row: (-len(row[1]), row[0])))
+            self._order.foresee_prompts(string, ids)  # about to generate from these
         return ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         if self._engine is not None:
-            rows = [(self._scored_row(request), request[1] + request[2]) for request in requests]
-            rows.sort(key=lambda row: (-len(row[1]), tuple(row[1])))
-            self._rows = deque(row for row, _ in rows)
+            self._order.foresee_scored([(self._scored_row(request), request[1] + request[2]) for request in requests])
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
 
     def _model_generate(
@@ -164,7 +156,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         """As lm-eval, which hands the requests over in the order that was foreseen, each with its experts."""
         if self._engine is None:
             return super()._model_generate(requests, generate, sampling_params)
-        rows = [self._generated_row(ids) if generate else self._rows.popleft() for ids in requests]
+        rows = [self._generated_row(ids) if generate else self._order.next_scored(ids) for ids in requests]
         if not isinstance(sampling_params, list):
             scoring = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
             sampling_params = [sampling_params or scoring] * len(requests)
@@ -175,7 +167,6 @@ class GenPoEVLLM(PassageRequests, VLLM):
             ]
         )
 
-    def _generated_row(self, ids: Sequence[int]) -> tuple[Selection, int]:
-        context, encoded = self._encoded.popleft()
-        assert ids == encoded or len(ids) < len(encoded), "requests are in another order than their experts"
+    def _generated_row(self, ids: list[int]) -> Row:
+        context = self._order.next_prompt(ids)
         return context.selection, self._start(context, context, len(ids))
