@@ -77,7 +77,7 @@ def _argument(default: Any, meaning: str, **use: Any) -> Any:
 class GenPoEArguments:
     """What ``--model_args`` may say besides the arguments of lm-eval's own class; checked when made.
 
-    `ARGUMENTS` has the use and the meaning of each.
+    `ARGUMENTS` has the use and the meaning of each, and docs/evaluating.md a table of them.
 
     Raises:
         InputError: a value that cannot be, or a combination that cannot run.
