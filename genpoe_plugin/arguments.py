@@ -267,7 +267,7 @@ ARGUMENTS: dict[str, Use] = {argument.name: argument.metadata["use"] for argumen
 DEFAULTS: dict[str, Any] = {argument.name: argument.default for argument in fields(GenPoEArguments)}
 LOADED = tuple(name for name, use in ARGUMENTS.items() if use.loaded)
 """Arguments that name something that is loaded."""
-HOW = frozenset(
+NON_DECIDING = frozenset(
     {
         *(name for name, use in ARGUMENTS.items() if not use.decides),
         # Of lm-eval's own classes:
@@ -295,9 +295,9 @@ def tells_apart(name: str, value: Any, mode: str, control: str) -> bool:
     """Whether a run with this argument is another one than a run without it, in ``mode`` and with ``control``.
 
     Args:
-        name: of any model argument. One that is not among `ARGUMENTS` counts wherever it is given, but for `HOW`.
+        name: of any model argument; it counts wherever it is given if it is in neither `ARGUMENTS` nor `NON_DECIDING`.
     """
-    if name in HOW or value is None:
+    if name in NON_DECIDING or value is None:
         return False
     if name not in ARGUMENTS:
         return True

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from genpoe_plugin.arguments import ARGUMENTS, HOW, LOADED, GenPoEArguments, control_of, is_used, tells_apart
+from genpoe_plugin.arguments import ARGUMENTS, LOADED, NON_DECIDING, GenPoEArguments, control_of, is_used, tells_apart
 from genpoe_plugin.comparison.settings import deciding
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage
@@ -146,7 +146,10 @@ def test_a_fingerprint_has_all_that_tells_two_runs_apart(mode, control, tmp_path
     decides = deciding(vars(arguments))
     stated = arguments.fingerprint(dict.fromkeys(LOADED, "content"))
     assert decides.keys() - {"passages"} <= stated.keys()
-    assert {name for name in ARGUMENTS if is_used(name, mode, control_of(mode, control))} - HOW <= {*decides, "seed"}
+    assert {name for name in ARGUMENTS if is_used(name, mode, control_of(mode, control))} - NON_DECIDING <= {
+        *decides,
+        "seed",
+    }
 
 
 def test_an_argument_that_is_not_ours_tells_runs_apart_unless_it_says_how():

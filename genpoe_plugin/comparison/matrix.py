@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, HOW
+from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, NON_DECIDING
 from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint
 from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.comparison.settings import deciding, key
@@ -152,7 +152,7 @@ def _cells(name: str, kind: str, arguments: Mapping[str, Any], axes: Mapping[str
             raise InputError(f"{where}: mode {mode} needs hypernetwork: DIRECTORY, or modes of its own without it")
         asked = {**arguments, "mode": mode, "passages": passages, "num_passages": number, "seed": seed}
         decides = deciding(asked)
-        kept = {argument: value for argument, value in asked.items() if argument in decides or argument in HOW}
+        kept = {argument: value for argument, value in asked.items() if argument in decides or argument in NON_DECIDING}
         words = [name, mode] + ([passages] if mode != "closed_book" else [])
         words += [f"K{number}"] if "num_passages" in decides else []
         words += [f"seed{seed}"] if "seed" in decides else []

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, HOW, LOADED, control_of, is_used, tells_apart
+from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, LOADED, NON_DECIDING, control_of, is_used, tells_apart
 from genpoe_plugin.comparison.runs import Run
 
 Settings = dict[str, Any]
@@ -27,7 +27,7 @@ def deciding(arguments: Mapping[str, Any]) -> Settings:
 
 def settings_of(run: Run) -> Settings:
     """Of a run of any model. Fingerprints are in the place of the paths of what was loaded."""
-    arguments = {name: value for name, value in run.arguments.items() if name not in HOW}
+    arguments = {name: value for name, value in run.arguments.items() if name not in NON_DECIDING}
     genpoe = run.genpoe
     if genpoe is None:
         return {"kind": run.config.get("model"), **arguments}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from genpoe_plugin.arguments import HOW
+from genpoe_plugin.arguments import NON_DECIDING
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.llm.language_model import load_tokenizer
 from genpoe_plugin.lm.requests import PassageRequests, options
@@ -51,7 +51,7 @@ from vllm import RequestOutput, SamplingParams  # noqa: E402
 from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_makers  # noqa: E402
 
 # Besides arguments that do not decide an answer, those that the fingerprint has in another form.
-_NO_OPTIONS = (*HOW, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
+_NO_OPTIONS = (*NON_DECIDING, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
 
 
 class GenPoEVLLM(PassageRequests, VLLM):
