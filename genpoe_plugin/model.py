@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genpoe_plugin.arguments import check_value
 from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.injection import inject, observe_router
-from genpoe_plugin.experts.store import DTYPES, ExpertStore
+from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import check_tokenizer, context_length, load_language_model
 from genpoe_plugin.prompts import (
     EXPERT_MODES,
     MAX_NEW_TOKENS,
-    MODES,
     PROMPT_MODES,
     STOP,
     closed_book_prompt,
@@ -28,6 +28,7 @@ from genpoe_plugin.prompts import (
     expert_start,
     in_mode,
 )
+from genpoe_plugin.selection.gates import softmax, uniform
 from genpoe_plugin.training.batches import answer_logits, make_batch, token_losses
 from genpoe_plugin.training.examples import DrawnExample
 
@@ -82,14 +83,13 @@ class GenPoEModel:
         revision: str | None = None,
         expert_dtype: str | None = None,
     ) -> None:
-        if expert_dtype is not None and expert_dtype not in DTYPES:
-            raise InputError(f"expert_dtype={expert_dtype}: not one of {', '.join(DTYPES)}")
+        check_value("expert_dtype", expert_dtype)
         check_tokenizer(tokenizer, str(llm.config.name_or_path))
         self.llm, self.tokenizer = llm.eval(), tokenizer
         self.checkpoint = HypernetworkCheckpoint.from_pretrained(hypernetwork, revision=revision)
         self.hypernetwork = self.checkpoint.load(llm, tokenizer)
         self._store = ExpertStore(
-            self.hypernetwork, llm, tokenizer, dtype=None if expert_dtype is None else DTYPES[expert_dtype]
+            self.hypernetwork, llm, tokenizer, dtype=None if expert_dtype is None else getattr(torch, expert_dtype)
         )
 
     @classmethod
@@ -140,6 +140,27 @@ class GenPoEModel:
                 raise InputError("a loaded LLM needs its tokenizer; give tokenizer=")
         return cls(model, tokenizer, hypernetwork, revision=revision, expert_dtype=expert_dtype)
 
+    @staticmethod
+    def gates(scores: Sequence[Sequence[float]], gate_temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """Gates of scores, a reranker's or a retriever's, as an evaluation makes them.
+
+        Args:
+            scores: for each question one for each of its passages; the higher, the better.
+            gate_temperature: above 0. Gates are the softmax of the scores divided by it: with a large one they are
+                equal, with a small one the best passage counts alone.
+
+        Returns:
+            For each question as many gates as it has scores; they add up to 1.
+
+        Raises:
+            InputError: a score is not a finite number, or the temperature is not one above 0.
+        """
+        check_value("gate_temperature", gate_temperature)
+        for number, own in enumerate(scores):
+            if not all(math.isfinite(score) for score in own):
+                raise InputError(f"question {number}: a score is not a finite number; give one for every passage")
+        return [softmax(own, gate_temperature) for own in scores]
+
     @torch.no_grad()
     def generate(
         self,
@@ -156,7 +177,7 @@ class GenPoEModel:
         Args:
             questions: any number; a first letter in lower case and a missing question mark are mended.
             passages: any number for each question; a question without any is answered by the LLM alone.
-            gates: as many; they say how much each passage counts, such as the softmax of a reranker's scores.
+            gates: as many; they say how much each passage counts. `gates` makes them of scores.
             mode: ``closed_book``, ``rag`` (passages in the prompt), ``genpoe`` (as experts) or ``genpoe_rag`` (both).
                 Where the prompt gets too long for the LLM, passages are left out of it, the last ones first.
             batch_size: questions at a time.
@@ -310,8 +331,7 @@ class GenPoEModel:
         self, questions: Sequence[str], passages: Passages | None, gates: Gates, mode: str, room: int = 0
     ) -> list[_Row]:
         """Questions as the LLM reads them, with so many tokens left for what follows."""
-        if mode not in MODES:
-            raise InputError(f"mode={mode}: not one of {', '.join(MODES)}")
+        check_value("mode", mode)
         if isinstance(questions, str):
             raise InputError("questions are a list; give [question] for one")
         used = None if mode == "closed_book" else passages
@@ -396,7 +416,7 @@ def _checked_gates(passages: Passages, gates: Gates) -> Sequence[Sequence[float]
         InputError: they are not as many as the passages, or one is negative or no number.
     """
     if gates is None:
-        return [[1 / len(own) for _ in own] for own in passages]
+        return [uniform(len(own)) for own in passages]
     if [len(own) for own in gates] != [len(own) for own in passages]:
         raise InputError("gates have to be as many as the passages, for every question")
     if any(not 0 <= gate < math.inf for own in gates for gate in own):

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from lm_eval.api.instance import Instance
+from scipy.special import softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import genpoe_plugin
@@ -54,6 +56,29 @@ def checkpoint(request, llm_dir, tmp_path) -> Path:
 @pytest.fixture
 def model(llm_dir, checkpoint) -> GenPoEModel:
     return GenPoEModel.from_pretrained(str(llm_dir), checkpoint, dtype="float32")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25, 8])
+def test_gates_of_scores(temperature):
+    scores = [[2.5, -1.0, 0.5], [7.0]]
+    *found, none = GenPoEModel.gates([*scores, []], temperature)
+    assert none == ()
+    for own, gates in zip(scores, found, strict=True):
+        np.testing.assert_allclose(gates, softmax(np.array(own, np.float64) / temperature), rtol=1e-12)
+    assert temperature != 1 or GenPoEModel.gates(scores) == found
+
+
+@pytest.mark.parametrize(
+    ("scores", "temperature", "said"),
+    [
+        ([[1.0]], 0, "gate_temperature=0: give a finite number above 0"),
+        ([[1.0]], "hot", "gate_temperature=hot: give a finite number above 0"),
+        ([[1.0], [0.5, float("nan")]], 1.0, "question 1: a score is not a finite number"),
+    ],
+)
+def test_gates_of_what_is_no_score_or_temperature(scores, temperature, said):
+    with pytest.raises(InputError, match=said):
+        GenPoEModel.gates(scores, temperature)
 
 
 @pytest.mark.parametrize("mode", MODES)

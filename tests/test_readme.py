@@ -7,7 +7,6 @@ import inspect
 import re
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,14 +15,15 @@ import lm_eval._cli
 import pytest
 from lm_eval.models.huggingface import HFLM
 
+from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, PASSAGE_MODES, GenPoEArguments, Use
 from genpoe_plugin.demo.run import RUNS, DemoSettings
 from genpoe_plugin.demo.table import Row, render
 from genpoe_plugin.demo.world import make_world
-from genpoe_plugin.lm.hf import GenPoEArguments, GenPoELM
-from genpoe_plugin.prompts import MODES
+from genpoe_plugin.lm.argument_names import accepted_names
+from genpoe_plugin.lm.hf import GenPoELM
+from genpoe_plugin.prompts import EXPERT_MODES, MODES
 from genpoe_plugin.registration import MODELS
 from genpoe_plugin.selection.controls import CONTROLS
-from genpoe_plugin.selection.pipeline import GATES
 from tasks import open_qa
 from train_cli.main import main
 
@@ -93,11 +93,6 @@ def test_what_does_not_exist_does_not_parse() -> None:
             parse(main, shlex.split(wrong))
 
 
-def accepted_arguments() -> set[str]:
-    signatures = [inspect.signature(cls.__init__).parameters for cls in (GenPoELM, HFLM)]
-    return {name for parameters in signatures for name in parameters} - {"self", "hf_arguments", "kwargs"}
-
-
 def test_lm_eval_commands_parse_and_name_what_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [command for text in (README, *DOCS.values()) for command in commands(text, "lm_eval")]
     found = [command for command in found if "--tasks" in command]
@@ -118,28 +113,36 @@ def test_lm_eval_commands_parse_and_name_what_exists(tmp_path: Path, monkeypatch
         complete += 1
         given = options.model_args
         # Those of vLLM are looked at where there is one, in tests/lm/vllm/test_readme.py.
-        assert options.model == "genpoe-vllm" or {*given} <= accepted_arguments()
+        assert options.model == "genpoe-vllm" or {*given} <= accepted_names(GenPoELM, HFLM)
         if index := given.get("index"):
             # The values are checked as well, and that it is there is one of the checks.
             Path(index).mkdir(exist_ok=True)
-        ours = {field.name for field in fields(GenPoEArguments)}
-        GenPoEArguments(**{name: value for name, value in given.items() if name in ours})
+        GenPoEArguments(**{name: value for name, value in given.items() if name in ARGUMENTS})
     assert complete
 
 
-def test_the_arguments_are_those_of_the_model_class_with_their_defaults() -> None:
+def decides(use: Use) -> str:
+    """When an argument decides an answer, as the table of arguments says it."""
+    if not use.decides:
+        return "never"
+    modes = {MODES: "always", PASSAGE_MODES: "with passages", EXPERT_MODES: "with experts"}[tuple(use.modes)]
+    without = [f"`{control}`" for control in CONTROLS if control not in (*use.controls, "none")]
+    return f"{modes}, but not {', '.join(without)}" if without else modes
+
+
+def test_the_table_of_arguments_is_their_declaration() -> None:
     header, *rows = table(DOCS["evaluating.md"], "argument")
-    assert header == ["argument", "default", "meaning"]
-    documented = {}
-    for names, defaults, _ in rows:
-        arguments = re.findall(r"`(\w+)`", names)
-        documented.update(zip(arguments, defaults.split(", ") if defaults else [""] * len(arguments), strict=True))
-    expected = {field.name: "" if field.default is None else str(field.default) for field in fields(GenPoEArguments)}
-    assert documented == expected
-    meaning = {names.strip("`"): text for names, _, text in rows}
-    for argument, allowed in (("mode", MODES), ("gates", GATES), ("passages", CONTROLS)):
-        default = expected[argument]
-        assert {default, *re.findall(r"`(\w+)`", meaning[argument])} == {*allowed}, argument
+    assert header == ["argument", "default", "decides", "meaning"]
+    assert rows == [
+        [f"`{name}`", "" if DEFAULTS[name] is None else str(DEFAULTS[name]), decides(use), use.meaning]
+        for name, use in ARGUMENTS.items()
+    ]
+
+
+def test_the_meaning_of_an_argument_names_all_its_values() -> None:
+    for name, use in ARGUMENTS.items():
+        if use.choices is not None:
+            assert {DEFAULTS[name], *re.findall(r"`(\w+)`", use.meaning)} == {*use.choices}, name
 
 
 def test_the_table_is_one_that_the_demo_prints() -> None:

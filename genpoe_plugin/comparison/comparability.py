@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from genpoe_plugin.arguments import is_used
 from genpoe_plugin.comparison.runs import LeftOut, Run
 from genpoe_plugin.comparison.settings import key, settings_of
 
@@ -80,7 +81,7 @@ def _passages(run: Run) -> tuple[str | None, str | None, str | None]:
     if settings["passages"] == "none":
         return None, None, None
     source = f"{_OF_DOCS} ({run.documents[:8]})" if run.brings_passages else f"index {settings.get('index')}"
-    if settings["passages"] in ("random", "constant"):
+    if not is_used("reranker", settings["mode"], settings["passages"]):
         return source, None, None
     return source, str(settings.get("reranker")), str(settings.get("num_retrieved"))
 

@@ -20,15 +20,16 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, NON_DECIDING
 from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint
-from genpoe_plugin.comparison.runs import HOW, QuestionBook, read_runs
+from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.comparison.settings import deciding, key
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
-from genpoe_plugin.prompts import EXPERT_MODES, MODES
-from genpoe_plugin.selection.controls import CONTROLS
+from genpoe_plugin.prompts import EXPERT_MODES
 
-AXES: dict[str, Any] = {"modes": ["genpoe"], "passages": ["retrieved"], "num_passages": [4], "seeds": [0]}
+_VARIED = {"modes": "mode", "passages": "passages", "num_passages": "num_passages", "seeds": "seed"}
+AXES: dict[str, Any] = {axis: [DEFAULTS[argument]] for axis, argument in _VARIED.items()}
 """What a matrix varies, with the defaults; a model may have its own."""
 OPTIONS = (
     *("batch_size", "max_batch_size", "device", "num_fewshot", "limit", "gen_kwargs", "metadata", "seed"),
@@ -140,22 +141,18 @@ def _cells(name: str, kind: str, arguments: Mapping[str, Any], axes: Mapping[str
     if kind not in _OURS:
         return [Cell(_file_name(name), kind, dict(arguments))]
     for axis, values in axes.items():
-        whole = axis in ("num_passages", "seeds")
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: {axis}: give a list")
         for value in values:
-            allowed = {"modes": MODES, "passages": CONTROLS}.get(axis)
-            if allowed is not None and value not in allowed:
-                raise InputError(f"{where}: {axis}: {value}: not one of {', '.join(allowed)}")
-            if whole and (not isinstance(value, int) or isinstance(value, bool) or value < (axis == "num_passages")):
-                raise InputError(f"{where}: {axis}: {value}: not a whole number")
+            if wrong := ARGUMENTS[_VARIED[axis]].wrong_with(value):
+                raise InputError(f"{where}: {axis}: {value}: {wrong}")
     cells = []
     for mode, passages, number, seed in product(*(axes[axis] for axis in AXES)):
         if mode in EXPERT_MODES and not arguments.get("hypernetwork"):
             raise InputError(f"{where}: mode {mode} needs hypernetwork: DIRECTORY, or modes of its own without it")
         asked = {**arguments, "mode": mode, "passages": passages, "num_passages": number, "seed": seed}
         decides = deciding(asked)
-        kept = {argument: value for argument, value in asked.items() if argument in decides or argument in HOW}
+        kept = {argument: value for argument, value in asked.items() if argument in decides or argument in NON_DECIDING}
         words = [name, mode] + ([passages] if mode != "closed_book" else [])
         words += [f"K{number}"] if "num_passages" in decides else []
         words += [f"seed{seed}"] if "seed" in decides else []

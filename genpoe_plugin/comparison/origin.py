@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from genpoe_plugin.arguments import LOADED
 from genpoe_plugin.comparison.runs import Run
 
 _SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
@@ -40,7 +41,7 @@ def origin_of(run: Run) -> Origin:
     genpoe = run.genpoe or {}
     noted = genpoe.get("provenance", {})
     fingerprint = genpoe.get("fingerprint", {})
-    fingerprints = {name: fingerprint.get(name) for name in ("hypernetwork", "index", "reranker")}
+    fingerprints = {name: fingerprint.get(name) for name in LOADED}
     fingerprints |= {
         "model": run.config.get("model_sha"),
         "data": genpoe.get("documents", {}).get(run.task) or run.documents[:16],

@@ -367,13 +367,3 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
         documents=documents,
         brings_passages=read.brings_passages,
     )
-
-
-HOW = (
-    *("trace", "batch_size", "max_batch_size", "device", "expert_store", "expert_gb"),
-    # On vLLM:
-    *("device_memory", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"),
-    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
-    *("max_loras", "max_cpu_loras", "max_lora_rank", "enforce_eager", "disable_log_stats"),
-)
-"""Arguments that say how a run is made and not what it is."""

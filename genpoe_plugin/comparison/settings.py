@@ -7,46 +7,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genpoe_plugin.comparison.runs import HOW, Run
-from genpoe_plugin.prompts import EXPERT_MODES
+from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, LOADED, NON_DECIDING, control_of, is_used, tells_apart
+from genpoe_plugin.comparison.runs import Run
 
 Settings = dict[str, Any]
 """Name to value; two runs with equal settings are the same run."""
 
-_PASSAGES = ("num_passages", "gates", "index", "reranker", "num_retrieved", "question_field", "seed")
-# What a control leaves unused. A passage drawn at random has no rerank score, so gates are uniform.
-_UNUSED = {
-    "none": {*_PASSAGES},
-    "constant": {*_PASSAGES} - {"index", "question_field", "seed"},
-    "random": {"gates", "reranker", "num_retrieved"},
-    "retrieved": {"seed"},
-    "gold": {"seed"},
-    "shuffled": set[str](),
-}
 _SHORT = {"num_passages": "K", "pretrained": "model", "num_retrieved": "of", "hypernetwork": "hypernetwork"}
-_FILES = ("pretrained", "hypernetwork", "index", "reranker", "peft", "delta")
+_FILES = ("pretrained", *LOADED, "peft", "delta")
 
 
 def deciding(arguments: Mapping[str, Any]) -> Settings:
     """Those of the genpoe model's arguments that decide its answers: mode and control leave some unused."""
-    mode = arguments.get("mode", "genpoe")
-    control = "none" if mode == "closed_book" else arguments.get("passages", "retrieved")
-    unused = {*HOW, *_UNUSED[control]}
-    if mode not in EXPERT_MODES:
-        unused |= {"hypernetwork", "expert_layers", "expert_dtype", "gates"}
-    kept = {name: value for name, value in arguments.items() if name not in unused and value is not None}
+    mode = arguments.get("mode", DEFAULTS["mode"])
+    control = control_of(mode, arguments.get("passages", DEFAULTS["passages"]))
+    kept = {name: value for name, value in arguments.items() if tells_apart(name, value, mode, control)}
     return kept | {"mode": mode, "passages": control}
 
 
 def settings_of(run: Run) -> Settings:
     """Of a run of any model. Fingerprints are in the place of the paths of what was loaded."""
-    arguments = {name: value for name, value in run.arguments.items() if name not in HOW}
+    arguments = {name: value for name, value in run.arguments.items() if name not in NON_DECIDING}
     genpoe = run.genpoe
     if genpoe is None:
         return {"kind": run.config.get("model"), **arguments}
     settings = deciding(arguments | genpoe.get("arguments", {}))
     fingerprint = genpoe.get("fingerprint", {})
-    for name in ("hypernetwork", "index", "reranker"):
+    for name in LOADED:
         if name in settings and fingerprint.get(name):
             settings[name] = fingerprint[name]
     if run.brings_passages:
@@ -77,6 +64,12 @@ def labels(systems: Sequence[Settings], shown: Sequence[Mapping[str, Any]]) -> l
     for settings in systems:
         for name in settings:
             values.setdefault(name, set()).add(json.dumps(settings[name], default=str))
+    ours = [settings for settings in systems if "mode" in settings]
+    for name in {name for settings in ours for name in settings} & ARGUMENTS.keys():
+        # What one of them leaves at a default that settings do not tell is another value all the same.
+        lacking = [settings for settings in ours if name not in settings]
+        if any(is_used(name, settings["mode"], settings["passages"]) for settings in lacking):
+            values[name].add(json.dumps(DEFAULTS[name]))
     differing = [name for name in values if len(values[name]) > 1 and name not in told]
     names = []
     for settings, show in zip(systems, shown, strict=True):

@@ -17,17 +17,10 @@ from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
 from genpoe_plugin.experts.int8 import Int8Experts
+from genpoe_plugin.experts.keeping import ON_DEVICE, ON_HOST
 from genpoe_plugin.experts.slab import Slab
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
-"""Of experts, by the names that users give."""
-ON_DEVICE, ON_HOST = 2 * 10**9, 8 * 10**9  # bytes, where nothing else is said
 MAX_EXPERT_UNITS = 2 * MAX_PASSAGE_TOKENS  # of one expert in the attention, what the prompt puts around it included
 
 

@@ -1,28 +1,27 @@
 """The lm-eval model ``genpoe``: a Hugging Face LLM in the four modes, every row of a batch with its own passages.
 
-Everything before the LLM is `genpoe_plugin.lm.requests`; here each batch finds its experts.
-`genpoe_plugin.registration` makes the name known to lm-eval.
+Everything before the LLM is `genpoe_plugin.lm.requests`, and `genpoe_plugin.lm.side_channels` brings each batch its
+experts. `genpoe_plugin.registration` makes the name known to lm-eval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.hub import commit_of
 from genpoe_plugin.llm.gguf_files import begin_as_stored, check_gguf, gguf_path
-from genpoe_plugin.lm.arguments import GenPoEArguments
 from genpoe_plugin.lm.requests import PassageRequests, options
+from genpoe_plugin.lm.side_channels import BatchExperts
 from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.selection.pipeline import Selection
 
@@ -35,53 +34,21 @@ _NO_OPTIONS = (
 
 
 class GenPoELM(PassageRequests, HFLM):
-    """HFLM with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
+    """HFLM with passages in the prompt, as experts, both, or neither.
 
     Under data parallelism (``accelerate launch``) every process answers its own share of the docs, with the passages
     that it would give them alone.
+
+    Args:
+        pretrained: the LLM: a directory, a name on the hub, or a loaded one.
+        arguments: those of `GenPoEArguments`, and those of HFLM.
 
     Raises:
         InputError: arguments that cannot be, or parts that do not fit each other.
     """
 
-    def __init__(
-        self,
-        pretrained: str | PreTrainedModel,
-        *,
-        mode: str = "genpoe",
-        hypernetwork: str | None = None,
-        index: str | None = None,
-        reranker: str | None = None,
-        num_retrieved: int = 20,
-        num_passages: int = 4,
-        gates: str = "softmax",
-        passages: str = "retrieved",
-        expert_layers: str | int | None = None,
-        question_field: str = "question",
-        expert_dtype: str | None = None,
-        expert_store: str | None = None,
-        expert_gb: float = ON_DEVICE / 10**9,
-        trace: str | None = None,
-        seed: int = 0,
-        **hf_arguments: Any,
-    ) -> None:
-        self.arguments = arguments = GenPoEArguments(
-            mode=mode,
-            hypernetwork=hypernetwork,
-            index=index,
-            reranker=reranker,
-            num_retrieved=num_retrieved,
-            num_passages=num_passages,
-            gates=gates,
-            passages=passages,
-            expert_layers=expert_layers,
-            question_field=question_field,
-            expert_dtype=expert_dtype,
-            expert_store=expert_store,
-            expert_gb=expert_gb,
-            trace=trace,
-            seed=seed,
-        )
+    def __init__(self, pretrained: str | PreTrainedModel, **arguments: Any) -> None:
+        hf_arguments = self._take_arguments(arguments)
         if isinstance(pretrained, str):
             check_gguf(pretrained, hf_arguments.get("gguf_file"), hf_arguments.get("subfolder") or "")
         super().__init__(pretrained, **hf_arguments)
@@ -90,21 +57,19 @@ class GenPoELM(PassageRequests, HFLM):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.backend != "causal":
             raise InputError(f"{self._llm_name} is not a decoder-only model, which genpoe needs")
-        if mode == "genpoe_rag" and self.truncation:
+        if self.arguments.mode == "genpoe_rag" and self.truncation:
             raise InputError("truncation=True may cut the question off a prompt; leave it out with mode=genpoe_rag")
 
-        self.store: ExpertStore | None = None
-        if arguments.uses_experts:
+        self._batch: BatchExperts | None = None
+        if self.arguments.uses_experts:
             network = self._checkpoint.load(self.model, self.tokenizer)
-            self._layers = arguments.layers_of(network.config)
+            layers = self.arguments.layers_of(network.config)
             # Equal contexts may have different experts, so one's logits cannot serve another.
             self.logits_cache = False
         self._start_requests(self._llm_facts(hf_arguments), str(self.device))
-        if arguments.uses_experts:
+        if self.arguments.uses_experts:
             self.store = self._expert_store(network, self.model, self.tokenizer)
-        self._rows: RowExperts | None = None
-        self._inputs: list[list[int]] | None = None
-        self._probing = False
+            self._batch = BatchExperts(self.store, self.model, layers)
 
     def _from_others(self, own: list[Any]) -> list[Any]:
         """What the other processes of a data-parallel run say to this one; all of them call this at the same point."""
@@ -159,52 +124,40 @@ class GenPoELM(PassageRequests, HFLM):
 
     # Experts beside the batches
 
-    def _expert_rows(self, selections: Sequence[Selection], starts: Sequence[int]) -> RowExperts | None:
-        assert self.store is not None
-        self._rows = None  # those of the last batch, or for a moment both would be in memory
-        return self.store.rows(
-            [selection.strings for selection in selections], [selection.gates for selection in selections], starts
-        )
+    def _select(self, method: str, requests: Sequence[Instance]) -> list[Selection]:
+        selections = super()._select(method, requests)
+        if self._batch is not None:
+            self._batch.foresee(selections)
+        return selections
 
     def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As HFLM, which is about to generate from these prompts: their experts are made ready."""
         ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
-        if self.store is not None:
+        if self._batch is not None:
             lengths = mask.sum(1).tolist()
-            starts = [self._start(context, context, length) for context, length in zip(strings, lengths, strict=True)]
-            self._rows = self._expert_rows([context.selection for context in strings], starts)
+            self._batch.prepare(
+                [
+                    (context.selection, self._start(context, context, length))
+                    for context, length in zip(strings, lengths, strict=True)
+                ]
+            )
         return ids, mask
 
+    def _injected(self, ids: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._batch is None else self._batch.injected(ids)
+
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._injected(len(context)):
+        with self._injected(context):
             return super()._model_generate(context, *args, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._inputs is not None and not self._probing:
-            seen = [row[: len(tokens)].tolist() for row, tokens in zip(inps, self._inputs, strict=True)]
-            assert seen == self._inputs, "a batch is in another order than its experts"
-        with self._injected(len(inps)):
+        with self._injected(inps):
             return super()._model_call(inps, *args, **kwargs)
-
-    @contextmanager
-    def _injected(self, batch: int) -> Iterator[None]:
-        if self.store is None:
-            yield
-            return
-        rows = self._rows
-        if self._probing:
-            rows = self._expert_rows([self._widest] * batch, [0] * batch) if self._widest else None
-        assert rows is None or len(rows.start) == batch, "a batch has other rows than its experts"
-        with inject(self.model, self._layers, rows):
-            yield
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """As HFLM, with as many experts in every row as the run will see."""
-        self._probing = True
-        try:
+        with nullcontext() if self._batch is None else self._batch.probing():
             return super()._detect_batch_size(requests, pos)
-        finally:
-            self._probing = False
 
     def _loglikelihood_tokens(
         self,
@@ -213,7 +166,7 @@ class GenPoELM(PassageRequests, HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """As HFLM, which is handed one batch at a time, in the order in which it would sort them itself."""
-        if self.store is None:
+        if self._batch is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
         def key(number: int) -> tuple[int, tuple[int, ...]]:
@@ -235,9 +188,8 @@ class GenPoELM(PassageRequests, HFLM):
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=hidden) as bar:
             for batch in batches:
                 numbers = order[len(results) : len(results) + len(batch)]
-                rows = [owners[number] for number in numbers]
-                self._rows = self._expert_rows([selection for selection, _ in rows], [start for _, start in rows])
-                self._inputs = [(row[1] + row[2])[-(self.max_length + 1) :][:-1] for row in batch]
+                tokens = [(row[1] + row[2])[-(self.max_length + 1) :][:-1] for row in batch]
+                self._batch.prepare([owners[number] for number in numbers], tokens)
                 scores = super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
                 results.update(zip(numbers, scores, strict=True))
                 bar.update(len(batch))

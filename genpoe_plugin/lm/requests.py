@@ -1,8 +1,8 @@
-"""What the lm-eval model classes share: passages chosen for all requests at once, contexts with their place, the cache.
+"""What the lm-eval model classes share: passages chosen for all requests at once, and put where the LLM reads them.
 
 Such a class sees all requests of a run at once. It selects passages and makes experts for all of them, puts passages
 into the prompts that need them, and leaves batching, generating and scoring to the class of lm-eval that it builds on.
-A request's context travels there as a string that remembers its selection, and that is how each row finds its experts.
+How each row finds its experts there is `genpoe_plugin.lm.side_channels`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ import hashlib
 import json
 import logging
 import re
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CacheHook, TemplateLM, hash_args
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, hash_string, simple_parse_args_string
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin import __version__
+from genpoe_plugin.arguments import ARGUMENTS, GenPoEArguments
 from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint, llm_identity
 from genpoe_plugin.data.questions import Question, passages_from_ctxs
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.store import DTYPES, ExpertStore
+from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import weights_sample
-from genpoe_plugin.lm.arguments import GenPoEArguments, check_names, nearest_name
+from genpoe_plugin.lm import response_cache
+from genpoe_plugin.lm.argument_names import check_names, nearest_name
 from genpoe_plugin.lm.saved_results import RunFacts, save_traces
-from genpoe_plugin.prompts import PROMPT_MODES, Prompt, expert_start, in_mode, last_question
+from genpoe_plugin.lm.side_channels import OriginalKeys, PlacedContext, Row, Windows
+from genpoe_plugin.prompts import PROMPT_MODES, expert_start, in_mode, last_question
 from genpoe_plugin.provenance import DocumentDigests, digest, provenance
 from genpoe_plugin.registration import errors_in_one_line
 from genpoe_plugin.selection.pipeline import Pipeline, Selection
@@ -44,34 +47,6 @@ from genpoe_plugin.selection.trace import Trace
 _log = logging.getLogger(__name__)
 
 errors_in_one_line()  # also where lm-eval finds the model classes by itself, and the start-up file is off
-
-_FINGERPRINT, _PROBES, _TRACE = "genpoe fingerprint", "genpoe probes", "genpoe trace "
-_PROBES_PER_TASK = 4
-
-
-class PlacedContext(str):
-    """A prompt on its way through lm-eval that remembers the request's context, selection and place of its question."""
-
-    original: str
-    selection: Selection
-    question_at: int | None
-
-    def __new__(cls, prompt: Prompt, original: str, selection: Selection) -> PlacedContext:
-        placed = super().__new__(cls, prompt.text)
-        placed.original = original
-        placed.selection = selection
-        placed.question_at = prompt.question_at
-        return placed
-
-
-class _OriginalKeys(CacheHook):
-    """Files partial results under the arguments of the original requests, which is where lm-eval looks for them."""
-
-    def __init__(self, hook: CacheHook) -> None:
-        self.dbdict = hook.dbdict
-
-    def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-        super().add_partial(attr, [getattr(part, "original", part) for part in req], res)
 
 
 def options(arguments: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
@@ -84,14 +59,24 @@ def options(arguments: Mapping[str, Any], without: Collection[str]) -> dict[str,
 class PassageRequests(TemplateLM):
     """A part of an lm-eval model class: what happens to requests before and after the LLM.
 
-    The class that it is mixed into loads the LLM, then calls `_start_requests`, and where there are to be experts
-    `_expert_store`. It says with `_llm_name`, `_scored_length`, `_window_length` and `_peak_memory` what it loaded, and
-    brings experts to the rows.
+    The class that it is mixed into calls `_take_arguments`, loads the LLM, then calls `_start_requests`, and where
+    there are to be experts `_expert_store`. It says with `_llm_name`, `_scored_length`, `_window_length` and
+    `_peak_memory` what it loaded, and brings experts to the rows.
     """
 
     arguments: GenPoEArguments
     store: ExpertStore | None
     cache_hook: CacheHook
+
+    def _take_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Check what of the model arguments is ours; returns the others.
+
+        Raises:
+            InputError: arguments that cannot be.
+        """
+        self.store = None
+        self.arguments = GenPoEArguments(**{name: value for name, value in given.items() if name in ARGUMENTS})
+        return {name: value for name, value in given.items() if name not in ARGUMENTS}
 
     def _start_requests(self, llm: dict[str, Any], device: str) -> None:
         """Load what comes before the LLM, onto ``device``; ``llm`` is what the fingerprint has to say of the LLM."""
@@ -104,8 +89,7 @@ class PassageRequests(TemplateLM):
         self._documents = DocumentDigests()
         self._trace = Trace(self.arguments.trace, self.rank)
         save_traces()
-        self._widest: Selection | None = None
-        self._windows: deque[Selection] = deque()
+        self._windows = Windows()
 
     @property
     def _llm_name(self) -> str:
@@ -145,7 +129,7 @@ class PassageRequests(TemplateLM):
         """What keeps the experts of ``network``, in ``dtype`` or that of ``model``, whose states it reads."""
         arguments, files = self.arguments, None
         if arguments.expert_dtype is not None:
-            dtype = DTYPES[arguments.expert_dtype]
+            dtype = getattr(torch, arguments.expert_dtype)
         if arguments.expert_store is not None:
             # Those that this checkpoint made of this LLM's states, in this precision.
             names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
@@ -177,6 +161,7 @@ class PassageRequests(TemplateLM):
             num_retrieved=arguments.num_retrieved,
             num_passages=arguments.num_passages,
             gates=arguments.gates,
+            gate_temperature=arguments.gate_temperature,
             control=arguments.control,
             seed=arguments.seed,
             progress=self.rank == 0,
@@ -189,27 +174,15 @@ class PassageRequests(TemplateLM):
         ``llm`` is what there is to say of the LLM.
         """
         arguments, pipeline = self.arguments, self.pipeline
-        facts: dict[str, Any] = {"version": __version__, **llm, "mode": arguments.mode}
-        if arguments.uses_experts:
-            facts["hypernetwork"] = self._checkpoint.fingerprint
-            if self._checkpoint.commit is not None:
-                facts["hypernetwork_commit"] = self._checkpoint.commit
-            if arguments.expert_layers is not None:
-                facts["expert_layers"] = arguments.wanted_layers
-            if arguments.expert_dtype is not None:
-                facts["expert_dtype"] = arguments.expert_dtype
-        if arguments.mode != "closed_book":
-            facts |= {
-                "index": pipeline.retriever and pipeline.retriever.fingerprint,
-                "reranker": pipeline.reranker and pipeline.reranker.fingerprint,
-                **{
-                    name: getattr(arguments, name)
-                    for name in ("num_retrieved", "num_passages", "gates", "passages", "question_field", "seed")
-                },
-            }
-            if pipeline.reranker is not None and pipeline.reranker.commit is not None:
-                facts["reranker_commit"] = pipeline.reranker.commit
-        return facts
+        loaded = {
+            "hypernetwork": self._checkpoint if arguments.uses_experts else None,
+            "index": pipeline.retriever,
+            "reranker": pipeline.reranker,
+        }
+        facts = {"version": __version__, **llm}
+        facts |= arguments.fingerprint({name: part and part.fingerprint for name, part in loaded.items()})
+        commits = {f"{name}_commit": getattr(part, "commit", None) for name, part in loaded.items()}
+        return facts | {name: commit for name, commit in commits.items() if commit is not None}
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts, and under ``genpoe`` arguments, fingerprint, where the run comes from, and its costs.
@@ -295,8 +268,7 @@ class PassageRequests(TemplateLM):
             if self.arguments.mode in PROMPT_MODES and any(selection.strings for selection in selections):
                 _log.warning("loglikelihood_rolling scores the text as it is: no passages are put before it")
             if self.store is not None:
-                # lm-eval asks for the windows' scores in this order and without saying whose windows they are.
-                self._windows = deque(
+                self._windows = Windows(
                     selection
                     for request, selection in zip(requests, selections, strict=True)
                     for _ in get_rolling_token_windows(
@@ -310,11 +282,12 @@ class PassageRequests(TemplateLM):
     def _select(self, method: str, requests: Sequence[Instance]) -> list[Selection]:
         """Choose passages and generate experts for all requests."""
         questions = [self._question(request) for request in requests]
-        self._guard_passages(method, requests, questions)
+        if self.cache_hook.dbdict is not None:
+            most = self.arguments.num_retrieved
+            response_cache.guard_passages(self.cache_hook.dbdict, method, requests, questions, most)
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
         self._questions.update(self._sample(request)[:2] for request in requests)
         self._documents.add(requests)
-        self._widest = max(selections, key=lambda selection: len(selection.strings), default=None)
         if self.store is not None:
             with timed(self.seconds, "experts"):
                 strings = (string for selection in selections for string in selection.strings)
@@ -333,16 +306,15 @@ class PassageRequests(TemplateLM):
             "hypernetwork": self.fingerprint.get("hypernetwork"),
             "settings": digest(self.fingerprint),
         }
-        lines: dict[str, str] = {}
+        lines: dict[tuple[Any, ...], str] = {}
         for request, selection, given in zip(requests, selections, placed, strict=True):
             # As lm-eval calls the hash of what was asked in its sample log.
             asked = hash_string(request.args[0])
             line = self._trace.add(request.doc_id, selection, **facts, prompt_hash=asked, prompt=str(given.args[0]))
-            lines[f"{_TRACE}{request.task_name} {request.doc_id} {asked}"] = line
+            lines[request.task_name, request.doc_id, asked] = line
         self._trace.write()
-        answers = self.cache_hook.dbdict
-        if answers is not None:
-            answers.update({key: line for key, line in lines.items() if answers.get(key) != line})
+        if self.cache_hook.dbdict is not None:
+            response_cache.keep_trace(self.cache_hook.dbdict, lines)
 
     def _question(self, request: Instance) -> Question:
         """The request's question, and what its doc knows of answers and passages."""
@@ -405,12 +377,11 @@ class PassageRequests(TemplateLM):
         """The first token that sees the experts, where ``text`` (of ``context``) ends after so many tokens."""
         return expert_start(context.question_at, text, tokens, self.tokenizer)
 
-    def _scored_row(self, request: tuple[Any, list[int], list[int]]) -> tuple[Selection, int]:
+    def _scored_row(self, request: tuple[Any, list[int], list[int]]) -> Row:
         """Whose experts a scored row sees, and from which token of the model's input on."""
         strings, context, continuation = request
         if strings is None:
-            # A window of a rolling text. A process with fewer of them than others adds some whose scores are dropped.
-            return self._windows.popleft() if len(self._windows) > 1 else self._windows[0], 0
+            return self._windows.next(), 0
         cut = max(0, len(context) + len(continuation) - self._scored_length)
         # lm-eval moves white space from the end of a context to the continuation.
         start = self._start(strings[0], strings[0].rstrip(), len(context) - cut)
@@ -432,48 +403,9 @@ class PassageRequests(TemplateLM):
                     f"--use_cache cannot serve passages={self.arguments.passages}, where the questions of a run decide "
                     "about each other's passages; leave --use_cache out"
                 )
-            self._check_fingerprint(answers)
-            # Hits never reach the model, so a few questions of each task are asked again in every run.
-            for probe in answers.get(_PROBES, {}):
-                answers.pop(probe, None)
-        super().set_cache_hook(_OriginalKeys(cache_hook))
-
-    def _check_fingerprint(self, answers: MutableMapping[str, Any]) -> None:
-        saved = answers.get(_FINGERPRINT)
-        if saved is None:
-            if len(answers):
-                raise InputError("--use_cache: the cache was filled by another model; give another path")
-            answers[_FINGERPRINT] = self.fingerprint
-        elif saved == self.fingerprint:
-            self._trace.keep(line for key, line in answers.items() if key.startswith(_TRACE))
-        else:
-            names = [name for name in self.fingerprint | saved if self.fingerprint.get(name) != saved.get(name)]
-            differences = "; ".join(f"{name} was {saved.get(name)}, is {self.fingerprint.get(name)}" for name in names)
-            raise InputError(f"--use_cache: the cache belongs to another run ({differences}); give another path")
-
-    def _guard_passages(self, method: str, requests: Sequence[Instance], questions: Sequence[Question]) -> None:
-        """Refuse a cache whose keys, made of prompts alone, stand for other passages than the docs bring along now."""
-        answers = self.cache_hook.dbdict
-        if answers is None:
-            return
-        probes: dict[str, str] = answers.get(_PROBES, {})
-        digests: dict[str, str] = {}
-        probed: defaultdict[str | None, int] = defaultdict(int)
-        for request, question in zip(requests, questions, strict=True):
-            if not question.passages:
-                continue
-            key = hash_args(method, request.args)
-            content = json.dumps([asdict(passage) for passage in question.passages[: self.arguments.num_retrieved]])
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            where = f"--use_cache: question {question.question!r} of task {request.task_name}"
-            if digests.setdefault(key, digest) != digest:
-                raise InputError(f"{where} comes with two sets of passages and one prompt; leave --use_cache out")
-            if probes.get(key, digest) != digest:
-                raise InputError(f"{where} had other passages when the cache was filled; give another path")
-            if key in probes or probed[request.task_name] < _PROBES_PER_TASK:
-                probes[key] = digest
-                probed[request.task_name] += 1
-        answers[_PROBES] = probes
+            response_cache.open_cache(answers, self.fingerprint)
+            self._trace.keep(response_cache.traced(answers))
+        super().set_cache_hook(OriginalKeys(cache_hook))
 
 
 def _answers(doc: dict[str, Any]) -> tuple[str, ...]:

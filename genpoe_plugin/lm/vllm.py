@@ -6,21 +6,18 @@ Everything before the LLM is `genpoe_plugin.lm.requests`, and what happens insid
 from __future__ import annotations
 
 import importlib.metadata
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from genpoe_plugin.comparison.runs import HOW
+from genpoe_plugin.arguments import NON_DECIDING
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.llm.language_model import load_tokenizer
-from genpoe_plugin.lm.arguments import GenPoEArguments
-from genpoe_plugin.lm.requests import PassageRequests, PlacedContext, options
+from genpoe_plugin.lm.requests import PassageRequests, options
+from genpoe_plugin.lm.side_channels import EngineOrder, PlacedContext, Row
 from genpoe_plugin.provenance import peak_memory
-from genpoe_plugin.selection.pipeline import Selection
 from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments, share_device
 
 check_vllm()
@@ -54,18 +51,19 @@ from vllm import RequestOutput, SamplingParams  # noqa: E402
 from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_makers  # noqa: E402
 
 # Besides arguments that do not decide an answer, those that the fingerprint has in another form.
-_NO_OPTIONS = (*HOW, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
+_NO_OPTIONS = (*NON_DECIDING, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
 
 
 class GenPoEVLLM(PassageRequests, VLLM):
-    """lm-eval's vLLM class with passages in the prompt, as experts, both, or neither (see `GenPoEArguments`).
-
-    Other arguments are lm-eval's for vLLM, and through it vLLM's engine arguments. vLLM batches by itself, so
-    ``batch_size`` is not used.
+    """lm-eval's vLLM class with passages in the prompt, as experts, both, or neither.
 
     Args:
+        pretrained: the LLM: a directory, or a name on the hub.
         device: where passages are encoded, reranked and made into experts.
         device_memory: where that is a GPU, the share of its memory that is kept for this and not given to vLLM.
+        batch_size: not used, for vLLM batches by itself.
+        arguments: those of `GenPoEArguments`, those of lm-eval's class for vLLM, and through it vLLM's engine
+            arguments.
 
     Raises:
         InputError: arguments that cannot be, or parts that do not fit each other; before the engine starts.
@@ -75,61 +73,33 @@ class GenPoEVLLM(PassageRequests, VLLM):
         self,
         pretrained: str,
         *,
-        mode: str = "genpoe",
-        hypernetwork: str | None = None,
-        index: str | None = None,
-        reranker: str | None = None,
-        num_retrieved: int = 20,
-        num_passages: int = 4,
-        gates: str = "softmax",
-        passages: str = "retrieved",
-        expert_layers: str | int | None = None,
-        question_field: str = "question",
-        expert_dtype: str | None = None,
-        expert_store: str | None = None,
-        expert_gb: float = ON_DEVICE / 10**9,
-        trace: str | None = None,
-        seed: int = 0,
         device: str | None = None,
         device_memory: float = 0.2,
         batch_size: int | str | None = None,
-        **vllm_arguments: Any,
+        **arguments: Any,
     ) -> None:
-        self.arguments = arguments = GenPoEArguments(
-            mode=mode,
-            hypernetwork=hypernetwork,
-            index=index,
-            reranker=reranker,
-            num_retrieved=num_retrieved,
-            num_passages=num_passages,
-            gates=gates,
-            passages=passages,
-            expert_layers=expert_layers,
-            question_field=question_field,
-            expert_store=expert_store,
-            expert_gb=expert_gb,
-            trace=trace,
-            seed=seed,
-        )
-        if expert_dtype is not None:
-            raise InputError(f"expert_dtype={expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe")
+        vllm_arguments = self._take_arguments(arguments)
+        asked = self.arguments
+        if asked.expert_dtype is not None:
+            raise InputError(
+                f"expert_dtype={asked.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
+            )
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
-        if arguments.control != "none":
+        if asked.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))
-        self.store: ExpertStore | None = None
         self._engine: ExpertEngine | None = None
         makers = None
-        device, engine = share_device(None if mode == "closed_book" else device, device_memory, vllm_arguments)
-        if arguments.uses_experts:
-            assert hypernetwork is not None
+        device, engine = share_device(None if asked.mode == "closed_book" else device, device_memory, vllm_arguments)
+        if asked.uses_experts:
+            assert asked.hypernetwork is not None
             own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            makers = load_makers(pretrained, hypernetwork, device=device, **own)
-            arguments.layers_of(makers[0].config)
-            engine |= engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, vllm_arguments)
+            makers = load_makers(pretrained, asked.hypernetwork, device=device, **own)
+            config = makers[0].config
+            asked.layers_of(config)
+            engine |= engine_arguments(pretrained, asked.hypernetwork, config, asked.num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
         self._pretrained = pretrained
-        self._rows: deque[tuple[Selection, int]] = deque()
-        self._encoded: deque[tuple[PlacedContext, list[int]]] = deque()
+        self._order = EngineOrder()
         dtype = self.model.llm_engine.model_config.dtype
         facts = {
             "engine": "vllm",
@@ -167,18 +137,14 @@ class GenPoEVLLM(PassageRequests, VLLM):
             and not isinstance(string, str)
             and all(isinstance(s, PlacedContext) for s in string)
         ):
-            # About to generate from these, in this order.
-            rows = zip(string, ids, strict=True)
-            self._encoded = deque(sorted(rows, key=lambda row: (-len(row[1]), row[0])))
+            self._order.foresee_prompts(string, ids)  # about to generate from these
         return ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         if self._engine is not None:
-            rows = [(self._scored_row(request), request[1] + request[2]) for request in requests]
-            rows.sort(key=lambda row: (-len(row[1]), tuple(row[1])))
-            self._rows = deque(row for row, _ in rows)
+            self._order.foresee_scored([(self._scored_row(request), request[1] + request[2]) for request in requests])
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
 
     def _model_generate(
@@ -190,7 +156,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         """As lm-eval, which hands the requests over in the order that was foreseen, each with its experts."""
         if self._engine is None:
             return super()._model_generate(requests, generate, sampling_params)
-        rows = [self._generated_row(ids) if generate else self._rows.popleft() for ids in requests]
+        rows = [self._generated_row(ids) if generate else self._order.next_scored(ids) for ids in requests]
         if not isinstance(sampling_params, list):
             scoring = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
             sampling_params = [sampling_params or scoring] * len(requests)
@@ -201,7 +167,6 @@ class GenPoEVLLM(PassageRequests, VLLM):
             ]
         )
 
-    def _generated_row(self, ids: Sequence[int]) -> tuple[Selection, int]:
-        context, encoded = self._encoded.popleft()
-        assert ids == encoded or len(ids) < len(encoded), "requests are in another order than their experts"
+    def _generated_row(self, ids: list[int]) -> Row:
+        context = self._order.next_prompt(ids)
         return context.selection, self._start(context, context, len(ids))

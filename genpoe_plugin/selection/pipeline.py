@@ -6,7 +6,6 @@ retrieve (questions that bring no passages) -> cut -> rerank -> control -> keep 
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from genpoe_plugin.data.questions import Question, RetrievedPassage, by_rerank_s
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.selection import controls
+from genpoe_plugin.selection.gates import passage_gates
 from genpoe_plugin.selection.timing import timed
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from genpoe_plugin.retrieval.index import PassageIndex
     from genpoe_plugin.retrieval.retriever import Retriever
     from genpoe_plugin.selection.reranking import Reranker
-
-GATES = ("softmax", "uniform")
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +58,8 @@ class Pipeline:
         reranker: orders what was retrieved; without one the order is that of rerank scores that passages brought
             along, else the retriever's.
         num_retrieved, num_passages: how many at most before and after reranking.
-        gates: ``softmax`` of the rerank scores of the passages kept, or ``uniform``; uniform too without such scores.
+        gates, gate_temperature: of the passages kept (`passage_gates`). Passages that are drawn have no scores, so
+            their gates are equal.
         control: which passages (``controls.CONTROLS``). ``gold`` chooses among all retrieved; ``random`` and
             ``constant`` draw from the retriever's index, else from all passages that the questions bring along.
         seed: of the controls.
@@ -82,6 +81,7 @@ class Pipeline:
         num_retrieved: int = 20,
         num_passages: int = 4,
         gates: str = "softmax",
+        gate_temperature: float = 1.0,
         control: str = "retrieved",
         seed: int = 0,
         progress: bool = True,
@@ -93,6 +93,7 @@ class Pipeline:
         self.num_retrieved = num_retrieved
         self.num_passages = num_passages
         self.gates = gates
+        self.gate_temperature = gate_temperature
         self.control = control
         self.seed = seed
         self.progress = progress
@@ -104,8 +105,8 @@ class Pipeline:
         """The selection of each question, in their order; ``tasks`` are the names of their tasks.
 
         Raises:
-            InputError: a passage has no text; there is neither an index nor a question with passages; or the control
-                cannot be carried out.
+            InputError: a passage has no text, or no score where its gate has to be made of one; there is neither an
+                index nor a question with passages; or the control cannot be carried out.
         """
         if self.control == "none" or not questions:
             return [Selection(task, question) for task, question in zip(tasks, questions, strict=True)]
@@ -116,9 +117,9 @@ class Pipeline:
             )
         if self.control in ("random", "constant"):
             retrieved: list[tuple[RetrievedPassage, ...]] = [()] * len(questions)
-            kept = self._drawn(questions)
+            kept, gates = self._drawn(questions), "uniform"
         else:
-            retrieved = self._rerank(questions, self._retrieve(questions))
+            retrieved, gates = self._rerank(questions, self._retrieve(questions)), self.gates
             kept = self._chosen(tasks, questions, retrieved)
         if without := sum(not passages for passages in kept):
             _log.warning("%d of %d questions have no passages and are answered without", without, len(kept))
@@ -130,7 +131,7 @@ class Pipeline:
                 retrieved=candidates,
                 passages=passages,
                 strings=tuple(self._strings[passage.passage.string] for passage in passages),
-                gates=self._gates(passages),
+                gates=passage_gates(question.question, passages, gates, self.gate_temperature),
             )
             for task, question, candidates, passages in zip(tasks, questions, retrieved, kept, strict=True)
         ]
@@ -214,13 +215,6 @@ class Pipeline:
             if not passage.text.strip():
                 raise InputError(f"passage {passage.id!r} has no text; remove it")
         self._strings.update(zip(new, cut_passages(list(new), self.tokenizer), strict=True))
-
-    def _gates(self, passages: Sequence[RetrievedPassage]) -> tuple[float, ...]:
-        scores = [passage.rerank_score for passage in passages if passage.rerank_score is not None]
-        if self.gates == "uniform" or len(scores) < len(passages):
-            return (1 / len(passages),) * len(passages) if passages else ()
-        weights = [math.exp(score - max(scores)) for score in scores]
-        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True, slots=True)

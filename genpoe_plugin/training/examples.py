@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.injection import RowExperts
 from genpoe_plugin.prompts import cut_passages
+from genpoe_plugin.selection.gates import softmax, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +159,15 @@ def draw_passages(examples: Sequence[TrainingExample], number: int, most: int, r
         other = rng.choice(examples)
         if other.passage not in passages and not has_answer(other.passage, [example.answer]):
             passages.append(other.passage)
-    weights = [math.exp(score - max(scores)) for score in scores] if scores else [1.0] * len(passages)
+    gates = softmax(scores) if scores else uniform(len(passages))
     order = list(range(len(passages)))
     rng.shuffle(order)
-    order.sort(key=lambda place: -weights[place])
+    order.sort(key=lambda place: -gates[place])
     return DrawnExample(
         example.question,
         example.answer,
         tuple(passages[place] for place in order),
-        tuple(weights[place] / sum(weights) for place in order),
+        tuple(gates[place] for place in order),
     )
 
 
@@ -189,7 +189,7 @@ def draw_wrong_passages(
             passages.append(other)
     if not passages:
         return draw_passages(examples, number, most, rng)
-    return DrawnExample(example.question, example.answer, tuple(passages), (1 / len(passages),) * len(passages), True)
+    return DrawnExample(example.question, example.answer, tuple(passages), uniform(len(passages)), True)
 
 
 def row_experts(generator: ExpertGenerator, examples: Sequence[DrawnExample], start: Sequence[int]) -> RowExperts:

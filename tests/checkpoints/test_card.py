@@ -23,9 +23,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from genpoe_plugin import GenPoEModel, __version__
+from genpoe_plugin.arguments import GenPoEArguments
 from genpoe_plugin.checkpoints.card import DataFile, ModelCard, lm_eval_command, name_in_card, write_card
 from genpoe_plugin.llm.language_model import load_language_model
-from genpoe_plugin.lm.hf import GenPoEArguments
 from genpoe_plugin.training.creation import attention_config, create_attention_experts
 from train_cli.retrieve import retrieve as retrieve_command
 

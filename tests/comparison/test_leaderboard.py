@@ -97,6 +97,33 @@ def test_of_duplicates_the_last_counts_and_the_others_are_named(tmp_path: Path) 
     )
 
 
+def with_arguments(**more: object) -> dict[str, object]:
+    own = genpoe_facts()
+    return {"genpoe": own | {"arguments": own["arguments"] | more}}
+
+
+def test_an_argument_at_the_default_that_it_came_with_changes_no_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "before", scores(0.5), docs=DOCS, **with_arguments())
+    write_run(tmp_path / "after", scores(0.5), docs=DOCS, second=3, **with_arguments(gate_temperature=1.0))
+    comparison = compare([tmp_path], draws=50)
+    assert len(comparison.boards[0].systems) == 1
+    assert "a duplicate of" in comparison.left_out[0].reason
+
+
+def test_a_label_tells_an_argument_from_its_default(tmp_path: Path) -> None:
+    """Also where the settings of the other run do not have it."""
+    write_run(tmp_path / "a", scores(0.8), docs=DOCS, **with_arguments())
+    write_run(tmp_path / "b", scores(0.6), docs=DOCS, **with_arguments(gate_temperature=2.0))
+    write_run(tmp_path / "c", scores(0.4), docs=DOCS, **with_arguments(expert_layers="5+11"))
+    write_run(tmp_path / "d", scores(0.2), docs=DOCS, **facts("closed_book"))
+    assert [system.label for system in board_of(tmp_path).systems] == [
+        "genpoe K=4",
+        "genpoe K=4 gate_temperature=2.0",
+        "genpoe K=4 expert_layers=5+11",
+        "closed_book",
+    ]
+
+
 def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
     write_run(tmp_path / "a", scores(0.5), docs=DOCS)
     comparison = compare([tmp_path, tmp_path / "a"], draws=50)

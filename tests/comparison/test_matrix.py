@@ -169,7 +169,10 @@ def test_a_folder_of_another_matrix_is_refused(
         ("models: {m: {pretrained: a}}\ntasks: t\nmods: [rag]", "mods: not one of"),
         ("models: {m: {pretrained: a}}\ntasks: t\nmodes: [ragg]", "modes: ragg: not one of closed_book"),
         ("models: {m: {pretrained: a}}\ntasks: t\nmodes: rag", "modes: give a list"),
-        ("models: {m: {pretrained: a}}\ntasks: t\nmodes: [rag]\nnum_passages: [0]", "num_passages: 0: not a whole"),
+        (
+            "models: {m: {pretrained: a}}\ntasks: t\nmodes: [rag]\nnum_passages: [0]",
+            "num_passages: 0: give a whole number of at least 1",
+        ),
         ("models: {m: {pretrained: a}}\ntasks: t\nmodes: [genpoe]", "mode genpoe needs hypernetwork"),
         ("models: {m: {pretrained: 'a,b'}}\ntasks: t\nmodes: [rag]", "has a comma"),
         ("models: {m: {pretrained: a}}\ntasks: t\noptions: {limits: 3}", "options: limits: not one of"),

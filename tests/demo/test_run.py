@@ -16,6 +16,7 @@ from unittest.mock import patch
 import lm_eval._cli
 import pytest
 
+from genpoe_plugin.arguments import GenPoEArguments
 from genpoe_plugin.checkpoints.checkpoint import is_checkpoint
 from genpoe_plugin.comparison.leaderboard import compare
 from genpoe_plugin.comparison.matrix import read_matrix
@@ -27,7 +28,6 @@ from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, r
 from genpoe_plugin.demo.table import Row, exact_matches
 from genpoe_plugin.demo.world import make_world, side_of
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.lm.hf import GenPoEArguments
 from tests.in_process import InProcess
 
 SETTINGS = DemoSettings(seed=1, train_entities=12, test_entities=4, reranker_steps=2, hypernetwork_steps=3)

@@ -207,6 +207,17 @@ def test_no_passages_is_closed_book_bit_for_bit(make_attention_lm, docs, generat
     assert all(torch.equal(a, b) for a, b in zip(logits["none"], logits["closed"], strict=True))
 
 
+def test_the_limits_of_the_temperature(make_attention_lm, docs, choices):
+    """A small one leaves the best passage alone, whatever the others' gates of 0; a large one is uniform."""
+    requests = choices(docs)
+    for options, same in (
+        ({"gate_temperature": 1e-4}, {"num_passages": 1}),
+        ({"gate_temperature": 1e12}, {"gates": "uniform"}),
+    ):
+        found, expected = (make_attention_lm(**each).loglikelihood(requests) for each in (options, same))
+        assert all(close(score, other) for (score, _), (other, _) in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("control", ["gold", "shuffled", "constant"])
 def test_controls_are_answered_with_the_passages_of_the_trace(
     make_attention_lm, docs, choices, by_mask, fact_strings, tmp_path, control

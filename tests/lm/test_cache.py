@@ -50,6 +50,8 @@ def test_hits_are_the_answers(cached, docs, generation, monkeypatch):
         ({"mode": "rag"}, "mode was genpoe, is rag"),
         ({"num_passages": 2}, "num_passages was 4, is 2"),
         ({"gates": "uniform"}, "gates was softmax, is uniform"),
+        ({"gates": "retriever"}, "gates was softmax, is retriever"),
+        ({"gate_temperature": 2}, "gate_temperature was None, is 2.0"),
         ({"passages": "none"}, "passages was retrieved, is none"),
         ({"seed": 3}, "seed was 0, is 3"),
         ({"num_retrieved": 7}, "num_retrieved was 20, is 7"),

@@ -89,7 +89,7 @@ def test_chat(lm_eval, chat_dir, docs, by_hand, expected_row, monkeypatch, chat)
             seen[string.selection.question.question] = (
                 str(string),
                 ids[row][mask[row].bool()],
-                int(self._rows.start[row]),
+                int(self._batch.rows.start[row]),
             )
         return ids, mask
 

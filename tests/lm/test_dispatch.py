@@ -67,5 +67,5 @@ def test_experts_go_where_the_layer_computes(make, docs, generation):
     lm = make(parallelize=True)
     lm.generate_until(generation(docs[:1]))
     assert lm.store._generator.device == torch.device("cpu")
-    assert lm._rows.experts.w1.device == torch.device("cpu")
+    assert lm._batch.rows.experts.w1.device == torch.device("cpu")
     assert all(parameter.device.type == "cpu" for parameter in lm.store._generator.hypernetwork.parameters())

@@ -175,9 +175,9 @@ def test_left_truncation_moves_the_start(make_lm, make_doc, by_hand):
     ids, _ = lm.tok_batch_encode((placed,), left_truncate_len=20)
     question = by_hand.tokenizer(closed_book_prompt(doc["question"]), add_special_tokens=False)["input_ids"]
     assert ids.shape == (1, 20)
-    assert int(lm._rows.start) == 20 - len(question) > 0
+    assert int(lm._batch.rows.start) == 20 - len(question) > 0
     lm.tok_batch_encode((placed,), left_truncate_len=len(question) - 2)
-    assert int(lm._rows.start) == 0
+    assert int(lm._batch.rows.start) == 0
 
 
 def _selection(lm: GenPoELM, doc):
@@ -188,12 +188,10 @@ def _selection(lm: GenPoELM, doc):
 def test_auto_probes_with_the_most_experts(make_lm, docs, generation, monkeypatch, capsys):
     lm = make_lm(batch_size="auto", max_batch_size=4, max_length=256)
     seen = []
-    rows = lm._expert_rows
-    monkeypatch.setattr(
-        lm, "_expert_rows", lambda *args: seen.append((lm._probing, len(args[0]), rows(*args))) or seen[-1][2]
-    )
+    rows = lm.store.rows
+    monkeypatch.setattr(lm.store, "rows", lambda *args: seen.append((lm._batch._probing, rows(*args))) or seen[-1][1])
     lm.generate_until(generation(docs))
-    probes = [experts for probing, _, experts in seen if probing]
+    probes = [experts for probing, experts in seen if probing]
     assert probes and all(experts.gates.shape == (4, 4) and (experts.gates > 0).all() for experts in probes)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -33,6 +34,31 @@ def test_scores_equal_one_by_one_by_hand(make_lm, docs, choices, by_hand, expect
         assert close(score, by_hand.score(prompt, request.args[1], strings, gates, start))
         moved += not close(score, by_hand.score(prompt, request.args[1], (), (), 0))
     assert moved == len([request for request in requests if request.doc["ctxs"]])
+
+
+@pytest.mark.parametrize(("gates", "field"), [("softmax", "rerank_score"), ("retriever", "score")])
+def test_gates_of_either_score_at_a_temperature(make_lm, docs, choices, by_hand, expected_row, gates, field):
+    lm = make_lm(gates=gates, gate_temperature=0.4)
+    requests = choices(docs)
+    moved = 0
+    for request, (score, _) in zip(requests, lm.loglikelihood(requests), strict=True):
+        strings, cool = expected_row(request.doc)
+        scores = [float(ctx[field]) for ctx in request.doc["ctxs"][: len(strings)]]
+        weights = (torch.tensor(scores, dtype=torch.float64) / 0.4).softmax(0).tolist()
+        assert close(score, by_hand.score(*request.args, strings, weights, 0))
+        moved += not close(score, by_hand.score(*request.args, strings, cool, 0))
+    assert moved > 9, "the temperature has to matter where there are two passages: 12 requests"
+
+
+def test_the_limits_of_the_temperature(make_lm, docs, choices):
+    """A small one leaves the best passage alone, whatever the others' gates of 0; a large one is uniform."""
+    requests = choices(docs)
+    for options, same in (
+        ({"gate_temperature": 1e-4}, {"num_passages": 1}),
+        ({"gate_temperature": 1e12}, {"gates": "uniform"}),
+    ):
+        found, expected = (make_lm(**each).loglikelihood(requests) for each in (options, same))
+        assert all(close(score, other) for (score, _), (other, _) in zip(found, expected, strict=True))
 
 
 def test_closed_book_and_rag_are_hflm(make_lm, plain, docs, choices, expected_row):

@@ -97,6 +97,35 @@ def test_gates_without_a_reranker_or_when_uniform(make):
     assert ids(make(retriever=FakeRetriever()).select(["t"], [Question("who is 7", ())])[0]) == ["7", "8", "9"]
 
 
+def test_gates_of_the_retriever_in_the_rerankers_order(make):
+    options = {"retriever": FakeRetriever(), "reranker": FakeReranker(), "gates": "retriever", "gate_temperature": 3.0}
+    (selection,) = make(**options).select(["t"], [Question("who is 7", ())])
+    assert [entry.score for entry in selection.passages] == [6.0, 7.0, 8.0]
+    weights = np.exp(np.array([6.0, 7.0, 8.0]) / 3)
+    np.testing.assert_allclose(selection.gates, weights / weights.sum(), rtol=1e-12)
+
+
+def test_shuffled_passages_bring_their_retrievers_scores(make):
+    options = {"retriever": FakeRetriever(), "gates": "retriever", "control": "shuffled"}
+    selections = make(**options).select(["t"] * 2, [Question("who is 0", ()), Question("who is 20", ())])
+    weights = np.exp([10.0, 9.0, 8.0])
+    for selection in selections:
+        np.testing.assert_allclose(selection.gates, weights / weights.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("asked", [{"gates": "retriever"}, {"gate_temperature": 0.5}])
+def test_gates_of_scores_that_are_not_there(make, asked):
+    own = [RetrievedPassage(PASSAGES[n], 0.0, n + 1) for n in range(5)]
+    questions = [Question("who", (), tuple(own)), Question("where", (), tuple(own[::-1]))]
+    for control in ("retrieved", "shuffled"):
+        with pytest.raises(InputError, match=r"passage '\d' of question 'wh\w+' has no .* score"):
+            make(control=control, **asked).select(["t"] * 2, questions)
+    for options in ({"control": "random"}, {"control": "constant"}, {"control": "none"}, {"num_passages": 1}):
+        for selection in make(**options, **asked).select(["t"] * 2, questions):
+            count = len(selection.passages)
+            assert selection.gates == tuple(1 / count for _ in range(count))
+
+
 def test_rerank_scores_that_passages_bring_along_count(make):
     own = tuple(
         RetrievedPassage(PASSAGES[n], 1.0, n + 1, rerank_score=score) for n, score in enumerate((0.5, 2.5, 1.5))

@@ -108,6 +108,14 @@ def test_scores_are_those_of_the_transformers_class(make_vllm, make_lm, choices,
         assert greedy == other_greedy
 
 
+def test_gates_of_the_retriever_at_a_temperature(make_vllm, make_lm, choices, many):
+    requests, options = choices(many[:20]), {"gates": "retriever", "gate_temperature": 3}
+    scores = [score for score, _ in make_vllm(**options).loglikelihood(requests)]
+    expected = [score for score, _ in make_lm(max_length=512, **options).loglikelihood(requests)]
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert scores != pytest.approx([score for score, _ in make_lm(max_length=512).loglikelihood(requests)], abs=1e-3)
+
+
 def test_running_text(make_vllm, make_lm, docs):
     """One window, and several, whose lengths lm-eval's two classes choose differently."""
     text = "Gioachino Rossini was an Italian composer. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import shlex
 from dataclasses import fields
@@ -13,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.lm.argument_names import accepted_names
 from genpoe_plugin.lm.vllm import VLLM, GenPoEVLLM
 from genpoe_plugin.vllm_engine.arguments import set_bytes
 from genpoe_plugin.vllm_engine.expert_sets import carriers
@@ -47,7 +47,7 @@ def test_model_arguments_exist():
     found = [command for command in commands(ALL, "lm_eval") if "genpoe-vllm" in command and "--model_args" in command]
     assert len(found) == 3
     known = {field.name for field in fields(EngineArgs)}
-    known |= {name for cls in (GenPoEVLLM, VLLM) for name in inspect.signature(cls.__init__).parameters}
+    known |= accepted_names(GenPoEVLLM, VLLM)
     for command in found:
         words = shlex.split(command)
         given = words[words.index("--model_args") + 1]

@@ -1,0 +1,314 @@
+"""What an evaluation is asked for. Every argument is declared once, and all else about it follows from that.
+
+A field of `GenPoEArguments` says by `_argument` whether it may decide an answer, which modes and which controls use it,
+and what it means. So it is one line here that puts an argument into the fingerprint of a run
+(`GenPoEArguments.fingerprint`), into what tells two runs of a leaderboard apart (`tells_apart`), among the names
+that the model classes take, and into the table of docs/evaluating.md.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.keeping import DTYPES, ON_DEVICE
+from genpoe_plugin.prompts import EXPERT_MODES, MODES
+from genpoe_plugin.selection.controls import CONTROLS
+from genpoe_plugin.selection.gates import GATES
+
+PASSAGE_MODES = tuple(mode for mode in MODES if mode != "closed_book")
+_WITH_PASSAGES = tuple(control for control in CONTROLS if control != "none")
+_DRAWN = ("random", "constant")
+_RANKED = tuple(control for control in _WITH_PASSAGES if control not in _DRAWN)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What an argument is for.
+
+    Attributes:
+        meaning: in Markdown, for the table of docs/evaluating.md.
+        decides: whether an answer may depend on it. Otherwise it says how a run is made, and not what it is.
+        modes, controls: the values of ``mode`` and of ``passages`` that use it.
+        choices: all its values, None among them where it may be left out; None where they cannot be listed.
+        least: the least value of a whole number.
+        positive: what a number above 0 is; None where it is no such number.
+        loaded: whether it names something that is loaded. A fingerprint of the content then stands for the name.
+        traced: whether the trace shows its effect in every mode with passages, also where no answer depends on it.
+            A response cache keeps the trace, so the fingerprint has it in all of them.
+        later: whether there were runs before there was this argument. It is told of only where it is not the default,
+            so that fingerprints and settings of those runs stay what they are.
+    """
+
+    meaning: str
+    decides: bool = True
+    modes: Collection[str] = PASSAGE_MODES
+    controls: Collection[str] = _WITH_PASSAGES
+    choices: Collection[str | None] | None = None
+    least: int | None = None
+    positive: str | None = None
+    loaded: bool = False
+    traced: bool = False
+    later: bool = False
+
+    def wrong_with(self, value: Any) -> str | None:
+        """What is wrong with a value, or what to give instead; None if nothing is."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.choices is not None and value not in self.choices:
+            return f"not one of {', '.join(filter(None, self.choices))}"
+        if self.least is not None and not (number and isinstance(value, int) and value >= self.least):
+            return f"give a whole number of at least {self.least}"
+        if self.positive is not None and not (number and 0 < value <= sys.float_info.max):
+            return f"give {self.positive} above 0"
+        return None
+
+
+def _argument(default: Any, meaning: str, **use: Any) -> Any:
+    return field(default=default, metadata={"use": Use(meaning, **use)})
+
+
+@dataclass(frozen=True)
+class GenPoEArguments:
+    """What ``--model_args`` may say besides the arguments of lm-eval's own class; checked when made.
+
+    `ARGUMENTS` has the use and the meaning of each, and docs/evaluating.md a table of them.
+
+    Raises:
+        InputError: a value that cannot be, or a combination that cannot run.
+    """
+
+    mode: str = _argument(
+        "genpoe",
+        "`closed_book`, `rag` (passages in the prompt), `genpoe` (passages as experts), `genpoe_rag` (both)",
+        modes=MODES,
+        controls=CONTROLS,
+        choices=MODES,
+    )
+    hypernetwork: str | None = _argument(
+        None,
+        "checkpoint directory or hub id (`user/name`, `user/name@revision`); the genpoe modes need one",
+        modes=EXPERT_MODES,
+        controls=CONTROLS,
+        loaded=True,
+    )
+    index: str | None = _argument(
+        None,
+        "index directory on this machine, since indexes are not on the hub; not needed where every doc brings its "
+        "passages (`ctxs`)",
+        loaded=True,
+    )
+    reranker: str | None = _argument(
+        None,
+        "directory or hub id (`user/name`, `user/name@revision`); without one, passages keep their order and "
+        "`softmax` gates are uniform",
+        controls=_RANKED,
+        loaded=True,
+    )
+    num_retrieved: int = _argument(20, "passages before reranking, at most", controls=_RANKED, least=1)
+    num_passages: int = _argument(4, "passages after reranking, at most", controls=(*_RANKED, "random"), least=1)
+    gates: str = _argument(
+        "softmax",
+        "`softmax` of the rerank scores, `retriever` (the same of the retriever's scores), or `uniform`",
+        modes=EXPERT_MODES,
+        controls=_RANKED,
+        choices=GATES,
+        traced=True,
+    )
+    gate_temperature: float = _argument(
+        1.0,
+        "gates are the softmax of the scores divided by it: with a large one they are equal, with a small one the best "
+        "passage counts alone",
+        modes=EXPERT_MODES,
+        controls=_RANKED,
+        positive="a finite number",
+        traced=True,
+        later=True,
+    )
+    passages: str = _argument(
+        "retrieved",
+        "controls: `gold`, `shuffled`, `random`, `constant`, `none`",
+        controls=CONTROLS,
+        choices=CONTROLS,
+    )
+    expert_layers: str | int | None = _argument(
+        None,
+        "`5+11+12`: only these of a checkpoint's layers (experts in the attention, kept for all layers)",
+        modes=EXPERT_MODES,
+        controls=CONTROLS,
+        later=True,
+    )
+    question_field: str = _argument("question", "where a doc holds the retrieval query")
+    expert_dtype: str | None = _argument(
+        None,
+        "experts are kept in `float32`, `float16`, `bfloat16` or, in the attention, `int8`; in the LLM's dtype without "
+        "it",
+        modes=EXPERT_MODES,
+        controls=CONTROLS,
+        choices=(None, *DTYPES),
+        later=True,
+    )
+    expert_store: str | None = _argument(
+        None, "folder that keeps experts for later runs and other modes", decides=False, modes=EXPERT_MODES
+    )
+    expert_gb: float = _argument(
+        ON_DEVICE / 10**9,
+        "gigabytes of experts kept beside the LLM; the least recently used go first",
+        decides=False,
+        modes=EXPERT_MODES,
+        positive="a number of gigabytes",
+    )
+    trace: str | None = _argument(
+        None,
+        "JSON Lines file, beside the results that lm-eval saves if no other is named: passages, ranks, scores, gates "
+        "and the whole prompt of every sample (lm-eval's own log has prompts as they are before passages are put in)",
+        decides=False,
+        modes=MODES,
+        controls=CONTROLS,
+    )
+    seed: int = _argument(0, "of the controls", controls=("shuffled", *_DRAWN), least=0)
+
+    def __post_init__(self) -> None:
+        for name in ARGUMENTS:
+            check_value(name, getattr(self, name))
+        object.__setattr__(self, "gate_temperature", float(self.gate_temperature))  # 2 and 2.0 are the same
+        if self.gates == "uniform" and self.gate_temperature != DEFAULTS["gate_temperature"]:
+            raise InputError(
+                f"gate_temperature={self.gate_temperature:g} with gates=uniform: they are equal at any temperature; "
+                "leave it out, or give gates=softmax or gates=retriever"
+            )
+        if self.num_passages > self.num_retrieved:
+            raise InputError(
+                f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"
+            )
+        if self.expert_layers is not None and not re.fullmatch(r"\d+(\+\d+)*", str(self.expert_layers)):
+            raise InputError(
+                f"expert_layers={self.expert_layers}: give layer numbers with + between them, such as 5+11+12"
+            )
+        if self.uses_experts and not self.hypernetwork:
+            raise InputError(
+                f"mode={self.mode} needs hypernetwork=DIRECTORY; `genpoe train hypernetwork` makes one, and "
+                "`genpoe experts create` one that needs no training (or choose mode=rag or mode=closed_book)"
+            )
+        if self.needs_index and not Path(str(self.index)).is_dir():
+            raise InputError(f"index={self.index}: no such directory; `genpoe index build` makes one")
+
+    @property
+    def wanted_layers(self) -> tuple[int, ...]:
+        """The layers that ``expert_layers`` names, in ascending order."""
+        return tuple(sorted({int(number) for number in str(self.expert_layers).split("+")}))
+
+    def layers_of(self, config: HypernetworkConfig) -> tuple[int, ...]:
+        """The layers of a checkpoint that are used, in ascending order.
+
+        Raises:
+            InputError: ``expert_layers`` has others than the checkpoint, or the experts stand beside an MLP.
+        """
+        if self.expert_layers is None:
+            return config.layers
+        wanted = self.wanted_layers
+        if config.head != "attention":
+            raise InputError("expert_layers is for experts in the attention; those of this checkpoint are in one layer")
+        if missing := sorted(set(wanted) - set(config.layers)):
+            raise InputError(
+                f"expert_layers={self.expert_layers}: the checkpoint has no experts in layer {missing[0]}, "
+                f"only in {'+'.join(map(str, config.layers))}"
+            )
+        return wanted
+
+    @property
+    def uses_experts(self) -> bool:
+        return self.mode in EXPERT_MODES
+
+    @property
+    def control(self) -> str:
+        """The passage control as the mode leaves it."""
+        return control_of(self.mode, self.passages)
+
+    @property
+    def needs_index(self) -> bool:
+        return is_used("index", self.mode, self.control) and self.index is not None
+
+    @property
+    def needs_reranker(self) -> bool:
+        return is_used("reranker", self.mode, self.control) and self.reranker is not None
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a question's passages depend on which other questions are in the run."""
+        return self.control == "shuffled" or (self.control in _DRAWN and self.index is None)
+
+    def fingerprint(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """What may decide an answer in this mode, by the arguments' names.
+
+        The control is not looked at: a response cache is refused once too often rather than once too seldom.
+
+        Args:
+            loaded: a fingerprint of what was loaded, or None, for each argument that names something to load.
+        """
+        facts = {}
+        for name, use in ARGUMENTS.items():
+            value = getattr(self, name)
+            modes = PASSAGE_MODES if use.traced else use.modes
+            if use.decides and self.mode in modes and not (use.later and value == DEFAULTS[name]):
+                facts[name] = loaded[name] if use.loaded else value
+        if "expert_layers" in facts:
+            facts["expert_layers"] = self.wanted_layers  # 5+11 and 11+5 are the same
+        return facts
+
+
+ARGUMENTS: dict[str, Use] = {argument.name: argument.metadata["use"] for argument in fields(GenPoEArguments)}
+"""The use of every argument, by its name."""
+DEFAULTS: dict[str, Any] = {argument.name: argument.default for argument in fields(GenPoEArguments)}
+LOADED = tuple(name for name, use in ARGUMENTS.items() if use.loaded)
+"""Arguments that name something that is loaded."""
+NON_DECIDING = frozenset(
+    {
+        *(name for name, use in ARGUMENTS.items() if not use.decides),
+        # Of lm-eval's own classes:
+        *("batch_size", "max_batch_size", "device"),
+        # On vLLM:
+        *("device_memory", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"),
+        *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
+        *("max_loras", "max_cpu_loras", "max_lora_rank", "enforce_eager", "disable_log_stats"),
+    }
+)
+"""Arguments that say how a run is made and not what it is, ours and others."""
+
+
+def control_of(mode: str, passages: str) -> str:
+    """The passage control that is left of ``passages``: closed-book has no passages whatever is asked for."""
+    return "none" if mode == "closed_book" else passages
+
+
+def is_used(name: str, mode: str, control: str) -> bool:
+    """Whether ``mode`` with the passages of ``control`` uses the argument ``name``."""
+    return mode in ARGUMENTS[name].modes and control in ARGUMENTS[name].controls
+
+
+def tells_apart(name: str, value: Any, mode: str, control: str) -> bool:
+    """Whether a run with this argument is another one than a run without it, in ``mode`` and with ``control``.
+
+    Args:
+        name: of any model argument; it counts wherever it is given if it is in neither `ARGUMENTS` nor `NON_DECIDING`.
+    """
+    if name in NON_DECIDING or value is None:
+        return False
+    if name not in ARGUMENTS:
+        return True
+    return is_used(name, mode, control) and not (ARGUMENTS[name].later and value == DEFAULTS[name])
+
+
+def check_value(name: str, value: Any) -> None:
+    """Check the value of one argument by itself.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    if wrong := ARGUMENTS[name].wrong_with(value):
+        raise InputError(f"{name}={value}: {wrong}")

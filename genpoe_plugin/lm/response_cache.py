@@ -1,0 +1,88 @@
+"""lm-eval's response cache (``--use_cache``): whose answers are in it, and which passages they were given with.
+
+lm-eval files answers under prompts alone, and a hit never reaches the model. So beside the answers the cache keeps a
+fingerprint of the run that filled it, digests of some questions' passages, and the lines of the trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import hash_args
+
+from genpoe_plugin.data.questions import Question
+from genpoe_plugin.errors import InputError
+
+_FINGERPRINT, _PROBES, _TRACE = "genpoe fingerprint", "genpoe probes", "genpoe trace "
+_PROBES_PER_TASK = 4
+
+Answers = MutableMapping[str, Any]
+
+
+def open_cache(answers: Answers, fingerprint: Mapping[str, Any]) -> None:
+    """Take a cache over for a run with this fingerprint.
+
+    Raises:
+        InputError: it was filled by another model, or with other arguments.
+    """
+    saved = answers.get(_FINGERPRINT)
+    if saved is None:
+        if len(answers):
+            raise InputError("--use_cache: the cache was filled by another model; give another path")
+        answers[_FINGERPRINT] = fingerprint
+    elif saved != fingerprint:
+        names = [name for name in {**fingerprint, **saved} if fingerprint.get(name) != saved.get(name)]
+        differences = "; ".join(f"{name} was {saved.get(name)}, is {fingerprint.get(name)}" for name in names)
+        raise InputError(f"--use_cache: the cache belongs to another run ({differences}); give another path")
+    # Hits never reach the model, so a few questions of each task are asked again in every run.
+    for probe in answers.get(_PROBES, {}):
+        answers.pop(probe, None)
+
+
+def traced(answers: Answers) -> Iterator[str]:
+    """The lines of the trace that the cache keeps."""
+    return (line for key, line in answers.items() if key.startswith(_TRACE))
+
+
+def keep_trace(answers: Answers, lines: Mapping[tuple[Any, ...], str]) -> None:
+    """Keep lines of the trace, by task, doc and hash of the prompt: what they are of will not reach the model again."""
+    keyed = {f"{_TRACE}{task} {doc_id} {asked}": line for (task, doc_id, asked), line in lines.items()}
+    answers.update({key: line for key, line in keyed.items() if answers.get(key) != line})
+
+
+def guard_passages(
+    answers: Answers, method: str, requests: Sequence[Instance], questions: Sequence[Question], most: int
+) -> None:
+    """Refuse a cache whose keys, made of prompts alone, stand for other passages than the docs bring along now.
+
+    Args:
+        method: of the model, that is asked.
+        most: passages of a question that are looked at.
+
+    Raises:
+        InputError: they do, or two docs have one prompt and different passages.
+    """
+    probes: dict[str, str] = answers.get(_PROBES, {})
+    digests: dict[str, str] = {}
+    probed: defaultdict[str | None, int] = defaultdict(int)
+    for request, question in zip(requests, questions, strict=True):
+        if not question.passages:
+            continue
+        key = hash_args(method, request.args)
+        content = json.dumps([asdict(passage) for passage in question.passages[:most]])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        where = f"--use_cache: question {question.question!r} of task {request.task_name}"
+        if digests.setdefault(key, digest) != digest:
+            raise InputError(f"{where} comes with two sets of passages and one prompt; leave --use_cache out")
+        if probes.get(key, digest) != digest:
+            raise InputError(f"{where} had other passages when the cache was filled; give another path")
+        if key in probes or probed[request.task_name] < _PROBES_PER_TASK:
+            probes[key] = digest
+            probed[request.task_name] += 1
+    answers[_PROBES] = probes
