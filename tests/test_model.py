@@ -19,7 +19,7 @@ from genpoe_plugin import GenPoEModel, HypernetworkCheckpoint
 from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import attend
-from genpoe_plugin.experts.attention_interface import listening
+from genpoe_plugin.experts.attention_interface import intercept_attention
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.lm.hf import GenPoELM
@@ -323,7 +323,7 @@ def test_the_routers_mass_is_that_of_a_softmax_written_out(llm_dir, tmp_path, im
         active = torch.ones(1, call.query.shape[2], dtype=torch.bool)
         return attend(call, rows.experts.layer(call.layer, rows.gates), active), None
 
-    with listening(llm, (0, 2), note), torch.no_grad():
+    with intercept_attention(llm, (0, 2), note), torch.no_grad():
         llm(torch.tensor([tokenizer(closed_book_prompt(QUESTIONS[0]))["input_ids"]]))
     expected = torch.zeros(len(units), dtype=torch.float64)
     for number, layer in enumerate((0, 2)):

@@ -28,7 +28,7 @@ from genpoe_plugin import __version__
 from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint, llm_identity
 from genpoe_plugin.data.questions import Question, passages_from_ctxs
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.files import FORMAT, ExpertFiles
+from genpoe_plugin.experts.expert_files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import DTYPES, ExpertStore
 from genpoe_plugin.llm.language_model import weights_sample

@@ -22,7 +22,7 @@ from genpoe_plugin.checkpoints.checkpoint import write_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import AttentionHead, Hypernetwork
 from genpoe_plugin.experts.injection import inject

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.checkpoints.checkpoint import llm_identity, tokenizer_fingerprint
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.llm.language_model import weights_sample
