@@ -150,7 +150,9 @@ def conditions(questions: Sequence[Question], seed: int) -> dict[str, list[Quest
         "single": single,
         "four": list(questions),
         "shuffled": [replace(question, passages=passages) for question, passages in shuffled],
-        "random": [replace(question, passages=controls.drawn(question, pool, 1, seed)) for question in single],
+        "random": [
+            replace(question, passages=controls.random_passages(question, pool, 1, seed)) for question in single
+        ],
     }
 
 
