@@ -156,7 +156,7 @@ def test_an_llm_that_is_loaded_already(model, llm_dir, checkpoint):
         (True, {"dtype": "float32"}, "dtype=float32: the LLM is loaded already"),
         (True, {"device": "cpu"}, "device=cpu: the LLM is loaded already"),
         (False, {"tokenizer": "its"}, "tokenizer: it is loaded beside an LLM that is given by name"),
-        (False, {"dtype": "float8"}, "dtype float8: no such number format"),
+        (False, {"dtype": "float8"}, "dtype float8: no such dtype"),
         (False, {"expert_dtype": "float8"}, "expert_dtype=float8: not one of"),
         (False, {"revision": "v1"}, "a directory, which has no revision v1"),
         (False, {"hypernetwork": "no/such"}, "no/such: neither a directory nor a repository"),

@@ -121,7 +121,7 @@ def create(
         click.echo(f"  {calibration.closed_book:.3f} closed-book")
         click.echo(f"  {calibration.prompt:.3f} with the passage in the prompt")
         click.echo(f"  {every.nats:.3f} with experts in all {len(every.config.layers)} layers")
-        share = "" if math.isnan(chosen.kept) else f", which keep {chosen.kept:.0%} of that gain"
+        share = "" if math.isnan(chosen.gain_share) else f", which keep {chosen.gain_share:.0%} of that gain"
         click.echo(f"  {chosen.nats:.3f} with the experts chosen{share}")
     size = footprint(config, model.dtype).expert_bytes
     create_attention_experts(

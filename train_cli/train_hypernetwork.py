@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import ATTENTION_ONLY, PRESETS
-from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from train_cli.training_options import (
     FORM_HELP,
     card_options,
@@ -89,10 +89,10 @@ def hypernetwork(
     from genpoe_plugin.llm.language_model import load_language_model, load_tokenizer
     from genpoe_plugin.training.creation import attention_config
     from genpoe_plugin.training.devices import accelerator_on
-    from genpoe_plugin.training.examples import CONTINUED, GIVEN, passage_examples, training_examples
+    from genpoe_plugin.training.examples import PROMPT_WORDS, TARGET_WORDS, passage_examples, training_examples
     from genpoe_plugin.training.hypernetwork import Examples, train_hypernetwork
+    from genpoe_plugin.training.llm_state_cache import state_files
     from genpoe_plugin.training.model_size import empty_model, read_size
-    from genpoe_plugin.training.passage_states import state_files
     from genpoe_plugin.training.plans import plan_hypernetwork
     from genpoe_plugin.training.trainer import is_finished
     from genpoe_plugin.training.validation import Validation
@@ -113,7 +113,7 @@ def hypernetwork(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, **from_gguf)
         examples = passage_examples(read_passages(pretrain), tokenizer, titles)
         if not examples:
-            raise InputError(f"{pretrain}: no passage has the {GIVEN + CONTINUED} words that are needed")
+            raise InputError(f"{pretrain}: no passage has the {PROMPT_WORDS + TARGET_WORDS} words that are needed")
     else:
         examples = training_examples(read_questions(source), titles)
         if not examples:

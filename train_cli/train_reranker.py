@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from genpoe_plugin.training.arguments import RerankerTraining
+from genpoe_plugin.training.training_arguments import RerankerTraining
 from train_cli.training_options import card_options, describe, digests, report, show_memory, training_options
 
 

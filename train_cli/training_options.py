@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
-from genpoe_plugin.training.arguments import TrainingArguments
+from genpoe_plugin.training.training_arguments import TrainingArguments
 from train_cli.layers import Layers
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from genpoe_plugin.checkpoints.card import DataFile
     from genpoe_plugin.training.memory import MemoryEstimate
-    from genpoe_plugin.training.state import Progress
+    from genpoe_plugin.training.trainer_state import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -47,7 +47,7 @@ def load_language_model(
             device or dtype.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
+        raise InputError(f"dtype {dtype}: no such dtype; give auto, float32, bfloat16 or float16")
     tokenizer = load_tokenizer(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     try:
         repository, of_hub = loaded_from(name)

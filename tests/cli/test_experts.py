@@ -91,7 +91,7 @@ def test_layers_by_name_and_a_checkpoint_is_replaced(llm_dir: Path, tokenizer, t
             "without.jsonl: no question has a passage that contains one of its answers",
         ),
         (("--preset", "paper"), "'paper' is not 'attention'"),
-        (("--dtype", "float31"), "dtype float31: no such number format"),
+        (("--dtype", "float31"), "dtype float31: no such dtype"),
         (("--device", "gpu7"), "gpu7"),
     ],
 )
@@ -208,7 +208,7 @@ def test_as_many_questions_of_each_file(llm_dir: Path, questions: Path, tmp_path
 
 def test_nothing_fits(llm_dir: Path, questions: Path, tmp_path: Path) -> None:
     result = run(llm_dir, tmp_path / "out", "--calibrate", questions, "--max-bytes", "0.01KB")
-    assert_one_line(result, "no choice of layers keeps within the limits")
+    assert_one_line(result, "no choice of layers is within the limits")
     assert not (tmp_path / "out").exists()
 
 

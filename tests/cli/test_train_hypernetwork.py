@@ -20,9 +20,9 @@ from genpoe_plugin import device_memory
 from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from tests.gguf_llm import write_gguf
 from train_cli.main import main
 from train_cli.train_hypernetwork import hypernetwork as command
@@ -387,7 +387,7 @@ def test_bad_data_is_one_line(llm_dir: Path, data: Path, tmp_path: Path, content
         (["--max-steps", 0], "max_steps is 0; it must be"),
         (["--batch-size", 0], "batch_size is 0; it must be"),
         (["--learning-rate", 0], "learning_rate is 0.0; it must be"),
-        (["--knowledge", 1.5], "knowledge is 1.5; it is a share"),
+        (["--knowledge", 1.5], "knowledge is 1.5; it must be from 0 to 1"),
         (["--model", "no/such/llm"], "LLM no/such/llm: cannot be loaded"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "float3"], "float3"),

@@ -1,6 +1,6 @@
-"""What the frozen LLM makes of passages, kept over a training: it never changes, and is most of a step's work.
+"""A cache of the frozen LLM's states of passages during training, because computing them takes most of a step's time.
 
-States are kept in memory within a budget, the least recently used go first, and in a folder if there is one.
+States are cached in memory within a budget (the least recently used are dropped first), and optionally in a folder.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.llm.language_model import weights_sample
-from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
-IN_MEMORY = 4 * 10**9  # bytes, where nothing else is said
+DEFAULT_STATE_BYTES = 4 * 10**9
 
 
-def keeps_states(config: HypernetworkConfig, arguments: HypernetworkTraining, examples: int) -> bool:
-    """Whether passages come again in a training, and there is something of them to keep."""
+def caches_states(config: HypernetworkConfig, arguments: HypernetworkTraining, examples: int) -> bool:
+    """Whether a training reads passages more than once, and needs LLM states of them."""
     reads = config.head == "attention" or config.states == "contextual"
     return reads and arguments.steps(examples, 1) * arguments.batch_size > examples
 
@@ -36,18 +36,19 @@ def keeps_states(config: HypernetworkConfig, arguments: HypernetworkTraining, ex
 def state_files(
     folder: str | Path, config: HypernetworkConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> ExpertFiles:
-    """Where states are kept for later runs: of this LLM and tokenizer, and of what ``config`` reads of them."""
+    """The files in ``folder`` with states for later runs, specific to this LLM, tokenizer and configuration."""
     read = {name: getattr(config, name) for name in ("head", "states", "layers", "kv_heads", "reads_states", "layout")}
     facts = [llm_identity(model), weights_sample(model), str(model.dtype), tokenizer_fingerprint(tokenizer), read]
     return ExpertFiles(folder, f"states-{sha256(json.dumps(facts).encode()).hexdigest()[:16]}")
 
 
-class KeepingGenerator(ExpertGenerator):
-    """An `ExpertGenerator` that reads every passage once.
+class CachingGenerator(ExpertGenerator):
+    """An `ExpertGenerator` that caches the LLM's states of passages.
 
     Args:
-        most_bytes: of the states in memory.
-        files: where states of earlier runs are, and those of this one go.
+        hypernetwork, model, tokenizer: as in `ExpertGenerator`.
+        max_bytes: budget for states in memory.
+        files: files to read states of earlier runs from, and to write new ones to.
     """
 
     def __init__(
@@ -56,48 +57,48 @@ class KeepingGenerator(ExpertGenerator):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        most_bytes: int = IN_MEMORY,
+        max_bytes: int = DEFAULT_STATE_BYTES,
         files: ExpertFiles | None = None,
     ) -> None:
         super().__init__(hypernetwork, model, tokenizer)
-        self.most_bytes, self.files = most_bytes, files
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.max_bytes, self.files = max_bytes, files
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
 
     def embed(self, passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """As `ExpertGenerator.embed`, without the tokens that are not of the passages."""
-        if not (self.attention or self.contextual):  # then states are looked up in the embeddings
+        """As `ExpertGenerator.embed`, but without tokens that are not part of the passages."""
+        if not (self.attention or self.contextual):  # embeddings are only looked up
             return super().embed(passages)
-        found = self._states(list(dict.fromkeys(passages)))
-        rows = [found[passage] for passage in passages]
+        states = self._states(list(dict.fromkeys(passages)))
+        rows = [states[passage] for passage in passages]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         return pad_sequence(rows, batch_first=True).to(self.device), mask.to(self.device)
 
     def _states(self, unique: Sequence[str]) -> dict[str, Tensor]:
-        """``[tokens, ...]`` for each passage, on the CPU."""
-        found = {}
+        """The states of each passage, ``[tokens, ...]``, on the CPU."""
+        states_of = {}
         for passage in unique:
-            if passage in self._kept:
-                self._kept.move_to_end(passage)
-                found[passage] = self._kept[passage]
+            if passage in self._cache:
+                self._cache.move_to_end(passage)
+                states_of[passage] = self._cache[passage]
             elif self.files is not None and passage in self.files:
-                (found[passage],) = self.files.read([passage])
+                (states_of[passage],) = self.files.read([passage])
             else:
-                # By itself, and in the LLM's own precision: among others, or in a step of a training in bfloat16, it
-                # would be rounded otherwise, and a resumed run reads it at another time.
+                # Read alone and in the LLM's own precision. In a batch, or in a bfloat16 step, rounding would differ,
+                # and a resumed run reads the passage at another time.
                 with torch.autocast(self.device.type, enabled=False):
                     states, mask = super().embed([passage])
-                found[passage] = own = states[mask].cpu()
+                states_of[passage] = tokens = states[mask].cpu()
                 if self.files is not None:
-                    self.files.write([passage], (own,), [len(own)])
-            self._keep(passage, found[passage])
-        return found
+                    self.files.write([passage], (tokens,), [len(tokens)])
+            self._cache_states(passage, states_of[passage])
+        return states_of
 
-    def _keep(self, passage: str, states: Tensor) -> None:
-        if passage in self._kept:
+    def _cache_states(self, passage: str, states: Tensor) -> None:
+        if passage in self._cache:
             return
-        self._kept[passage] = states
+        self._cache[passage] = states
         self._bytes += states.nbytes
-        while self._bytes > self.most_bytes:
-            _, oldest = self._kept.popitem(last=False)
+        while self._bytes > self.max_bytes:
+            _, oldest = self._cache.popitem(last=False)
             self._bytes -= oldest.nbytes
