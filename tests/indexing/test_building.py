@@ -282,7 +282,7 @@ def test_bad_builds_are_one_line(
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "index").exists()
 
-    refused("factory 'Flt': not one that FAISS can make", factory="Flt")
+    refused("factory 'Flt': FAISS cannot create it", factory="Flt")
     refused(
         r"factory 'IVF1024,Flat': 1,024 centroids take more than 700 passages to train on; 39,936 are what FAISS asks",
         factory="IVF1024,Flat",
