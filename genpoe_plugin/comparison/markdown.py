@@ -29,7 +29,7 @@ def markdown(comparison: Comparison) -> str:
             for run in system.runs:
                 origin = origin_of(run)
                 where = f", in `{origin.directory}`" if origin.directory else ""
-                how = "" if origin.recorded else " (put together from lm_eval's record)"
+                how = "" if origin.recorded else " (reconstructed from lm_eval's record)"
                 parts.append(
                     f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n"
                 )

@@ -107,7 +107,7 @@ def test_download_of_a_name_and_of_a_prefix(served: HTTPFile, tmp_path: Path) ->
     assert "not downloaded" not in run.output
     run = CliRunner().invoke(main, ["data", "download", names[1], "--out", str(out)])
     assert run.exit_code == 0
-    assert run.stdout.startswith(f"{out}/data/retriever/qas/nq-dev.csv: was there already")
+    assert run.stdout.startswith(f"{out}/data/retriever/qas/nq-dev.csv: already downloaded")
 
 
 def test_download_says_what_a_prefix_does_not_bring(served: HTTPFile, tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_ctrl_c_says_how_to_go_on(served: HTTPFile, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(resources, "download", interrupted)
     run = CliRunner().invoke(main, ["data", "download", "data.retriever.qas.nq-dev", "--out", str(tmp_path)])
     assert run.exit_code == 130
-    assert "the same command goes on" in run.stderr
+    assert "rerun the same command to resume" in run.stderr

@@ -105,7 +105,7 @@ def test_the_same_command_does_not_build_again(encoder: Path, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "encode_shards", lambda *a, **o: pytest.fail("encoded again"))
         again = run("index", "build", *options)
-    assert again.exit_code == 0 and "built already" in again.stdout
+    assert again.exit_code == 0 and "already built" in again.stdout
     assert run("index", "build", *options, "--factory", "SQ8").stdout.endswith("SQ8, recall@3 1.000\n")
 
 

@@ -144,7 +144,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, reranker: ByLe
         "cut.json": b'[{"question": "q", "answers": ["a"], "ctxs": [{"id": 1, "text": "t"}]}',
         "pickled.json": pickle.dumps([{"question": "q"}]),
     }
-    messages = ["no such file", "no questions", "no question has passages; find some", "not JSON", "a pickle"]
+    messages = ["no such file", "no questions", "no question has passages; add them", "not JSON", "a pickle"]
     for (name, content), message in zip(files.items(), messages, strict=True):
         if content is not None:
             (tmp_path / name).write_bytes(content)
