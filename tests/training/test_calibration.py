@@ -207,7 +207,9 @@ def test_layers_go_with_all_their_heads(tmp_path):
 def test_where_experts_gain_nothing_there_is_no_share_to_keep(tmp_path):
     """Said before the parts are measured."""
     loss = Known({(0, 0): -1.0, (1, 0): 0.5}, 1)
-    with pytest.raises(InputError, match=r"experts in all layers and 1[.]500 without experts: there is no gain") as error:
+    with pytest.raises(
+        InputError, match=r"experts in all layers and 1[.]500 without experts: there is no gain"
+    ) as error:
         calibrate(loss, Limits(keep=0.9), tmp_path / "progress", {})
     assert "\n" not in str(error.value) and len(loss.asked) == 3
     calibrate(loss, Limits(max_layers=1), tmp_path / "progress", {})
