@@ -159,7 +159,7 @@ def test_an_llm_that_is_loaded_already(model, llm_dir, checkpoint):
         (False, {"dtype": "float8"}, "dtype float8: no such dtype"),
         (False, {"expert_dtype": "float8"}, "expert_dtype=float8: not one of"),
         (False, {"revision": "v1"}, "a directory, which has no revision v1"),
-        (False, {"hypernetwork": "no/such"}, "no/such: neither a directory nor a repository"),
+        (False, {"hypernetwork": "no/such"}, "no/such: neither a directory nor a reachable hub repository"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(llm_dir, checkpoint, loaded, arguments, message):
@@ -304,7 +304,7 @@ def test_ask_shows_every_mode(llm_dir, checkpoint):
     shares = [line for line in lines[4:] if "% of the attention, as experts: Rossini" in line]
     assert len(shares) == (GenPoEModel.from_pretrained(str(llm_dir), checkpoint).has_router)
     missing = CliRunner().invoke(main, [*map(str, words[:4]), "--hypernetwork", "no/such", "--passage", "a"])
-    assert missing.exit_code == 2 and "neither a directory nor a repository" in missing.stderr
+    assert missing.exit_code == 2 and "neither a directory nor a reachable hub repository" in missing.stderr
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

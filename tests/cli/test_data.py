@@ -80,7 +80,7 @@ def test_the_list_has_every_name_and_what_to_do_instead() -> None:
     assert run.exit_code == 0, run.output
     first = [line.split()[0].rstrip(":") for line in run.output.splitlines() if line]
     assert {resource.name for resource in RESOURCES} | {*UNAVAILABLE} <= {*first}
-    assert "`genpoe retrieve` makes them" in run.output
+    assert "create them with `genpoe retrieve`" in run.output
     [wikipedia] = [line for line in run.output.splitlines() if line.startswith("data.wikipedia_split.psgs_w100")]
     assert "21,015,324 passages" in wikipedia and "CC BY-SA" in wikipedia
 
@@ -114,7 +114,7 @@ def test_download_says_what_a_prefix_does_not_bring(served: HTTPFile, tmp_path: 
     run = CliRunner().invoke(main, ["data", "download", "data.retriever_results", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     assert run.stdout.count("not downloaded: ") == 2
-    assert "not downloaded: DPR publishes no results for TriviaQA; `genpoe retrieve` makes them" in run.stdout
+    assert "not downloaded: DPR publishes no results for TriviaQA; create them with `genpoe retrieve`" in run.stdout
 
 
 @pytest.mark.parametrize("name", ["data.reader.nq.single.train", "nq", "data.retriever.qas.nq-train"])
