@@ -58,7 +58,7 @@ def compare(
         return
     show_in_terminal(comparison)
     if out is not None:
-        from genpoe_plugin.comparison.files import write
+        from genpoe_plugin.comparison.output_files import write
 
         for path in write(comparison, out):
             click.echo(path)

@@ -34,8 +34,8 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
         click.echo(f"the demo's models are not available, so `genpoe demo world` runs instead ({error})", err=True)
         context.invoke(world)
         return
-    from genpoe_plugin.comparison.files import write
     from genpoe_plugin.comparison.leaderboard import compare
+    from genpoe_plugin.comparison.output_files import write
     from train_cli.compare import show_in_terminal
 
     comparison = compare([real.run(out, jobs)])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genpoe_plugin.comparison.runs import HOW, Run
+from genpoe_plugin.comparison.runs import NON_DECIDING, Run
 from genpoe_plugin.prompts import EXPERT_MODES
 
 Settings = dict[str, Any]
@@ -31,7 +31,7 @@ def deciding(arguments: Mapping[str, Any]) -> Settings:
     """Those of the genpoe model's arguments that decide its answers: mode and control leave some unused."""
     mode = arguments.get("mode", "genpoe")
     control = "none" if mode == "closed_book" else arguments.get("passages", "retrieved")
-    unused = {*HOW, *_UNUSED[control]}
+    unused = {*NON_DECIDING, *_UNUSED[control]}
     if mode not in EXPERT_MODES:
         unused |= {"hypernetwork", "expert_layers", "expert_dtype", "gates"}
     kept = {name: value for name, value in arguments.items() if name not in unused and value is not None}
@@ -40,7 +40,7 @@ def deciding(arguments: Mapping[str, Any]) -> Settings:
 
 def settings_of(run: Run) -> Settings:
     """Of a run of any model. Fingerprints are in the place of the paths of what was loaded."""
-    arguments = {name: value for name, value in run.arguments.items() if name not in HOW}
+    arguments = {name: value for name, value in run.arguments.items() if name not in NON_DECIDING}
     genpoe = run.genpoe
     if genpoe is None:
         return {"kind": run.config.get("model"), **arguments}

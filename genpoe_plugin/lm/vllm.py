@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from genpoe_plugin.comparison.runs import HOW
+from genpoe_plugin.comparison.runs import NON_DECIDING
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.store import ON_DEVICE, ExpertStore
 from genpoe_plugin.llm.language_model import load_tokenizer
@@ -21,7 +21,7 @@ from genpoe_plugin.lm.arguments import GenPoEArguments
 from genpoe_plugin.lm.requests import PassageRequests, PlacedContext, options
 from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.selection.pipeline import Selection
-from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments, share_device
+from genpoe_plugin.vllm_engine.engine_arguments import check_vllm, engine_arguments, share_device
 
 check_vllm()
 
@@ -51,10 +51,10 @@ with _named_vllm():
 
 from vllm import RequestOutput, SamplingParams  # noqa: E402
 
-from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_makers  # noqa: E402
+from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_expert_models  # noqa: E402
 
 # Besides arguments that do not decide an answer, those that the fingerprint has in another form.
-_NO_OPTIONS = (*HOW, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
+_NO_OPTIONS = (*NON_DECIDING, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
 
 
 class GenPoEVLLM(PassageRequests, VLLM):
@@ -123,7 +123,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         if arguments.uses_experts:
             assert hypernetwork is not None
             own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            makers = load_makers(pretrained, hypernetwork, device=device, **own)
+            makers = load_expert_models(pretrained, hypernetwork, device=device, **own)
             arguments.layers_of(makers[0].config)
             engine |= engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
