@@ -173,7 +173,7 @@ def test_a_slow_tokenizer_is_refused(llm_dir, checkpoint, tokenizer):
     class Slow:
         is_fast = False
 
-    with pytest.raises(InputError, match="gives no character offsets"):
+    with pytest.raises(InputError, match="has no character offsets"):
         GenPoEModel(AutoModelForCausalLM.from_pretrained(llm_dir), Slow(), checkpoint)
 
 

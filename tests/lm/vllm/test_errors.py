@@ -63,14 +63,14 @@ def test_an_architecture_without_a_class(make_vllm, make_llm, tokenizer, make_hy
     config = HypernetworkConfig(hidden_size=64, layers=(1,), expert_width=16, core_size=6, head="factored")
     llm = AutoModelForCausalLM.from_pretrained(tmp_path)
     save_hypernetwork(tmp_path / "hypernetwork", Hypernetwork(config), llm, tokenizer, {})
-    with pytest.raises(InputError, match="is a GPTNeoXForCausalLM; on vLLM, experts stand beside Llama, Qwen2"):
+    with pytest.raises(InputError, match="is a GPTNeoXForCausalLM; on vLLM, experts support Llama, Qwen2"):
         make_vllm(pretrained=str(tmp_path), hypernetwork=str(tmp_path / "hypernetwork"))
 
 
 @pytest.mark.parametrize("form", [{"head": "dense", "rank": 513}, {"head": "factored", "core_size": 600}])
 def test_a_rank_beyond_the_engines(make_vllm, make_hypernetwork_dir, form):
     directory = make_hypernetwork_dir(hidden_size=64, **form)
-    with pytest.raises(InputError, match=r"has (rank 513|core_size 600), and vLLM's greatest LoRA rank is 512"):
+    with pytest.raises(InputError, match=r"has (rank 513|core_size 600), and vLLM's largest LoRA rank is 512"):
         make_vllm(hypernetwork=str(directory))
 
 
