@@ -62,13 +62,13 @@ def _difference(saved: Mapping[str, Any], loaded: Mapping[str, Any], quantised: 
     for field in _SHAPE_FIELDS:
         if saved[field] != loaded[field]:
             return f"{field} {saved[field]} there, {loaded[field]} here"
-    ours, theirs = torch.tensor(loaded["embedding_sample"]), torch.tensor(saved["embedding_sample"])
+    loaded_sample, saved_sample = torch.tensor(loaded["embedding_sample"]), torch.tensor(saved["embedding_sample"])
     if quantised:
         # Some formats (GGUF) round embeddings to a few bits; the distance to another LLM's is larger than their norm.
-        same = torch.dist(ours, theirs) <= theirs.norm() / 4
+        same = torch.dist(loaded_sample, saved_sample) <= saved_sample.norm() / 4
     else:
         # bfloat16 has 8 significant bits, so two precisions of one model may differ by this much.
-        same = torch.allclose(ours, theirs, rtol=2**-8, atol=1e-6)
+        same = torch.allclose(loaded_sample, saved_sample, rtol=2**-8, atol=1e-6)
     return None if same else "other embeddings"
 
 
@@ -224,17 +224,17 @@ class HypernetworkCheckpoint:
         Raises:
             InputError: the files are damaged, or the checkpoint is for another LLM or tokenizer.
         """
-        here, there = llm_identity(model), self.record["llm"]
+        loaded, saved = llm_identity(model), self.record["llm"]
         if depth is not None:
-            here["num_hidden_layers"] = depth
-        if difference := _difference(there, here, getattr(model, "is_quantized", False)):
+            loaded["num_hidden_layers"] = depth
+        if difference := _difference(saved, loaded, getattr(model, "is_quantized", False)):
             raise InputError(
-                f"hypernetwork {self.name} was trained for {there['name']}, this is {here['name']} ({difference}); "
+                f"hypernetwork {self.name} was trained for {saved['name']}, this is {loaded['name']} ({difference}); "
                 "use that LLM, or create another checkpoint with `genpoe train hypernetwork` or `genpoe experts create`"
             )
         if self.record["tokenizer"] != tokenizer_fingerprint(tokenizer):
             raise InputError(
-                f"hypernetwork {self.name} was trained with the tokenizer of {there['name']}, "
+                f"hypernetwork {self.name} was trained with the tokenizer of {saved['name']}, "
                 f"which is not the one in use ({tokenizer.name_or_path})"
             )
         hypernetwork = Hypernetwork(self.config)

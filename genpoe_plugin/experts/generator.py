@@ -134,14 +134,15 @@ class ExpertGenerator:
 
     def batch_size(self) -> int:
         """The number of passages per batch that fits a quarter of the free memory, at most `MAX_BATCH`."""
-        one = 2 * footprint(self.config).expert_bytes
+        passage_bytes = 2 * footprint(self.config).expert_bytes
         if self.attention:
             read = 4 * math.prod(self.hypernetwork.state_shape) if self.config.reads_states else 0
-            one = MAX_PASSAGE_TOKENS * (one + read)
+            passage_bytes = MAX_PASSAGE_TOKENS * (passage_bytes + read)
         # Token states and their normalised copy; a layer of the LLM, with its MLP, has about 16 times as many values.
-        one += MAX_PASSAGE_TOKENS * self.config.hidden_size * 4 * (4 if not (self.contextual or self.attention) else 20)
-        most = MAX_READ_BATCH_ON_CPU if self.attention and self.device.type == "cpu" else MAX_BATCH
-        return max(1, min(most, available_memory(str(self.device)) // 4 // one))
+        copies = 4 if not (self.contextual or self.attention) else 20
+        passage_bytes += MAX_PASSAGE_TOKENS * self.config.hidden_size * 4 * copies
+        limit = MAX_READ_BATCH_ON_CPU if self.attention and self.device.type == "cpu" else MAX_BATCH
+        return max(1, min(limit, available_memory(str(self.device)) // 4 // passage_bytes))
 
     def generate_units(self, passages: Sequence[str]) -> tuple[Experts, list[list[int]]]:
         """The units of all experts, ``[units]`` in the hypernetwork's dtype, and the unit indices of each passage."""
@@ -182,6 +183,6 @@ def _check_heads(model: PreTrainedModel, config: HypernetworkConfig) -> None:
             find_query_projection(model, layer)
         if config.place == "mlp":
             find_beside_mlp(model, layer)
-    for name, here in attention_dimensions(model).items():
-        if (there := getattr(config, name)) != here:
-            raise InputError(f"hypernetwork {name} is {there}, the LLM's is {here}")
+    for name, actual in attention_dimensions(model).items():
+        if (configured := getattr(config, name)) != actual:
+            raise InputError(f"hypernetwork {name} is {configured}, the LLM's is {actual}")

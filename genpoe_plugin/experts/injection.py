@@ -312,14 +312,15 @@ class _AttentionBranch(_Branch):
         experts = rows.experts
         assert isinstance(experts, AttentionExperts)
         shape = experts.shape
-        ours = shape.num_heads, shape.num_kv_heads, shape.head_width
-        theirs = call.query.shape[1], call.key.shape[1], call.key.shape[3]
+        expert_sizes = shape.num_heads, shape.num_kv_heads, shape.head_width
+        layer_sizes = call.query.shape[1], call.key.shape[1], call.key.shape[3]
         if call.layer not in shape.layers:
             raise InputError(f"the experts have no keys and values for layer {call.layer}, only for {shape.layers}")
-        if ours != theirs:
+        if expert_sizes != layer_sizes:
+            described = "{} heads, {} key-value heads and head width {}"
             raise InputError(
-                f"the experts have {ours[0]} heads, {ours[1]} key-value heads and head width {ours[2]}; "
-                f"layer {call.layer} has {theirs[0]}, {theirs[1]} and {theirs[2]}"
+                f"the experts have {described.format(*expert_sizes)}; "
+                f"layer {call.layer} has {described.format(*layer_sizes)}"
             )
         layer = experts.layer(call.layer, rows.gates)
         dtype = call.query.dtype  # experts may be stored in a lower precision

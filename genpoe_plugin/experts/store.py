@@ -74,16 +74,16 @@ class ExpertStore:
         self._batch_size = batch_size
         device = self._generator.device
         self._form: Experts = hypernetwork.none().to(self.dtype)
-        one = footprint(config, self.dtype).expert_bytes
+        unit_bytes = footprint(config, self.dtype).expert_bytes
         if self._int8:
             assert isinstance(self._form, AttentionExperts)
             self._form = Int8Experts.of(self._form)
-            one = self._form.unit_bytes
+            unit_bytes = self._form.unit_bytes
         form = self._form.weights
-        least = MAX_EXPERT_UNITS if config.head == "attention" else 1
+        min_units = MAX_EXPERT_UNITS if config.head == "attention" else 1
         self._units: dict[str, int] = {}
-        self._device_pool = UnitPool(max(least, device_bytes // one), form, device)
-        self._host_pool = UnitPool(0 if device.type == "cpu" else host_bytes // one, form, torch.device("cpu"))
+        self._device_pool = UnitPool(max(min_units, device_bytes // unit_bytes), form, device)
+        self._host_pool = UnitPool(0 if device.type == "cpu" else host_bytes // unit_bytes, form, torch.device("cpu"))
 
     @property
     def batch_size(self) -> int:
@@ -99,11 +99,13 @@ class ExpertStore:
             passages: passage strings; duplicates are ignored.
             progress: whether to show a progress bar.
         """
-        wanted = self._that_fit(list(dict.fromkeys(passages)))
+        fitting = self._that_fit(list(dict.fromkeys(passages)))
         # Mark cached experts as used first, or making room for the others might drop them.
-        self._host_pool.use(wanted)
-        self._device_pool.use(wanted)
-        missing = [passage for passage in wanted if passage not in self._device_pool and passage not in self._host_pool]
+        self._host_pool.use(fitting)
+        self._device_pool.use(fitting)
+        missing = [
+            passage for passage in fitting if passage not in self._device_pool and passage not in self._host_pool
+        ]
         missing.sort(key=len)  # less padding
         with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
             self._device_pool.reserve(self._device_pool.used + sum(self.units(missing)))
@@ -147,10 +149,10 @@ class ExpertStore:
             [gate for passage, gate in zip(passages[row], gates[row], strict=True) for _ in slots_of[passage]]
             for row in served
         ]
-        most = max(map(len, slots))
-        index = torch.zeros(len(served), most, dtype=torch.long)
-        gate = torch.zeros(len(served), most)
-        padding = torch.ones(len(served), most, dtype=torch.bool)
+        max_units = max(map(len, slots))
+        index = torch.zeros(len(served), max_units, dtype=torch.long)
+        gate = torch.zeros(len(served), max_units)
+        padding = torch.ones(len(served), max_units, dtype=torch.bool)
         for number, (row_slots, row_gates) in enumerate(zip(slots, unit_gates, strict=True)):
             index[number] = row_slots[0]  # padding: any unit with finite weights, with gate 0
             index[number, : len(row_slots)] = torch.tensor(row_slots)

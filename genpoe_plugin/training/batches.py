@@ -99,5 +99,5 @@ def divergences(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def mean_over_targets(losses: Tensor, labels: Tensor) -> Tensor:
     """The mean loss of each row over its labels: from ``[rows, targets]`` to ``[rows]``."""
-    wanted = labels != IGNORED
-    return losses.where(wanted, 0).sum(1) / wanted.sum(1)
+    has_label = labels != IGNORED
+    return losses.where(has_label, 0).sum(1) / has_label.sum(1)

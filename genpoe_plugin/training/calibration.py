@@ -203,9 +203,9 @@ class AnswerLoss:
         batch = make_batch(examples, knowledge, self.tokenizer, end="")
         logits = answer_logits(self.model, batch, self.model.device)
         labels = batch.labels.to(logits.device)
-        wanted = labels != IGNORED
+        has_label = labels != IGNORED
         losses = torch.zeros_like(labels, dtype=torch.float32)
-        losses[wanted] = functional.cross_entropy(logits[wanted], labels[wanted], reduction="none")
+        losses[has_label] = functional.cross_entropy(logits[has_label], labels[has_label], reduction="none")
         return mean_over_targets(losses, labels).tolist()
 
 

@@ -220,8 +220,8 @@ def row_experts(generator: ExpertGenerator, examples: Sequence[DrawnExample], st
         [gate for passage, gate in zip(example.passages, example.gates, strict=True) for _ in units_of[passage]]
         for example in examples
     ]
-    most = max(map(len, index))
+    max_units = max(map(len, index))
     # Rows with fewer units are padded with any unit, at gate 0.
-    padded_index = torch.tensor([row + [0] * (most - len(row)) for row in index], device=generator.device)
-    padded_gates = torch.tensor([row + [0.0] * (most - len(row)) for row in gates], device=generator.device)
+    padded_index = torch.tensor([row + [0] * (max_units - len(row)) for row in index], device=generator.device)
+    padded_gates = torch.tensor([row + [0.0] * (max_units - len(row)) for row in gates], device=generator.device)
     return RowExperts(experts[padded_index], padded_gates, torch.tensor(list(start), device=generator.device))

@@ -126,9 +126,11 @@ def finished_run(out: Path, identity: Mapping[str, Any]) -> Progress | None:
         raise InputError(f"{out}: holds something that is not a training run; give another directory")
     else:
         return None
-    mine, theirs = json.loads(json.dumps(identity)), progress.arguments
-    if different := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
-        changes = "; ".join(f"{name} was {theirs.get(name)}, is {mine.get(name)}" for name in different)
+    requested, stored = json.loads(json.dumps(identity)), progress.arguments
+    if different := sorted(
+        name for name in requested.keys() | stored.keys() if requested.get(name) != stored.get(name)
+    ):
+        changes = "; ".join(f"{name} was {stored.get(name)}, is {requested.get(name)}" for name in different)
         raise InputError(f"{out}: holds a run with other arguments ({changes}); give another --out or delete it")
     return progress if (out / RECORD).is_file() else None
 
@@ -217,10 +219,10 @@ class _Run:
         batch = batch_at(step, self.learner.examples, size * processes, self.arguments.seed)
         share = -(-len(batch) // processes)
         micro = min(self.arguments.micro_batch_size or size, share)
-        mine = batch[rank::processes]
+        draws = batch[rank::processes]
         # All processes run the same number of passes, because they wait for each other: missing examples have weight 0.
-        weights = [1 / len(batch)] * len(mine) + [0.0] * (share - len(mine))
-        mine = mine + [batch[0]] * (share - len(mine))
+        weights = [1 / len(batch)] * len(draws) + [0.0] * (share - len(draws))
+        draws = draws + [batch[0]] * (share - len(draws))
         torch.manual_seed(_seed(self.arguments.seed, step, rank))
         rate = self.arguments.rate_at(step, self.steps)
         for group in self.optimizer.param_groups:
@@ -229,7 +231,7 @@ class _Run:
         total = 0.0
         for start in range(0, share, micro):
             with self._synchronised(start + micro >= share), self._precision():
-                losses = self.learner.losses(mine[start : start + micro], step)
+                losses = self.learner.losses(draws[start : start + micro], step)
                 loss = (losses * torch.tensor(weights[start : start + micro], device=losses.device)).sum()
                 # The weights already average over all processes; the factor undoes accelerate's own averaging.
                 self.accelerator.backward(loss * processes)

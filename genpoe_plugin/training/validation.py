@@ -72,11 +72,11 @@ class Validation:
         """
         share = -(-len(self.questions) // processes)
         # All processes run the same number of passes, because those of a sharded hypernetwork wait for each other.
-        mine = [(process + number * processes) % len(self.questions) for number in range(share)]
+        assigned = [(process + number * processes) % len(self.questions) for number in range(share)]
         answers: dict[int, tuple[str, float]] = {}
         batches = range(0, share, self.batch_size)
         for begin in tqdm(batches, "Validating", unit="batch", leave=False, disable=process > 0):
-            numbers = mine[begin : begin + self.batch_size]
+            numbers = assigned[begin : begin + self.batch_size]
             examples = [self.examples[number] for number in numbers]
             results = zip(self._answers(generator, examples), self._losses(generator, examples), strict=True)
             answers.update(zip(numbers, results, strict=True))
