@@ -232,7 +232,7 @@ def test_a_file_from_before_there_were_units_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_slab_follows_the_definition(seed):
+def test_a_pool_follows_the_definition(seed):
     """Experts of one to four units come, are used and fail to come; an ordered dictionary is the whole model."""
     rng, capacity = random.Random(seed), 9
     pool = UnitPool(capacity, (torch.empty(0, 2), torch.empty(0)), torch.device("cpu"))
