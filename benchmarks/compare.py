@@ -18,7 +18,7 @@ from benchmarks.child import run_child
 from benchmarks.options import Options, folder_of
 from benchmarks.row import Row
 from benchmarks.synthetic_results import documents, genpoe_facts, write_run
-from genpoe_plugin.comparison.files import PAGE, RECORD
+from genpoe_plugin.comparison.output_files import PAGE, RECORD
 
 RUNS, QUESTIONS, PASSAGES = 50, 10_000, 4
 MODES = ("genpoe", "rag", "genpoe_rag")

@@ -26,7 +26,7 @@ from benchmarks.rates import product, product_flops, reading, seconds
 from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.slab import Slab
+from genpoe_plugin.experts.unit_pool import UnitPool
 
 TOKENS = 128  # a passage, that of a hundred words
 DTYPE = torch.bfloat16
@@ -88,16 +88,16 @@ def measure_here(sizes: Sizes) -> dict[str, float]:
         network = random_hypernetwork(config, device)
         states = torch.rand(sizes.passages, TOKENS, sizes.width, device=device).to(DTYPE)
 
-        slab = Slab(sizes.passages, network.none().weights, torch.device(device))
+        pool = UnitPool(sizes.passages, network.none().weights, torch.device(device))
 
         def generate(count: int = sizes.passages) -> None:
-            network.write(states[:count], mask[:count], slab.weights, torch.arange(count, device=device))
+            network.write(states[:count], mask[:count], pool.weights, torch.arange(count, device=device))
 
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        slab.reserve(sizes.passages)
+        pool.reserve(sizes.passages)
         generate()
-        results = sum(weight.nbytes for weight in slab.weights)
+        results = sum(weight.nbytes for weight in pool.weights)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM") - before
         read, read_bytes = reading(device)
         works = {

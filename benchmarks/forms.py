@@ -45,9 +45,9 @@ from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.llm.language_model import load_language_model
 from genpoe_plugin.selection import controls
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from genpoe_plugin.training.validation import Validation
 
 LAYER, RANK = 2, 16  # of five layers; the paper's rank is an eighth of the width as well
@@ -150,7 +150,9 @@ def conditions(questions: Sequence[Question], seed: int) -> dict[str, list[Quest
         "single": single,
         "four": list(questions),
         "shuffled": [replace(question, passages=passages) for question, passages in shuffled],
-        "random": [replace(question, passages=controls.drawn(question, pool, 1, seed)) for question in single],
+        "random": [
+            replace(question, passages=controls.random_passages(question, pool, 1, seed)) for question in single
+        ],
     }
 
 

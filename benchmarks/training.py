@@ -30,11 +30,11 @@ from benchmarks.row import Row
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import closed_book_prompt
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 WIDTH, LAYERS, LAYER, RANK, BATCH, WORDS = 768, 12, 4, 128, 16, 100
 REPEATS = 3

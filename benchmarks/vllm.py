@@ -29,7 +29,7 @@ from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import closed_book_prompt
-from genpoe_plugin.vllm_engine.arguments import check_vllm
+from genpoe_plugin.vllm_engine.engine_arguments import check_vllm
 
 REQUESTS, PASSAGES, REPEATS, BATCH = 256, 4, 3, 64
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**31, "disable_log_stats": True}

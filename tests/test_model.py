@@ -21,7 +21,7 @@ from genpoe_plugin import GenPoEModel, HypernetworkCheckpoint
 from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import attend
-from genpoe_plugin.experts.attention_interface import listening
+from genpoe_plugin.experts.attention_interface import intercept_attention
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.lm.hf import GenPoELM
@@ -181,10 +181,10 @@ def test_an_llm_that_is_loaded_already(model, llm_dir, checkpoint):
         (True, {"dtype": "float32"}, "dtype=float32: the LLM is loaded already"),
         (True, {"device": "cpu"}, "device=cpu: the LLM is loaded already"),
         (False, {"tokenizer": "its"}, "tokenizer: it is loaded beside an LLM that is given by name"),
-        (False, {"dtype": "float8"}, "dtype float8: no such number format"),
+        (False, {"dtype": "float8"}, "dtype float8: no such dtype"),
         (False, {"expert_dtype": "float8"}, "expert_dtype=float8: not one of"),
         (False, {"revision": "v1"}, "a directory, which has no revision v1"),
-        (False, {"hypernetwork": "no/such"}, "no/such: neither a directory nor a repository"),
+        (False, {"hypernetwork": "no/such"}, "no/such: neither a directory nor a reachable hub repository"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(llm_dir, checkpoint, loaded, arguments, message):
@@ -198,7 +198,7 @@ def test_a_slow_tokenizer_is_refused(llm_dir, checkpoint, tokenizer):
     class Slow:
         is_fast = False
 
-    with pytest.raises(InputError, match="gives no character offsets"):
+    with pytest.raises(InputError, match="has no character offsets"):
         GenPoEModel(AutoModelForCausalLM.from_pretrained(llm_dir), Slow(), checkpoint)
 
 
@@ -329,7 +329,7 @@ def test_ask_shows_every_mode(llm_dir, checkpoint):
     shares = [line for line in lines[4:] if "% of the attention, as experts: Rossini" in line]
     assert len(shares) == (GenPoEModel.from_pretrained(str(llm_dir), checkpoint).has_router)
     missing = CliRunner().invoke(main, [*map(str, words[:4]), "--hypernetwork", "no/such", "--passage", "a"])
-    assert missing.exit_code == 2 and "neither a directory nor a repository" in missing.stderr
+    assert missing.exit_code == 2 and "neither a directory nor a reachable hub repository" in missing.stderr
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -348,7 +348,7 @@ def test_the_routers_mass_is_that_of_a_softmax_written_out(llm_dir, tmp_path, im
         active = torch.ones(1, call.query.shape[2], dtype=torch.bool)
         return attend(call, rows.experts.layer(call.layer, rows.gates), active), None
 
-    with listening(llm, (0, 2), note), torch.no_grad():
+    with intercept_attention(llm, (0, 2), note), torch.no_grad():
         llm(torch.tensor([tokenizer(closed_book_prompt(QUESTIONS[0]))["input_ids"]]))
     expected = torch.zeros(len(units), dtype=torch.float64)
     for number, layer in enumerate((0, 2)):

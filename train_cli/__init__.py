@@ -1,1 +1,1 @@
-"""The ``genpoe`` command: one module per command, thin over ``genpoe_plugin``."""
+"""The ``genpoe`` command line: one module per command, a thin layer over ``genpoe_plugin``."""

@@ -8,8 +8,10 @@ import click
 @click.command()
 @click.argument("question")
 @click.option("--model", required=True, help="Frozen LLM: directory or hub id.")
-@click.option("--hypernetwork", required=True, help="Its hypernetwork: directory or hub id (user/name@revision).")
-@click.option("--passage", "passages", multiple=True, help='As "Title: text"; may be repeated.')
+@click.option(
+    "--hypernetwork", required=True, help="Hypernetwork for the LLM: directory or hub id (user/name@revision)."
+)
+@click.option("--passage", "passages", multiple=True, help='Passage as "Title: text"; may be repeated.')
 @click.option("--index", help="Retrieve the passages from this index.")
 @click.option("--num-passages", default=3, show_default=True, type=click.IntRange(1), help="Passages to retrieve.")
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1))
@@ -30,7 +32,7 @@ def ask(
     gguf_file: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Answer QUESTION in every mode, side by side, and show how the LLM's attention is shared among the passages."""
+    """Answer QUESTION in every mode, and show each passage's share of the LLM's attention."""
     if bool(passages) == (index is not None):
         raise click.UsageError("give passages, each with --passage, or an --index to retrieve them from")
     from genpoe_plugin.data.answers import first_line
@@ -43,8 +45,8 @@ def ask(
     if index is not None:
         from genpoe_plugin.retrieval.retriever import Retriever
 
-        (found,) = Retriever.load(index).retrieve([question], num_passages)
-        passages = tuple(entry.passage.string for entry in found)
+        (retrieved,) = Retriever.load(index).retrieve([question], num_passages)
+        passages = tuple(entry.passage.string for entry in retrieved)
     for mode in MODES:
         (answer,) = genpoe.generate([question], [passages], mode=mode, max_new_tokens=max_new_tokens)
         click.echo(f"{mode:12} {first_line(answer)}")

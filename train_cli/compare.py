@@ -12,7 +12,7 @@ from genpoe_plugin.errors import InputError
 if TYPE_CHECKING:
     from genpoe_plugin.comparison.leaderboard import Comparison
 
-WIDTH = 200  # of a table that goes into a file or a pipe
+WIDTH = 200  # characters per line of a table that is not printed to a terminal
 
 
 @click.command()
@@ -20,7 +20,7 @@ WIDTH = 200  # of a table that goes into a file or a pipe
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for page, Markdown, CSV, JSON.")
 @click.option("--run", "config", type=click.Path(path_type=Path), help="Run this matrix (YAML) first, then compare it.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="--run: lm_eval runs at a time.")
-@click.option("--metric", help="Metric to rank by.  [default: em, or what a task has in its place]")
+@click.option("--metric", help="Metric to rank by.  [default: em, or the main metric of tasks without em]")
 @click.option("--allow", multiple=True, metavar="ASPECT", help="Rank together runs that differ in this; repeatable.")
 @click.option("--reproduce", metavar="ROW", help="Print the command of a row: its number, or TASK:NUMBER.")
 def compare(
@@ -32,15 +32,15 @@ def compare(
     allow: tuple[str, ...],
     reproduce: str | None,
 ) -> None:
-    """A leaderboard of the lm_eval runs in RESULTS, with intervals, paired tests, controls and costs.
+    """Show a leaderboard of the lm_eval runs in RESULTS, with intervals, paired tests, controls and costs.
 
     RESULTS are folders that lm_eval wrote to (--output_path, with --log_samples), of any model. Runs with other
-    questions or settings get a table of their own that says what differs. Broken results are named and left out.
+    questions or settings get a separate table that says what differs. Broken results are named and left out.
     """
     if not results and config is None:
         raise click.UsageError("give RESULTS, folders that lm_eval wrote to, or --run CONFIG.yaml")
     from genpoe_plugin.comparison.comparability import ALLOWABLE
-    from genpoe_plugin.comparison.leaderboard import compare as compared
+    from genpoe_plugin.comparison.leaderboard import compare as compare_runs
 
     if unknown := [aspect for aspect in allow if aspect not in ALLOWABLE]:
         raise InputError(f"--allow {unknown[0]}: not one of {', '.join(ALLOWABLE)}")
@@ -52,20 +52,20 @@ def compare(
         run_matrix(matrix, jobs)
         folders.append(matrix.out)
         out = out or matrix.out / "comparison"
-    comparison = compared(folders, metric=metric, allow=allow)
+    comparison = compare_runs(folders, metric=metric, allow=allow)
     if reproduce is not None:
         _reproduce(comparison, reproduce)
         return
     show_in_terminal(comparison)
     if out is not None:
-        from genpoe_plugin.comparison.files import write
+        from genpoe_plugin.comparison.output_files import write
 
         for path in write(comparison, out):
             click.echo(path)
 
 
 def show_in_terminal(comparison: Comparison) -> None:
-    """Print a comparison, as wide as the terminal is."""
+    """Print a comparison in the width of the terminal."""
     from rich.console import Console
 
     from genpoe_plugin.comparison.terminal import show
@@ -75,30 +75,30 @@ def show_in_terminal(comparison: Comparison) -> None:
 
 
 def _reproduce(comparison: Comparison, row: str) -> None:
-    """Print the folder and the command of every run of a row, as a shell reads them."""
+    """Print the folder and the command of every run of a row, as shell commands."""
     import shlex
 
     from genpoe_plugin.comparison.cells import title
     from genpoe_plugin.comparison.origin import origin_of
 
-    wanted, _, number = row.rpartition(":")
-    found = [
+    table, _, number = row.rpartition(":")
+    matches = [
         system
         for board in comparison.boards
         for system in board.systems
-        if (str(system.number) == number and wanted in ("", board.task, title(board, comparison.boards)))
+        if (str(system.number) == number and table in ("", board.task, title(board, comparison.boards)))
         or system.name == row
     ]
-    if not found:
+    if not matches:
         rows = ", ".join(f"{title(b, comparison.boards)}:1 to {len(b.systems)}" for b in comparison.boards)
         raise InputError(f"--reproduce {row}: no such row; there are {rows}")
-    if len(found) > 1:
-        names = ", ".join(f"{system.name} ({system.runs[0].task})" for system in found)
+    if len(matches) > 1:
+        names = ", ".join(f"{system.name} ({system.runs[0].task})" for system in matches)
         raise InputError(f"--reproduce {row}: in several tables; give the name of one: {names}")
-    for run in found[0].runs:
+    for run in matches[0].runs:
         origin = origin_of(run)
         if not origin.recorded:
-            click.echo("# put together from lm_eval's record of the run")
+            click.echo("# reconstructed from lm_eval's record of the run")
         if origin.directory:
             click.echo(f"cd {shlex.quote(origin.directory)}")
         click.echo(origin.command)

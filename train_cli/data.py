@@ -1,4 +1,4 @@
-"""``genpoe data``: downloading data, and making training data of it."""
+"""``genpoe data``: download data, and convert it to training data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 @click.group()
 def data() -> None:
-    """Download data, and make training data of it."""
+    """Download data, and convert it to training data."""
 
 
 @data.command("list")
@@ -25,7 +25,7 @@ def list_() -> None:
             click.echo(f"\n{resource.kind}")
             kind = resource.kind
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    click.echo("\nnot to be had")
+    click.echo("\nnot available")
     for name, advice in UNAVAILABLE.items():
         click.echo(f"{name}: {advice}")
 
@@ -36,18 +36,18 @@ def list_() -> None:
 def download(names: tuple[str, ...], out: Path) -> None:
     """Download resource NAME, or all resources whose names begin with NAME.
 
-    `genpoe data list` has the names, DPR's own. Rerun the same command to resume.
+    `genpoe data list` shows the names. Rerun the same command to resume.
     """
     from genpoe_plugin.data.resources import fetch, find, left_out
 
-    wanted = {resource.name: resource for name in names for resource in find(name)}
+    resources = {resource.name: resource for name in names for resource in find(name)}
     try:
-        for resource in wanted.values():
+        for resource in resources.values():
             path, is_new = fetch(resource, out, progress=True)
-            state = f"{path.stat().st_size:,} bytes" if is_new else "was there already"
+            state = f"{path.stat().st_size:,} bytes" if is_new else "already downloaded"
             click.echo(f"{path}: {state}; {resource.what}; licence: {resource.licence}")
     except KeyboardInterrupt:
-        click.echo("what has been downloaded is kept; the same command goes on where it stopped", err=True)
+        click.echo("downloaded data is saved; rerun the same command to resume", err=True)
         raise
     for advice in dict.fromkeys(advice for name in names for advice in left_out(name)):
         click.echo(f"not downloaded: {advice}")
@@ -56,11 +56,11 @@ def download(names: tuple[str, ...], out: Path) -> None:
 @data.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON lines of query, pos, neg and prompt.")
-@click.option("--negatives", default=32, show_default=True, help="Passages without an answer, at most, per question.")
+@click.option("--negatives", default=32, show_default=True, help="Maximum passages without an answer per question.")
 @click.option("--min-negatives", type=int, help="Leave out questions that have fewer.  [default: --negatives]")
 @click.option("--random-negatives", is_flag=True, help="Fill up with random passages of other questions.")
 @click.option("--seed", default=0, show_default=True, help="Random seed for the negatives.")
-@click.option("--prompt", help="Question that the reranker is asked about query A and passage B.  [default: BGE's]")
+@click.option("--prompt", help="Prompt of the reranker, about query A and passage B.  [default: BGE's]")
 def reranker(
     results: tuple[Path, ...],
     out: Path,
@@ -70,7 +70,7 @@ def reranker(
     seed: int,
     prompt: str | None,
 ) -> None:
-    """Turn retrieval RESULTS (DPR's JSON, or JSON lines; .gz too) into training data for the reranker."""
+    """Convert retrieval RESULTS (DPR's JSON, or JSON lines; .gz too) to training data for the reranker."""
     from genpoe_plugin.selection.reranking import DEFAULT_PROMPT
     from genpoe_plugin.training.reranker_data import write_reranker_data
 

@@ -19,9 +19,9 @@ OUT, WORLD_OUT = "demo-out", "demo-world-out"
 def demo(context: click.Context, out: Path, jobs: int) -> None:
     """A real LLM answers real questions in every mode.
 
-    Downloads SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (some 180 MB), and runs lm_eval with the experts and the
+    Downloads SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (about 180 MB), and runs lm_eval with the experts and the
     questions that come with this package, in all modes and with controls. Finished steps in OUT are skipped.
-    Where the models cannot be downloaded, the world of `genpoe demo world` takes their place.
+    If the models cannot be downloaded, `genpoe demo world` runs instead.
     """
     if context.invoked_subcommand is not None:
         return
@@ -31,11 +31,11 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
     try:
         real.fetch_models(out, lambda line: click.echo(line, err=True))
     except InputError as error:
-        click.echo(f"No LLM for the demo, so its own world takes the place ({error})", err=True)
+        click.echo(f"the demo's models are not available, so `genpoe demo world` runs instead ({error})", err=True)
         context.invoke(world)
         return
-    from genpoe_plugin.comparison.files import write
     from genpoe_plugin.comparison.leaderboard import compare
+    from genpoe_plugin.comparison.output_files import write
     from train_cli.compare import show_in_terminal
 
     comparison = compare([real.run(out, jobs)])
@@ -43,18 +43,20 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
     page, *_ = write(comparison, out / "comparison")
     ask = ["genpoe", "ask", "--model", str(out / "llm"), "--hypernetwork", str(real.EXPERTS)]
     ask += ["--index", str(out / "index"), "who was the first man in space"]
-    click.echo(f"Ask a question of your own, over the demo's passages:\n{shlex.join(ask)}\n")
+    click.echo(f"Ask your own question about the demo's passages:\n{shlex.join(ask)}\n")
     click.echo(f"page: {page}")
 
 
 @demo.command()
 @click.option("--out", default=WORLD_OUT, show_default=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the world and of all training.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Random seed of the world and of all training."
+)
 def world(out: Path, seed: int) -> None:
-    """Passages become experts in a world that nobody has read about.
+    """Turn passages into experts in an invented world, which no LLM has read about.
 
-    Makes the world, builds its index, trains reranker and hypernetwork on its train side, and evaluates the test
-    side through lm_eval in all modes and controls. Finished steps in OUT are skipped.
+    Creates the world, builds its index, trains reranker and hypernetwork on its training part, and evaluates on its
+    test part with lm_eval in all modes and controls. Finished steps in OUT are skipped.
     """
     from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
     from genpoe_plugin.demo.table import exact_matches, paired_p_value, render
@@ -65,13 +67,13 @@ def world(out: Path, seed: int) -> None:
     p_value = paired_p_value(*map(exact_matches, runs))
     click.echo(f"\n{render(rows)}\n")
     click.echo(
-        "EM, F1 and recall in %; R@k: the passage that answers is among the first k. Test entities were not seen"
+        "EM, F1 and recall in %; R@k: a passage with the answer is among the first k. Test entities were not seen"
     )
     click.echo(f"in training. genpoe_rag against rag, paired: p = {p_value:.2f} (exact McNemar test).")
     click.echo(
-        f"\nThe genpoe row again, by hand:\n{shlex.join(lm_eval_command(out, 'genpoe', 'retrieved', settings))}\n"
+        f"\nThe command of the genpoe row:\n{shlex.join(lm_eval_command(out, 'genpoe', 'retrieved', settings))}\n"
     )
-    click.echo(f"All modes, controls and K, one page:\ngenpoe compare --run {matrix_file(out)} --jobs 2\n")
+    click.echo(f"All modes, controls and K on one page:\ngenpoe compare --run {matrix_file(out)} --jobs 2\n")
     click.echo(f"table: {out / 'table.json'}")
 
 
@@ -79,7 +81,7 @@ def world(out: Path, seed: int) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the LLM and the encoder.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def pretrain(out: Path, seed: int) -> None:
-    """Make the LLM and the encoder of the demo's world again, which come with the package: about half an hour."""
+    """Pretrain the LLM and the encoder of the demo's world again (they come with the package): about half an hour."""
     from genpoe_plugin.demo.pretrain import pretrain_encoder, pretrain_llm
 
     pretrain_llm(out / "llm", seed)

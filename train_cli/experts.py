@@ -1,4 +1,4 @@
-"""``genpoe experts``: checkpoints of experts that need no training."""
+"""``genpoe experts``: create checkpoints of experts that need no training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train_cli.training_options import card_options, command_words
 
 @click.group()
 def experts() -> None:
-    """Make a checkpoint of experts that need no training."""
+    """Create a checkpoint of experts that need no training."""
 
 
 @experts.command()
@@ -32,7 +32,7 @@ def experts() -> None:
 @click.option(
     "--calibrate",
     multiple=True,
-    help="Questions with passages to choose layers with: DPR results, or ours; .gz. Each file gives equally many.",
+    help="Choose layers with these questions and passages: DPR results, or ours; .gz. Repeatable, with equal shares.",
 )
 @click.option("--max-layers", type=click.IntRange(1), help="Maximum number of layers.")
 @click.option("--max-bytes", type=Size(), help="Maximum size of the expert of an average passage, such as 200KB.")
@@ -74,13 +74,13 @@ def create(
     gguf_file: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Write an untrained checkpoint: experts in all layers, in those named, or in those that calibration finds.
+    """Write an untrained checkpoint, with experts in all layers, in --layers, or in layers chosen by calibration.
 
-    An interrupted calibration continues with the same command.
+    Rerun the same command to resume an interrupted calibration.
     """
     limited = max_layers is not None or max_bytes is not None or keep is not None
     if calibrate and layers:
-        raise InputError("--layers names the layers that --calibrate would choose; give one of the two")
+        raise InputError("--calibrate chooses the layers; leave out --layers or --calibrate")
     if not calibrate and (limited or heads):
         raise InputError("--max-layers, --max-bytes, --keep and --heads need --calibrate QUESTIONS")
     if calibrate and not limited:
@@ -121,8 +121,8 @@ def create(
         click.echo(f"  {calibration.closed_book:.3f} closed-book")
         click.echo(f"  {calibration.prompt:.3f} with the passage in the prompt")
         click.echo(f"  {every.nats:.3f} with experts in all {len(every.config.layers)} layers")
-        share = "" if math.isnan(chosen.kept) else f", which keep {chosen.kept:.0%} of that gain"
-        click.echo(f"  {chosen.nats:.3f} with the experts chosen{share}")
+        share = "" if math.isnan(chosen.gain_share) else f", which keep {chosen.gain_share:.0%} of that gain"
+        click.echo(f"  {chosen.nats:.3f} with the chosen experts{share}")
     size = footprint(config, model.dtype).expert_bytes
     create_attention_experts(
         out,
@@ -152,5 +152,5 @@ def create(
         measurements.unlink()
     click.echo(
         f"{out}: experts in {len(config.layers)} layers ({','.join(map(str, config.layers))}), "
-        f"{size:,} bytes a token of a passage"
+        f"{size:,} bytes per passage token"
     )

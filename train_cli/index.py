@@ -1,4 +1,4 @@
-"""``genpoe index``: encoding passages, and building, tuning and describing their index."""
+"""``genpoe index``: encode passages, and build, tune or describe their index."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Size(click.ParamType):
 
 
 def with_encoding(command: Command) -> Command:
-    """Add the options that say how passages are encoded."""
+    """Add the options for encoding passages."""
     for option in (
         click.option(
             "--shard-size", default=2**16, show_default=True, type=click.IntRange(1), help="Passages per shard."
@@ -66,19 +66,19 @@ def with_encoding(command: Command) -> Command:
 
 
 def with_tuning(command: Command) -> Command:
-    """Add the options that say how thorough an approximate index is."""
+    """Add the options for tuning an approximate index to a recall target."""
     for option in (
         click.option(
             "--queries",
             type=click.Path(path_type=Path),
-            help=f"Questions to measure recall with ({QUESTIONS}); without it, perturbed passages.",
+            help=f"Questions to measure recall with ({QUESTIONS}).  [default: perturbed passages]",
         ),
         click.option(
             "--recall",
             default=0.95,
             show_default=True,
             type=click.FloatRange(0, 1, min_open=True),
-            help="Recall@20 against exact search that an approximate index has to reach.",
+            help="Target recall@20 of an approximate index against exact search.",
         ),
     ):
         command = option(command)
@@ -98,32 +98,32 @@ def index() -> None:
 def encode(
     passages: Path, encoder: str, out: Path, batch_size: int, device: str, dtype: str, store: str, shard_size: int
 ) -> None:
-    """Encode PASSAGES into a folder of shards, from which any number of indexes is built.
+    """Encode PASSAGES into a folder of shards, from which any number of indexes can be built.
 
-    As `accelerate launch -m train_cli index encode ...`, on one machine or many that see the folder, every shard is
-    encoded by one process. Rerun the same command to resume.
+    Several processes share the work if they see the same folder, on one machine (`accelerate launch -m train_cli index
+    encode ...`) or on many; each shard is encoded by one of them. Rerun the same command to resume.
     """
     from genpoe_plugin.indexing.encoding import encode_shards
     from genpoe_plugin.retrieval.encoder import load_encoder
 
-    model = load_encoder(encoder, device=_own(device), batch_size=batch_size, dtype=dtype)
+    model = load_encoder(encoder, device=_process_device(device), batch_size=batch_size, dtype=dtype)
     shards = encode_shards(passages, model, out, shard_size=shard_size, dtype=store)
-    if _place().rank == 0:
+    if _process_info().rank == 0:
         click.echo(f"{out}: {shards.count:,} passages, {shards.dimension} dimensions, {len(shards):,} shards")
 
 
 @index.command()
-@click.option("--passages", type=click.Path(path_type=Path), help=f"{PASSAGES} Not needed where all are in --shards.")
+@click.option("--passages", type=click.Path(path_type=Path), help=f"{PASSAGES} Not needed if --shards has them all.")
 @click.option("--encoder", help=ENCODER)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the index.")
 @click.option(
     "--shards",
     "folder",
     type=click.Path(path_type=Path),
-    help="Folder of `genpoe index encode`, or one to make and keep.  [default: one that goes when the index is there]",
+    help="Folder of `genpoe index encode`, or a new one to keep.  [default: a temporary folder]",
 )
 @click.option("--factory", help="FAISS factory string; Flat is exact search.  [default: by size and memory]")
-@click.option("--memory", type=Size(), help="Memory limit of the build, such as 16GB.  [default: what is free]")
+@click.option("--memory", type=Size(), help="Memory limit of the build, such as 16GB.  [default: the free memory]")
 @with_tuning
 @with_encoding
 def build(
@@ -148,7 +148,7 @@ def build(
     from genpoe_plugin.retrieval.faiss_setup import make_index
 
     check_directory(out)
-    asked: dict[str, Any] = {"factory": factory, "memory": memory, "recall": recall}
+    settings: dict[str, Any] = {"factory": factory, "memory": memory, "recall": recall}
     model = None
     if passages is not None:
         from genpoe_plugin.indexing.encoding import encode_shards
@@ -156,23 +156,23 @@ def build(
 
         if encoder is None:
             raise InputError("--passages needs --encoder, the model to encode them with")
-        model = load_encoder(encoder, device=_own(device), batch_size=batch_size, dtype=dtype)
+        model = load_encoder(encoder, device=_process_device(device), batch_size=batch_size, dtype=dtype)
         if factory is not None:
-            make_index(factory, model.dimension)  # before the long work
-        if already_built(out, passages, model, **asked, queries=queries):
-            click.echo(f"{out}: built already, of the same passages and in the same way")
+            make_index(factory, model.dimension)  # checks the string before the long work
+        if already_built(out, passages, model, **settings, queries=queries):
+            click.echo(f"{out}: already built from the same passages with the same settings")
             return
         with shards_directory(out, folder) as target:
             shards = encode_shards(passages, model, target, shard_size=shard_size, dtype=store)
-        if _place().rank != 0:
+        if _process_info().rank != 0:
             return
     elif folder is not None:
         shards = Shards.open(folder)
     else:
-        raise InputError("give --passages and --encoder, or --shards with what `genpoe index encode` made of them")
-    tuned_by = None if queries is None else _encode_questions(queries, shards, encoder, model, device)
-    del model  # before the memory is needed
-    built = build_index(shards, out, **asked, queries=tuned_by)
+        raise InputError("give --passages and --encoder, or --shards with the folder of `genpoe index encode`")
+    encoded_queries = None if queries is None else _encode_questions(queries, shards, encoder, model, device)
+    del model  # frees memory for the build
+    built = build_index(shards, out, **settings, queries=encoded_queries)
     click.echo(
         f"{out}: {len(built):,} passages, {built.dimension} dimensions, {built.manifest['factory']}{_recall(built)}"
     )
@@ -181,7 +181,7 @@ def build(
 @index.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--shards", "folder", required=True, type=click.Path(path_type=Path), help="What the index was built from."
+    "--shards", "folder", required=True, type=click.Path(path_type=Path), help="Shards that the index was built from."
 )
 @with_tuning
 @click.option("--encoder", help="Encoder of the index, if its path has changed.")
@@ -193,8 +193,8 @@ def tune(directory: Path, folder: Path, recall: float, queries: Path | None, enc
     from genpoe_plugin.retrieval.index import PassageIndex
 
     opened, shards = PassageIndex.load(directory), Shards.open(folder)
-    tuned_by = None if queries is None else _encode_questions(queries, shards, encoder, None, device)
-    click.echo(f"{directory}: {opened.manifest['factory']}{_recall(retune(opened, shards, recall, tuned_by))}")
+    encoded_queries = None if queries is None else _encode_questions(queries, shards, encoder, None, device)
+    click.echo(f"{directory}: {opened.manifest['factory']}{_recall(retune(opened, shards, recall, encoded_queries))}")
 
 
 @index.command()
@@ -212,7 +212,7 @@ def info(directory: Path, verify: bool) -> None:
     click.echo(f"passages     {len(opened):,}")
     click.echo(f"dimensions   {opened.dimension}")
     click.echo(f"factory      {opened.manifest['factory']}")
-    click.echo(f"search       {parameters or 'nothing to set'}{_recall(opened)}")
+    click.echo(f"search       {parameters or 'no parameters'}{_recall(opened)}")
     click.echo(f"measured by  {search['queries']}")
     click.echo(f"encoder      {opened.encoder_name}")
     click.echo(f"pooling      {opened.manifest['pooling']}")
@@ -227,32 +227,36 @@ def _recall(index: PassageIndex) -> str:
 
 
 def _encode_questions(path: Path, shards: Shards, name: str | None, model: Encoder | None, device: str) -> Queries:
-    """Question vectors of the encoder that the shards were made with."""
+    """Encode the questions of a file with the encoder of the shards.
+
+    Raises:
+        InputError: there are no questions, or the encoder is not that of the shards.
+    """
     from genpoe_plugin.data.questions import read_questions
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.indexing.building import Queries
     from genpoe_plugin.retrieval.encoder import load_encoder
 
-    asked = [question.question for question in read_questions(path)]
-    if not asked:
+    questions = [question.question for question in read_questions(path)]
+    if not questions:
         raise InputError(f"{path}: no questions")
     model = model or load_encoder(name or shards.encoder_name, device=device)
     if model.fingerprint != shards.encoder_fingerprint:
         raise InputError(
             f"{shards.directory}: encoded with {shards.encoder_name} ({shards.encoder_fingerprint[:12]}), questions"
-            f" with {model.name} ({model.fingerprint[:12]}); give that one"
+            f" with {model.name} ({model.fingerprint[:12]}); give the former as --encoder"
         )
-    return Queries(model.encode_questions(asked), str(path.resolve()))
+    return Queries(model.encode_questions(questions), str(path.resolve()))
 
 
-def _place() -> Any:
-    """Which of the processes of `accelerate launch` this is."""
+def _process_info() -> Any:
+    """Rank and number of this process under `accelerate launch`."""
     from accelerate.utils import get_cpu_distributed_information
 
     return get_cpu_distributed_information()
 
 
-def _own(device: str) -> str:
-    """This process's GPU, where `accelerate launch` started one for each."""
-    place = _place()
-    return f"cuda:{place.local_rank}" if device == "cuda" and place.local_world_size > 1 else device
+def _process_device(device: str) -> str:
+    """The GPU of this process, if `accelerate launch` started several with ``--device cuda``."""
+    info = _process_info()
+    return f"cuda:{info.local_rank}" if device == "cuda" and info.local_world_size > 1 else device

@@ -1,4 +1,4 @@
-"""Layers of an LLM as an option's value."""
+"""The click type for layers of an LLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 
 class Layers(click.ParamType):
-    """Layer numbers with commas between them."""
+    """Comma-separated layer numbers."""
 
     name = "layers"
 

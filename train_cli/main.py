@@ -1,4 +1,4 @@
-"""The click group ``genpoe``. A command's module is imported only when that command runs."""
+"""The click group ``genpoe``. The module of a command is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from genpoe_plugin.errors import InputError
 
 
 class LazyCommand(NamedTuple):
-    """Where a command is (``module:attribute``), and its line in ``--help``, which must not cost the import."""
+    """A command that is imported on use.
+
+    Attributes:
+        target: location of the command, as ``module:attribute``.
+        help: line in ``--help``, which is shown without importing the module.
+    """
 
     target: str
     help: str
 
 
 class LazyGroup(click.Group):
-    """A group whose subcommands are named in a mapping and imported on use."""
+    """A group whose subcommands are imported on use.
+
+    Args:
+        lazy: the subcommands, by name.
+    """
 
     def __init__(self, *args: Any, lazy: dict[str, LazyCommand], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,7 +51,7 @@ class LazyGroup(click.Group):
 
 
 class MainGroup(LazyGroup):
-    """The outermost group: it turns the errors that users are meant to read into one line and an exit status."""
+    """The top-level group: it prints an `InputError` or an interrupt as one line and exits with status 2 or 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -62,11 +71,11 @@ class MainGroup(LazyGroup):
     lazy={
         "demo": LazyCommand("train_cli.demo:demo", "A real LLM answers real questions in every mode."),
         "ask": LazyCommand("train_cli.ask:ask", "Answer one question in every mode, for a first look."),
-        "data": LazyCommand("train_cli.data:data", "Download data, and make training data of it."),
+        "data": LazyCommand("train_cli.data:data", "Download data, and convert it to training data."),
         "index": LazyCommand("train_cli.index:index", "Build or describe a passage index."),
         "retrieve": LazyCommand("train_cli.retrieve:retrieve", "Retrieve passages for questions, ahead of time."),
         "rerank": LazyCommand("train_cli.rerank:rerank", "Rerank retrieved passages."),
-        "experts": LazyCommand("train_cli.experts:experts", "Make an untrained checkpoint of attention experts."),
+        "experts": LazyCommand("train_cli.experts:experts", "Create an untrained checkpoint of attention experts."),
         "compare": LazyCommand("train_cli.compare:compare", "A leaderboard of lm_eval results."),
     },
 )
@@ -74,7 +83,7 @@ class MainGroup(LazyGroup):
 def main() -> None:
     """Passages as experts inside a frozen LLM: data, indexes, training, comparisons, and a demo.
 
-    Evaluation is lm_eval's own command: lm_eval --model genpoe --tasks genpoe_nq ...
+    To evaluate, use the command of lm_eval: lm_eval --model genpoe --tasks genpoe_nq ...
     """
 
 
@@ -84,7 +93,7 @@ def main() -> None:
     lazy={
         "reranker": LazyCommand("train_cli.train_reranker:reranker", "Train the reranker."),
         "hypernetwork": LazyCommand(
-            "train_cli.train_hypernetwork:hypernetwork", "Train the hypernetwork that makes experts of passages."
+            "train_cli.train_hypernetwork:hypernetwork", "Train the hypernetwork that turns passages into experts."
         ),
     },
 )

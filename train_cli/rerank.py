@@ -24,6 +24,6 @@ def rerank(
     RESULTS are files of `genpoe retrieve` or of DPR, also as .gz. Rerun the same command to resume.
     """
     total = count_questions(results, with_passages=True)
-    work, named = load_reranker(reranker, llm, gguf_file, device)
-    header = read_header(results) | {"results_sha256": file_digest(results)} | named
+    work, reranker_fields = load_reranker(reranker, llm, gguf_file, device)
+    header = read_header(results) | {"results_sha256": file_digest(results)} | reranker_fields
     make_file(results, total, out, form, work, header)

@@ -1,4 +1,4 @@
-"""What ``genpoe retrieve`` and ``genpoe rerank`` share: their options, and the way from one file to the other."""
+"""Options and steps that ``genpoe retrieve`` and ``genpoe rerank`` share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rerank = Callable[[Iterator[Question]], Iterator[Question]]
 
 
 def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of both commands."""
+    """Add the options for output and device."""
     form = "Our JSON Lines, or DPR's JSON list; the tasks read both."
     for option in (
         click.option("--device", default="cpu", show_default=True),
@@ -27,7 +27,11 @@ def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def count_questions(path: Path, with_passages: bool) -> int:
-    """Read once before the long work: it finds malformed lines, and how much there is to do."""
+    """Count the questions of a file, and find malformed lines before the long work.
+
+    Raises:
+        InputError: the file is malformed, or has no questions (or, if required, no passages).
+    """
     questions = passages = 0
     for question in read_questions(path):
         questions += 1
@@ -35,44 +39,50 @@ def count_questions(path: Path, with_passages: bool) -> int:
     if not questions:
         raise InputError(f"{path}: no questions")
     if with_passages and not passages:
-        raise InputError(f"{path}: no question has passages; find some with `genpoe retrieve`")
+        raise InputError(f"{path}: no question has passages; add them with `genpoe retrieve`")
     return questions
 
 
 def reranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What else is said of a reranker."""
-    told = "Cut passages for the reranker at 256 tokens of this LLM, as its evaluations do: directory or hub name."
-    gguf = click.option("--gguf-file", help="The GGUF file, in that directory or repository, that has its tokenizer.")
-    return click.option("--llm", help=told)(gguf(command))
+    """Add the options that say how passages are cut for the reranker."""
+    llm_help = "Cut passages for the reranker at 256 tokens of this LLM, as its evaluations do: directory or hub name."
+    gguf = click.option(
+        "--gguf-file", help="Read the tokenizer from this GGUF file in the LLM's directory or repository."
+    )
+    return click.option("--llm", help=llm_help)(gguf(command))
 
 
 def load_reranker(name: str, llm: str | None, gguf_file: str | None, device: str) -> tuple[Rerank, dict[str, Any]]:
-    """What puts questions' passages in order, and what the header of the results says of it."""
+    """Load a reranker.
+
+    Returns:
+        A function that reranks the passages of questions, and the fields that describe it in the results' header.
+    """
     from genpoe_plugin.llm.language_model import load_tokenizer
     from genpoe_plugin.selection.reranking import Reranker
     from genpoe_plugin.selection.result_files import rerank_all
 
     if gguf_file is not None and llm is None:
-        raise InputError("--gguf-file: it is a file of the LLM that passages are cut for; give --llm as well")
+        raise InputError("--gguf-file: the file belongs to the LLM that passages are cut for; give --llm as well")
     tokenizer = None if llm is None else load_tokenizer(llm, gguf_file=gguf_file)
     model = Reranker.load(name, device=device)
     optional = {"llm": llm, "gguf_file": gguf_file}
-    said = {"reranker": name, "reranker_fingerprint": model.fingerprint}
-    said |= {key: value for key, value in optional.items() if value is not None}
-    return lambda questions: rerank_all(questions, model, tokenizer), said
+    fields = {"reranker": name, "reranker_fingerprint": model.fingerprint}
+    fields |= {key: value for key, value in optional.items() if value is not None}
+    return lambda questions: rerank_all(questions, model, tokenizer), fields
 
 
 def make_file(
-    asked: Path,
+    questions: Path,
     total: int,
     out: Path,
     form: str,
     work: Rerank,
     header: dict[str, Any],
 ) -> None:
-    """Do the work on a file's questions, write what comes out, and print how good it is."""
+    """Process the questions of a file with ``work``, write the results to ``out``, and print recall and MRR."""
     from genpoe_plugin.selection.result_files import make_results
 
-    quality = make_results(out, read_questions(asked), work, header, form=form, total=total, progress=True)
+    quality = make_results(out, read_questions(questions), work, header, form=form, total=total, progress=True)
     click.echo(quality.table(reranked="reranker" in header))
     click.echo(f"{out}: {total:,} questions")

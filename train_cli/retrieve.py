@@ -17,7 +17,7 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 @click.option("--index", required=True, type=click.Path(path_type=Path), help="Directory that `genpoe index` wrote.")
 @click.option("--questions", required=True, type=click.Path(path_type=Path), help="DPR results or qas, nq_open; .gz.")
 @click.option("--num-retrieved", default=20, show_default=True, type=click.IntRange(1), help="Passages per question.")
-@click.option("--reranker", help="Decoder-LLM reranker to order them with: directory or hub name.")
+@click.option("--reranker", help="Decoder-LLM reranker for the passages: directory or hub name.")
 @click.option("--encoder", help="Encoder of the index, if its path has changed.")
 @reranking_options
 @result_options
@@ -46,17 +46,17 @@ def retrieve(
         )
     total = count_questions(questions, with_passages=False)
     retriever = Retriever.load(index, device=device, encoder=encoder)
-    rerank, named = load_reranker(reranker, llm, gguf_file, device) if reranker else (None, {})
+    rerank, reranker_fields = load_reranker(reranker, llm, gguf_file, device) if reranker else (None, {})
 
-    def work(asked: Iterator[Question]) -> Iterator[Question]:
-        found = retrieve_all(asked, retriever, num_retrieved)
-        return rerank(found) if rerank else found
+    def work(remaining: Iterator[Question]) -> Iterator[Question]:
+        retrieved = retrieve_all(remaining, retriever, num_retrieved)
+        return rerank(retrieved) if rerank else retrieved
 
     header = {
         "questions_sha256": file_digest(questions),
         "index": retriever.fingerprint,
         "encoder": retriever.encoder.name,
         "num_retrieved": num_retrieved,
-        **named,
+        **reranker_fields,
     }
     make_file(questions, total, out, form, work, header)

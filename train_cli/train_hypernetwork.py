@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import ATTENTION_ONLY, PRESETS
-from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from train_cli.training_options import (
     FORM_HELP,
     card_options,
@@ -27,7 +27,7 @@ from train_cli.training_options import (
 IN_ATTENTION = tuple(name for name, form in PRESETS.items() if form.get("head") == "attention")
 """Presets whose experts are in the LLM's attention."""
 ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
-"""Of experts in the attention, where nothing else is said."""
+"""Default rank of additions and learning rate for experts in the attention."""
 
 
 @click.command()
@@ -37,7 +37,7 @@ ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
     "--pretrain", help="Passages to train on without questions; then train on questions with --init and --data."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
-@click.option("--validation", help="Held-out questions with passages; the weights that answer them best are kept.")
+@click.option("--validation", help="Held-out questions with passages; they decide which weights are written.")
 @click.option(
     "--titles/--no-titles", default=None, help="Passages with their titles.  [default: yes; no for the paper's preset]"
 )
@@ -46,16 +46,16 @@ ADDITION_RANK, ATTENTION_RATE = 64, 1e-3
     default=4.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Memory for the LLM's states of passages, which are kept over all epochs.",
+    help="Gigabytes of memory for the LLM's states of passages, cached over all epochs.",
 )
 @click.option(
-    "--state-store", type=click.Path(file_okay=False), help="Folder that keeps these states, also for later runs."
+    "--state-store", type=click.Path(file_okay=False), help="Folder to store these states in, also for later runs."
 )
-@click.option("--estimate", is_flag=True, help="Print a memory estimate, and stop.")
+@click.option("--estimate", is_flag=True, help="Print a memory estimate and exit.")
 @form_options
 @training_options(HypernetworkTraining)
 @card_options
-@click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
+@click.option("--device", help="Device, such as cuda:1.  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto", show_default=True, help="Data type of the frozen LLM.")
 @click.option("--gguf-file", help="Read the frozen LLM from this GGUF file in its directory or repository.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
@@ -79,7 +79,7 @@ def hypernetwork(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Train a hypernetwork: passages in, experts for a frozen LLM out."""
+    """Train a hypernetwork, which turns passages into experts for a frozen LLM."""
     from genpoe_plugin.checkpoints.card import DataFile
     from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint, load_hypernetwork, read_config
     from genpoe_plugin.data.passages import read_passages
@@ -89,10 +89,10 @@ def hypernetwork(
     from genpoe_plugin.llm.language_model import load_language_model, load_tokenizer
     from genpoe_plugin.training.creation import attention_config
     from genpoe_plugin.training.devices import accelerator_on
-    from genpoe_plugin.training.examples import CONTINUED, GIVEN, passage_examples, training_examples
+    from genpoe_plugin.training.examples import PROMPT_WORDS, TARGET_WORDS, passage_examples, training_examples
     from genpoe_plugin.training.hypernetwork import Examples, train_hypernetwork
+    from genpoe_plugin.training.llm_state_cache import state_files
     from genpoe_plugin.training.model_size import empty_model, read_size
-    from genpoe_plugin.training.passage_states import state_files
     from genpoe_plugin.training.plans import plan_hypernetwork
     from genpoe_plugin.training.trainer import is_finished
     from genpoe_plugin.training.validation import Validation
@@ -104,7 +104,7 @@ def hypernetwork(
         raise InputError("give either --data QUESTIONS or --pretrain PASSAGES")
     arguments = HypernetworkTraining(**options)
     if pretrain is not None and (arguments.unanswerable or arguments.num_passages > 1):
-        raise InputError("--unanswerable and --num-passages are for questions; --pretrain has none")
+        raise InputError("--unanswerable and --num-passages need questions; leave them out with --pretrain")
     from_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     titles = preset != "paper" if titles is None else titles
     source = str(data or pretrain)
@@ -113,7 +113,7 @@ def hypernetwork(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, **from_gguf)
         examples = passage_examples(read_passages(pretrain), tokenizer, titles)
         if not examples:
-            raise InputError(f"{pretrain}: no passage has the {GIVEN + CONTINUED} words that are needed")
+            raise InputError(f"{pretrain}: every passage is too short; {PROMPT_WORDS + TARGET_WORDS} words are needed")
     else:
         examples = training_examples(read_questions(source), titles)
         if not examples:
@@ -126,7 +126,7 @@ def hypernetwork(
         config = read_config(init)
         if config.head != "attention":
             raise InputError(f"--init {init}: its experts are not in the attention")
-        # What was not trained yet becomes the preset's form in its layers and heads.
+        # An untrained checkpoint gets the preset's form, in its own layers and heads.
         form = PRESETS["recommended"] if preset == "recommended" and not config.is_trained else {}
         config = replace(config, **form | changes)
     elif preset in IN_ATTENTION:
@@ -202,29 +202,29 @@ def hypernetwork(
 
 
 def _check_form(preset: str, init: str | None, changes: Mapping[str, Any]) -> None:
-    """Refuse options of a form that do not go together.
+    """Check the options for the form of the experts.
 
     Raises:
-        InputError: there are some.
+        InputError: some of them cannot be combined.
     """
     if init is not None:
         if other := sorted(changes.keys() - set(ATTENTION_ONLY)):
             option = other[0].replace("_", "-")
             others = ", ".join("--" + name.replace("_", "-") for name in ATTENTION_ONLY)
-            raise InputError(f"--{option}: the form is that of --init {init}, but for {others}")
+            raise InputError(f"--{option}: --init {init} decides the form, except {others}")
         return
     if changes.get("head") == "attention":
         raise InputError("--head attention: give --preset recommended, or --init with a checkpoint of such experts")
     if preset not in IN_ATTENTION:
         if "layers" in changes:
             raise InputError(
-                f"--layers: --preset {preset} has experts in one layer, which --layer names; with --preset "
-                f"{' or '.join(IN_ATTENTION)} several have"
+                f"--layers: --preset {preset} has experts in one layer, give --layer; or give --preset "
+                f"{' or '.join(IN_ATTENTION)}, which allow several layers"
             )
         return
     if "layer" in changes:
-        raise InputError(f"--layer: give --layers, which may be one, with --preset {preset}")
+        raise InputError(f"--layer: give --layers with --preset {preset}, also for a single layer")
     if other := sorted(changes.keys() - {"layers", *ATTENTION_ONLY}):
         option = other[0].replace("_", "-")
-        beside = " or ".join(name for name in PRESETS if name not in IN_ATTENTION)
-        raise InputError(f"--{option} is for experts beside an MLP; give --preset {beside}, not {preset}")
+        mlp_presets = " or ".join(name for name in PRESETS if name not in IN_ATTENTION)
+        raise InputError(f"--{option} is for experts beside an MLP; give --preset {mlp_presets}, not {preset}")

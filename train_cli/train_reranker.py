@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from genpoe_plugin.training.arguments import RerankerTraining
+from genpoe_plugin.training.training_arguments import RerankerTraining
 from train_cli.training_options import card_options, describe, digests, report, show_memory, training_options
 
 
@@ -15,12 +15,12 @@ from train_cli.training_options import card_options, describe, digests, report, 
 @click.option("--model", required=True, help="Decoder LLM or reranker to start from: directory or hub name.")
 @click.option("--data", required=True, help="Training data, as `genpoe data reranker` writes it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the trained reranker.")
-@click.option("--validation", help="Held-out data; the weights that rank it best are kept.")
-@click.option("--estimate", is_flag=True, help="Print a memory estimate, and stop.")
+@click.option("--validation", help="Held-out data; it decides which weights are written.")
+@click.option("--estimate", is_flag=True, help="Print a memory estimate and exit.")
 @click.option("--max-length", default=512, show_default=True, help="Maximum tokens of query and passage together.")
 @training_options(RerankerTraining)
 @card_options
-@click.option("--device", help="Such as cuda:1.  [default: a GPU if there is one]")
+@click.option("--device", help="Device, such as cuda:1.  [default: a GPU if there is one]")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -43,7 +43,7 @@ def reranker(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Train a reranker: a decoder LLM that tells passages with an answer from those without."""
+    """Train a reranker: a decoder LLM that scores whether a passage answers a question."""
     from genpoe_plugin.checkpoints.card import DataFile
     from genpoe_plugin.llm.language_model import load_tokenizer
     from genpoe_plugin.selection.reranking import Reranker
@@ -75,7 +75,7 @@ def reranker(
     if not show_memory(plan.estimate(), accelerator, device, estimate):
         return
 
-    start = Reranker.load(
+    initial = Reranker.load(
         model,
         device=device or str(accelerator.device),
         dtype=dtype,
@@ -85,7 +85,7 @@ def reranker(
     )
     identity: dict[str, Any] = {"model": model, "dtype": dtype, "max_length": max_length, **digests(files)}
     progress = train_reranker(
-        start, arguments, examples, out, identity=identity, held_out=held_out, accelerator=accelerator
+        initial, arguments, examples, out, identity=identity, held_out=held_out, accelerator=accelerator
     )
     if accelerator.is_main_process:
         report(progress, out, finished_before)

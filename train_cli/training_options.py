@@ -1,4 +1,4 @@
-"""What the commands of both trainings share: an option for every argument, and what is said at the end."""
+"""Options and output that ``genpoe train reranker`` and ``genpoe train hypernetwork`` share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from genpoe_plugin.experts.config import PRESETS, HypernetworkConfig
-from genpoe_plugin.training.arguments import TrainingArguments
+from genpoe_plugin.training.training_arguments import TrainingArguments
 from train_cli.layers import Layers
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from genpoe_plugin.checkpoints.card import DataFile
     from genpoe_plugin.training.memory import MemoryEstimate
-    from genpoe_plugin.training.state import Progress
+    from genpoe_plugin.training.trainer_state import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 HELP = {
     "epochs": "Passes over the examples.",
-    "max_steps": "Optimizer steps, instead of epochs.",
+    "max_steps": "Number of optimizer steps; replaces --epochs.",
     "batch_size": "Examples per optimizer step and process.",
     "micro_batch_size": "Examples in memory at a time; gradients are accumulated.",
     "learning_rate": "Peak learning rate of AdamW; 1e-3 by default for experts in the attention.",
@@ -39,13 +39,13 @@ HELP = {
     "save_every": "Steps between saved training states.",
     "seed": "Random seed for initialisation, data order and sampling.",
     "negatives": "Negatives per example, drawn again in every epoch.",
-    "lora_rank": "0 trains every weight.",
-    "lora_alpha": "LoRA's alpha.",
+    "lora_rank": "Rank of the LoRA adapter; 0 trains all weights.",
+    "lora_alpha": "Alpha of the LoRA adapter.",
     "lora_targets": "Layer names, comma-separated.  [default: the attention's linear layers]",
     "gradient_checkpointing": "Recompute activations: less memory, a third more time.",
     "num_passages": "Maximum passages per example: one with the answer, the others distractors.",
     "knowledge": "Share of steps whose prompts also contain the passages.",
-    "unanswerable": "Share of examples with wrong passages only; target: the LLM without passages.",
+    "unanswerable": "Share of examples with wrong passages only; their target is the LLM without passages.",
     "distillation": "Weight of the divergence from the LLM with the passages in its prompt.",
 }
 
@@ -59,19 +59,19 @@ FORM_HELP = {
     "code_size": "Width of the passage's encoding.",
     "normalise": "RMS-normalise the token states.",
     "states": "Token representations that the encoder reads.",
-    "head": "Head of the hypernetwork, which makes the expert.",
+    "head": "Head of the hypernetwork, which generates the expert.",
     "base": "Initial experts: random, or zero (silent).",
     "generator_gain": "Factor on generated weights.",
     "addition_rank": "Rank of the additions to keys and values (experts in the attention).  [default: 64]",
     "query_rank": "Rank of the additions to queries (experts in the attention).",
     "window": "Consecutive tokens that are pooled into one unit (experts in the attention).",
-    "layout": "How the LLM reads a passage for experts in the attention: as in RAG's prompt, or by itself.",
+    "layout": "Text around a passage when the LLM reads it (experts in the attention): the RAG prompt's, or none.",
     "place": "Where experts are read: in the attention, or beside the MLP of the layer below.",
 }
 
 
 class Names(click.ParamType):
-    """Names with commas between them."""
+    """Comma-separated names."""
 
     name = "names"
 
@@ -85,7 +85,7 @@ def training_options(arguments: type[TrainingArguments]) -> Callable[[Function],
 
 
 def form_options(function: Function) -> Function:
-    """Options for the form of a hypernetwork; those that are not given (None) are the preset's."""
+    """Options for the form of a hypernetwork; by default (None) the preset decides."""
     names = [field.name for field in fields(HypernetworkConfig) if field.name in FORM_HELP]
     function = _options(HypernetworkConfig, dict.fromkeys(names))(function)
     function = click.option("--layers", type=Layers(), help="Layers of experts in the attention, such as 5,11,12.")(
@@ -127,26 +127,26 @@ def _options(holder: type, defaults: Mapping[str, Any]) -> Callable[[Function], 
 
 
 def card_options(function: Function) -> Function:
-    """What the model card says of rights and sources, which no file tells."""
+    """Options for the licence and the data sets in the model card."""
     dataset = click.option(
         "--dataset",
         "datasets",
         multiple=True,
-        help="For the model card: the hub's name of a data set that the data is from; may be repeated.",
+        help="For the model card: hub name of a source data set; may be repeated.",
     )
-    licence = click.option("--licence", help="For the model card: the hub's name of a licence, such as apache-2.0.")
+    licence = click.option("--licence", help="For the model card: hub name of the licence, such as apache-2.0.")
     return dataset(licence(function))
 
 
 def digests(files: Sequence[DataFile]) -> dict[str, str]:
-    """What tells the data of one run from that of another, by use."""
+    """SHA-256 of each data file, by its use; part of a run's identity."""
     return {"data" if file.use == "training" else file.use: file.sha256 for file in files}
 
 
 def report(progress: Progress, out: Path, finished_before: bool) -> None:
-    """Say what came out: measures before and after, and where it is."""
+    """Print the measures before and after training, and the output directory."""
     if finished_before:
-        click.echo(f"{out}: finished before; delete it to train again")
+        click.echo(f"{out}: already finished; delete it to train again")
     if progress.validations:
         first, best = progress.validations[0], max(progress.validations, key=lambda row: row["step"] == progress.best)
         for measure in first:
@@ -158,10 +158,19 @@ def report(progress: Progress, out: Path, finished_before: bool) -> None:
 
 
 def show_memory(estimate: MemoryEstimate, accelerator: Accelerator, device: str | None, only: bool) -> bool:
-    """Print the estimate, and say whether to go on: not if it was ``only`` asked for.
+    """Print the memory estimate.
+
+    Args:
+        estimate: the estimate.
+        accelerator: device and processes of the run.
+        device: name of the device, if the user gave one.
+        only: whether the user asked only for the estimate.
+
+    Returns:
+        Whether to start the training.
 
     Raises:
-        InputError: so much memory is not free on the device.
+        InputError: the device has less free memory than the training needs.
     """
     from genpoe_plugin.device_memory import available_memory
     from genpoe_plugin.training.memory import check_fits
@@ -187,7 +196,7 @@ def describe(
     licence: str | None = None,
     datasets: Sequence[str] = (),
 ) -> None:
-    """Write the model card, unless it is there."""
+    """Write the model card, unless it exists."""
     from genpoe_plugin.checkpoints.card import CARD, ModelCard, write_card
 
     if (out / CARD).is_file():
@@ -211,7 +220,7 @@ def describe(
 
 
 def command_words(processes: int = 1) -> list[str]:
-    """The command that is running, with the options that were given."""
+    """The words of the running command, with the options that the user gave."""
     context = click.get_current_context()
     words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "train_cli"] if processes > 1 else []
     words = words or ["genpoe"]
@@ -224,6 +233,6 @@ def command_words(processes: int = 1) -> list[str]:
         if isinstance(value, bool):
             words.append(flags[0] if value else flags[-1])
         else:
-            for one in value if option.multiple else [value]:
-                words += [flags[0], ",".join(map(str, one)) if isinstance(one, tuple) else str(one)]
+            for item in value if option.multiple else [value]:
+                words += [flags[0], ",".join(map(str, item)) if isinstance(item, tuple) else str(item)]
     return words

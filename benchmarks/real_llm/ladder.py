@@ -34,7 +34,7 @@ from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.int8 import unit_bytes
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import normalise_question
-from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 CONTROLS = ("shuffled", "constant")
 UNTRAINED, INT8, FOUR_EQUAL = "untrained", "int8", "four-equal"

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.files import atomic_directory, file_digest
 from genpoe_plugin.llm.language_model import load_language_model
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample, draw_passages, training_examples
 from genpoe_plugin.training.reranker import attention_projections
 from genpoe_plugin.training.trainer import train
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 
 class RagLearner:

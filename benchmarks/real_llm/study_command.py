@@ -17,7 +17,7 @@ from benchmarks.real_llm.questions import find_files
 from benchmarks.real_llm.rows import StudyRow
 from benchmarks.real_llm.study import Study
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.training.arguments import HypernetworkTraining
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from train_cli.layers import Layers as LayersType
 
 TRAINING = ("nq_qed.train*.jsonl*", "squad_v1_train_44articles.train*.jsonl*")

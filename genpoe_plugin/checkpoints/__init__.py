@@ -1,1 +1,1 @@
-"""The directory of a hypernetwork: load, save and push, and its model card."""
+"""Checkpoints of hypernetworks: load, save, push, and the model card."""

@@ -1,6 +1,6 @@
-"""The model card beside a checkpoint: what it is, what made it, how good it is, and the commands to check that.
+"""The model card of a checkpoint: its model, training, scores, and the commands to evaluate it.
 
-The front matter is what the Hugging Face hub reads; the rest is Markdown for people.
+The Hugging Face hub reads the front matter; the rest is Markdown for readers.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ TITLES = {"hypernetwork": "Hypernetwork", "experts": "Attention experts", "reran
 LOSS, VALIDATION, PICTURE = "loss.csv", "validation.csv", "curves.png"
 CALIBRATION, CALIBRATION_PICTURE = "calibration.csv", "calibration.png"
 SHOWN = (LOSS, VALIDATION, PICTURE, CALIBRATION, CALIBRATION_PICTURE)
-"""Files beside a card that it shows or links, where there are such."""
+"""Optional files beside a card that it shows or links."""
 _TASKS = {"hypernetwork": "question-answering", "experts": "question-answering", "reranker": "text-ranking"}
-_METRICS = {"em": "exact_match", "f1": "f1"}  # the hub's names, where it has others
+_METRICS = {"em": "exact_match", "f1": "f1"}  # the hub's names of metrics
 _LOADED = re.compile(r'GenPoEModel\.from_pretrained\("(?:[^"\\]|\\.)*", ("(?:[^"\\]|\\.)*")')
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that a training read.
+    """A data file of a training.
 
     Attributes:
-        use: what for.
-        path: as the command gave it.
-        sha256: of its bytes, in hexadecimal.
-        examples: how many it gave, which may be fewer than it has lines.
+        use: use of the file.
+        path: path as in the command.
+        sha256: SHA-256 of the file, in hexadecimal.
+        examples: number of examples from the file, which may be below its number of lines.
     """
 
     use: Literal["training", "validation", "calibration"]
@@ -58,39 +58,40 @@ class DataFile:
 
     @classmethod
     def read(cls, use: Literal["training", "validation", "calibration"], path: str | Path, examples: int) -> DataFile:
-        """Describe the file at ``path``, hashing it."""
+        """Hash and describe the file at ``path``."""
         return cls(use, str(path), file_digest(path), examples)
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of this package, Python, and the libraries that decide a result."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {"genpoe": __version__, **libraries, "python": platform.python_version()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a card tells; plain data.
+    """The content of a model card, as plain data.
 
-    Paths may be those of this machine: a card shows the last part of each.
+    Paths may be local: a card shows only the last part of each.
 
     Attributes:
-        kind: what it is; ``experts`` are those in the LLM's attention that were not trained.
-        base_model: the frozen LLM of a hypernetwork or experts, or what a reranker started from: directory or hub name.
-        out: the checkpoint's directory, or its repository on the hub.
-        form: what it is made of, by name: dimensions, number of parameters and so on.
-        data: the files that were read; questions with passages, for a hypernetwork.
+        kind: kind of checkpoint; ``experts`` are untrained experts in the LLM's attention.
+        base_model: the frozen LLM of a hypernetwork or experts, or the initial model of a reranker: directory or hub
+            name.
+        out: the checkpoint's directory, or its hub repository.
+        form: facts about the model by name, such as dimensions and number of parameters.
+        data: the data files; questions with passages for a hypernetwork.
         arguments: all arguments of the training, by name.
-        command: the command that trained it, word by word.
-        steps: optimizer steps taken; 0 without training.
-        validations: ``{"step": ..., measure: value, ...}`` of every validation, in order; for experts, what the
-            calibration measured.
-        best: the step whose weights these are; the last one if None.
-        lm_eval_arguments: model arguments for evaluating a hypernetwork, besides ``pretrained``, ``mode`` and
+        command: the words of the command that created the checkpoint.
+        steps: number of optimizer steps; 0 without training.
+        validations: ``{"step": ..., measure: value, ...}`` of every validation, in order; for experts, the result of
+            the calibration.
+        best: step of the checkpoint's weights; None for the last step.
+        lm_eval_arguments: model arguments to evaluate a hypernetwork with, besides ``pretrained``, ``mode`` and
             ``hypernetwork``, such as ``num_passages``.
-        licence: the hub's name of one; none is claimed if None.
-        datasets: the hub's names of the data sets that it learned from.
-        versions: what it was trained with.
+        licence: hub name of the licence; None for no licence.
+        datasets: hub names of the training data sets.
+        versions: software versions of the training.
     """
 
     kind: Literal["hypernetwork", "experts", "reranker"]
@@ -110,9 +111,9 @@ class ModelCard:
 
 
 def write_card(directory: str | Path, card: ModelCard) -> None:
-    """Write ``README.md`` into ``directory``, whole or not at all.
+    """Write ``README.md`` into ``directory`` atomically.
 
-    The curves are shown if ``curves.png`` is there already (see :func:`genpoe_plugin.training.curves.write_curves`).
+    The card shows the curves if ``curves.png`` exists (see :func:`genpoe_plugin.training.curves.write_curves`).
     """
     directory = Path(directory)
     front_matter = _front_matter(card)
@@ -135,20 +136,22 @@ def write_card(directory: str | Path, card: ModelCard) -> None:
     ]
     with atomic_file(directory / CARD) as temporary:
         body = "\n\n".join(section for section in sections if section)
-        # A file name need not be text, and must not cost the card.
+        # File names may contain bytes that are not text; they must not prevent the card.
         text = f"---\n{front_matter}\n---\n\n{body}\n"
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def lm_eval_command(card: ModelCard, tasks: Sequence[str], data: str | None = None, **arguments: str) -> list[str]:
-    """The stock lm_eval command that evaluates a hypernetwork, word by word.
+    """The words of the lm_eval command that evaluates a hypernetwork.
 
     Args:
-        data: a file of questions to ask instead of the tasks' own.
+        card: the hypernetwork's card.
+        tasks: names of the tasks.
+        data: a file of questions that replace those of the tasks.
         arguments: further model arguments.
     """
     model = {"pretrained": card.base_model, "mode": "genpoe", "hypernetwork": card.out}
-    # As JSON: lm_eval would split a key=value list at the commas of a path, and read a directory called 7 as a number.
+    # As JSON: in a key=value list, lm_eval splits paths at commas, and reads a directory called 7 as a number.
     words = ["--model_args", _json({**model, **card.lm_eval_arguments, **arguments}), "--tasks", ",".join(tasks)]
     if data is not None:
         words += ["--metadata", _json({"genpoe_data": data})]
@@ -156,15 +159,15 @@ def lm_eval_command(card: ModelCard, tasks: Sequence[str], data: str | None = No
 
 
 def name_in_card(text: str, name: str) -> str:
-    """A card's text with another name for its checkpoint, such as that of its repository, in all that loads it.
+    """Replace the checkpoint's name in a card's examples and commands, for instance by its hub repository.
 
-    A card whose example was taken out stays as it is.
+    A card without the Python example is returned unchanged.
     """
-    found = _LOADED.search(text)
-    if found is None:
+    example = _LOADED.search(text)
+    if example is None:
         return text
-    in_a_shell = found[1].replace("'", "'\"'\"'")  # as shlex quotes it
-    return text.replace(found[1], _json(name)).replace(in_a_shell, _json(name))
+    in_a_shell = example[1].replace("'", "'\"'\"'")  # as shlex quotes it
+    return text.replace(example[1], _json(name)).replace(in_a_shell, _json(name))
 
 
 def _front_matter(card: ModelCard) -> str:
@@ -182,7 +185,7 @@ def _front_matter(card: ModelCard) -> str:
 
 
 def _results(card: ModelCard) -> Iterable[EvalResult]:
-    """What the weights of this checkpoint were measured to do, on data that they did not learn from."""
+    """The measures of this checkpoint's weights on held-out data."""
     files = [file for file in card.data if file.use != "training"]
     step = card.steps if card.best is None else card.best
     measured = [row for row in card.validations if row["step"] == step]
@@ -202,7 +205,7 @@ def _results(card: ModelCard) -> Iterable[EvalResult]:
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether it could be a model of the hub, which refuses a card whose base model could not."""
+    """Whether ``name`` can be a hub model; the hub refuses cards with another base model."""
     try:
         validate_repo_id(split_revision(name)[0])
     except HFValidationError:
@@ -211,7 +214,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _without_folders(card: ModelCard) -> ModelCard:
-    """The card without the folders of the machine that it is written on."""
+    """The card without the folders of local paths."""
     base_model = card.base_model if _is_hub_name(card.base_model) else Path(card.base_model).name
     return replace(
         card,
@@ -223,10 +226,11 @@ def _without_folders(card: ModelCard) -> ModelCard:
 
 
 def _last_part(word: str, out: str = "") -> str:
-    """Of a path of this machine, such as ``/data/nq/dev.jsonl``, the last part; any other word as it is.
+    """The last part of a local path such as ``/data/nq/dev.jsonl``; any other word unchanged.
 
     Args:
-        out: what is a path too, though it may not be there yet.
+        word: the word.
+        out: a path that may not exist yet.
     """
     whole = os.path.abspath(word)
     is_path = os.path.isabs(word) or os.path.exists(word) or (os.path.isabs(out) and whole == os.path.abspath(out))
@@ -337,7 +341,7 @@ def _reranker_use(card: ModelCard) -> Iterable[str]:
         'scores = reranker.score([("who wrote it?", "Title: text of a passage"), ("who wrote it?", "Other: text")])',
     )
     command = ["genpoe", "retrieve", "--index", "INDEX", "--questions", "QUESTIONS", "--out", "RESULTS.jsonl"]
-    yield "For passages that `genpoe retrieve` finds:"
+    yield "For the passages of `genpoe retrieve`:"
     yield _block("bash", shlex.join([*command, "--reranker", card.out]))
     yield "In `lm_eval --model genpoe` it is the model argument `reranker`."
 
@@ -347,10 +351,10 @@ def _json(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """A code span that shows ``value`` whatever characters it has.
+    """A code span that shows ``value`` correctly with any characters.
 
-    Text with line breaks, backslashes or outer spaces is shown as JSON, which has none of the first and the second
-    only in pairs: right before a pipe in a table, a single one would undo the pipe's escape.
+    Text with line breaks, backslashes or outer spaces is shown as JSON. JSON has no line breaks, and its backslashes
+    come in pairs; a single backslash before a pipe in a table would undo the pipe's escape.
     """
     plain = isinstance(value, str) and value.isprintable() and "\\" not in value and value.strip() == value != ""
     text = value if plain else _json(value)
@@ -364,7 +368,7 @@ def _pairs(values: Mapping[str, Any]) -> Iterable[Sequence[str]]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown cells; nothing if it has no rows."""
+    """A Markdown table; empty if there are no rows."""
     lines = [header, ["---"] * len(header), *rows]
     if len(lines) == 2:
         return ""
@@ -372,11 +376,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _block(language: str, text: str) -> str:
-    """A fenced code block that no line of ``text`` can end."""
+    """A fenced code block whose fence does not occur in ``text``."""
     fence = _fence(text, 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _fence(text: str, least: int) -> str:
-    """At least so many backticks, and more than ``text`` has in a row."""
+    """At least ``least`` backticks, and more than any run of them in ``text``."""
     return "`" * max([least, *(1 + len(run) for run in re.findall("`+", text))])

@@ -1,7 +1,7 @@
-"""A trained hypernetwork as a directory: weights, configuration, and what LLM it belongs to.
+"""The checkpoint of a hypernetwork: a directory with its weights and configuration.
 
-model.safetensors   the hypernetwork and its base matrices
-config.json         its configuration, the LLM's and tokenizer's identity, versions, training arguments
+model.safetensors   the weights of the hypernetwork, with its base matrices
+config.json         its configuration, the identity of LLM and tokenizer, versions, training arguments
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from genpoe_plugin.hub import UNREACHABLE, download, make_repository, upload
 from genpoe_plugin.llm.language_model import embedding_entries, embedding_table
 
 if TYPE_CHECKING:
-    from genpoe_plugin.checkpoints.card import ModelCard  # imported on use, since it brings what draws curves
+    from genpoe_plugin.checkpoints.card import ModelCard
 
 FORMAT = "genpoe-hypernetwork"
 FORMAT_VERSION = 1
@@ -41,10 +41,9 @@ _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attentio
 
 
 def llm_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells one LLM from another and stays the same whatever precision it is loaded in.
+    """The identity of an LLM, the same in every precision: its dimensions, and a sample of its embeddings.
 
-    Its dimensions, and 256 entries of its embedding table at fixed places: as numbers, since a hash would change
-    with the dtype.
+    The sample is 256 entries at fixed places. It is stored as numbers, because a hash would depend on the dtype.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -59,21 +58,22 @@ def llm_identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _difference(saved: Mapping[str, Any], loaded: Mapping[str, Any], quantised: bool) -> str | None:
+    """The difference between the identities of two LLMs, as text; None if they are the same LLM."""
     for field in _SHAPE_FIELDS:
         if saved[field] != loaded[field]:
             return f"{field} {saved[field]} there, {loaded[field]} here"
-    ours, theirs = torch.tensor(loaded["embedding_sample"]), torch.tensor(saved["embedding_sample"])
+    loaded_sample, saved_sample = torch.tensor(loaded["embedding_sample"]), torch.tensor(saved["embedding_sample"])
     if quantised:
-        # Some forms (GGUF) round embeddings to a few bits; another LLM's are further away than their own size.
-        same = torch.dist(ours, theirs) <= theirs.norm() / 4
+        # Some formats (GGUF) round embeddings to a few bits; the distance to another LLM's is larger than their norm.
+        same = torch.dist(loaded_sample, saved_sample) <= saved_sample.norm() / 4
     else:
-        # bfloat16 keeps 8 bits, so that much is what two precisions of one model may differ by.
-        same = torch.allclose(ours, theirs, rtol=2**-8, atol=1e-6)
+        # bfloat16 has 8 significant bits, so two precisions of one model may differ by this much.
+        same = torch.allclose(loaded_sample, saved_sample, rtol=2**-8, atol=1e-6)
     return None if same else "other embeddings"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of how the tokenizer splits a fixed text, and of its vocabulary."""
+    """A hash of the tokenizer's vocabulary and of its tokens for a fixed text."""
     probe = tokenizer("Who was born in 1872, and where?\n Ça: 東京 — 3.14\tFrançois' cat?", add_special_tokens=False)
     content = json.dumps([sorted(tokenizer.get_vocab().items()), probe["input_ids"]])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -87,12 +87,14 @@ def write_hypernetwork(
     tokenizer: PreTrainedTokenizerBase,
     training: Mapping[str, Any],
 ) -> None:
-    """Write the two files of a checkpoint into ``directory``, the one that makes it a checkpoint last.
+    """Write the two files of a checkpoint into ``directory``, ``config.json`` last.
 
     Args:
-        config, weights: of the hypernetwork, base matrices included.
-        model, tokenizer: the LLM that it was trained for.
-        training: arguments and results of the training, for the record.
+        directory: directory of the checkpoint.
+        config: configuration of the hypernetwork.
+        weights: weights of the hypernetwork, with its base matrices.
+        model, tokenizer: the LLM that it is for.
+        training: arguments and results of the training, to be recorded.
     """
     record = {
         "format": FORMAT,
@@ -116,19 +118,19 @@ def save_hypernetwork(
     tokenizer: PreTrainedTokenizerBase,
     training: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint directory, all of it or nothing; an older checkpoint there is replaced."""
+    """Write a checkpoint directory atomically; it replaces an older checkpoint."""
     with atomic_directory(directory) as temporary:
         write_hypernetwork(temporary, hypernetwork.config, hypernetwork.state_dict(), model, tokenizer, training)
 
 
 @dataclass(frozen=True)
 class HypernetworkCheckpoint:
-    """A hypernetwork as it is stored, whatever LLM it is for.
+    """A stored hypernetwork, which can be inspected and copied without its LLM.
 
     Attributes:
-        name: the directory or repository, as it was asked for.
-        directory: where its files are.
-        commit: of the hub's repository that it is from; None for a directory.
+        name: the directory or repository, as the user named it.
+        directory: local directory of its files.
+        commit: commit of its hub repository; None for a local directory.
     """
 
     name: str
@@ -139,21 +141,21 @@ class HypernetworkCheckpoint:
     def from_pretrained(
         cls, name: str | Path | HypernetworkCheckpoint, *, revision: str | None = None
     ) -> HypernetworkCheckpoint:
-        """Find a checkpoint, and download it if it is not a directory.
+        """Find a checkpoint, and download it if it is not a local directory.
 
         Args:
-            name: a directory, or a repository of the hub: ``user/name``, or ``user/name@revision`` with a branch, a tag
-                or a commit. A private one is read with the token in ``HF_TOKEN``, or that ``hf auth login`` keeps.
-                A checkpoint is returned as it is.
-            revision: of a repository, where it is not in its name.
+            name: a directory, or a hub repository: ``user/name``, or ``user/name@revision`` with a branch, tag or
+                commit. Private repositories need a token, in ``HF_TOKEN`` or from ``hf auth login``. A checkpoint is
+                returned unchanged.
+            revision: revision of the repository, if ``name`` has none.
 
         Raises:
-            InputError: there is none, there is no such revision, or a file is missing; the message names the command
-                that makes one.
+            InputError: there is no such checkpoint or revision, or a file is missing. The message names the commands
+                that create checkpoints.
         """
         if isinstance(name, HypernetworkCheckpoint):
             if revision is not None:
-                raise InputError(f"revision={revision}: the checkpoint is found already; leave it out")
+                raise InputError(f"revision={revision}: the checkpoint is already loaded; leave out the revision")
             return name
         directory, commit = Path(name), None
         if not directory.is_dir() or revision is not None:
@@ -165,13 +167,13 @@ class HypernetworkCheckpoint:
                 raise InputError(f"hypernetwork {error}") from error
             except UNREACHABLE as error:
                 raise InputError(
-                    f"hypernetwork {name}: neither a directory nor a repository of the hub within reach (a private one "
-                    "needs `hf auth login` or HF_TOKEN); `genpoe train hypernetwork` or `genpoe experts create` makes "
-                    "one"
+                    f"hypernetwork {name}: neither a directory nor a reachable hub repository (a private one needs "
+                    "`hf auth login` or HF_TOKEN); create one with `genpoe train hypernetwork` or `genpoe experts "
+                    "create`"
                 ) from error
         for file in (CONFIG, WEIGHTS):
             if not (directory / file).is_file():
-                raise InputError(f"hypernetwork {name}: {file} is missing; the command that made it writes both")
+                raise InputError(f"hypernetwork {name}: {file} is missing; a checkpoint has {CONFIG} and {WEIGHTS}")
         return cls(str(name), directory, commit)
 
     @cached_property
@@ -179,31 +181,31 @@ class HypernetworkCheckpoint:
         """The content of config.json.
 
         Raises:
-            InputError: it is not one of ours.
+            InputError: it is not the configuration of a hypernetwork.
         """
         return read_record(self.directory)
 
     @property
     def config(self) -> HypernetworkConfig:
-        """The hypernetwork's form.
+        """The hypernetwork's configuration.
 
         Raises:
-            InputError: config.json is not one of ours.
+            InputError: config.json is not the configuration of a hypernetwork.
         """
         return HypernetworkConfig.from_dict(self.record["hypernetwork"])
 
     @property
     def base_model(self) -> str:
-        """The LLM that it is for: the directory or hub name that it was loaded by.
+        """The LLM that the hypernetwork is for: the directory or hub name that it was loaded from.
 
         Raises:
-            InputError: config.json is not one of ours.
+            InputError: config.json is not the configuration of a hypernetwork.
         """
         return str(self.record["llm"]["name"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of weights and configuration, the same for the same content anywhere."""
+        """A hash of weights and configuration, independent of their location."""
         digest = hashlib.sha256()
         for file in (CONFIG, WEIGHTS):
             with (self.directory / file).open("rb") as content:
@@ -213,27 +215,26 @@ class HypernetworkCheckpoint:
     def load(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, depth: int | None = None
     ) -> Hypernetwork:
-        """The hypernetwork for ``model``, on the device of its embeddings, in float32 and evaluation mode.
+        """Load the hypernetwork for ``model``, on the device of its embeddings, in float32 and evaluation mode.
 
         Args:
-            model, tokenizer: the LLM to use it with; it must be the one that it was trained for, in any precision or
-                quantised.
-            depth: how many layers the LLM has where ``model`` is only its lower part.
+            model, tokenizer: the LLM that the checkpoint is for, in any precision or quantised.
+            depth: number of layers of the whole LLM, if ``model`` has only its lower layers.
 
         Raises:
-            InputError: the files are damaged, or the checkpoint belongs to another LLM or tokenizer.
+            InputError: the files are damaged, or the checkpoint is for another LLM or tokenizer.
         """
-        here, there = llm_identity(model), self.record["llm"]
+        loaded, saved = llm_identity(model), self.record["llm"]
         if depth is not None:
-            here["num_hidden_layers"] = depth
-        if difference := _difference(there, here, getattr(model, "is_quantized", False)):
+            loaded["num_hidden_layers"] = depth
+        if difference := _difference(saved, loaded, getattr(model, "is_quantized", False)):
             raise InputError(
-                f"hypernetwork {self.name} was trained for {there['name']}, this is {here['name']} ({difference}); "
-                "use that LLM, or make another with `genpoe train hypernetwork` or `genpoe experts create`"
+                f"hypernetwork {self.name} was trained for {saved['name']}, this is {loaded['name']} ({difference}); "
+                "use that LLM, or create another checkpoint with `genpoe train hypernetwork` or `genpoe experts create`"
             )
         if self.record["tokenizer"] != tokenizer_fingerprint(tokenizer):
             raise InputError(
-                f"hypernetwork {self.name} was trained with the tokenizer of {there['name']}, "
+                f"hypernetwork {self.name} was trained with the tokenizer of {saved['name']}, "
                 f"which is not the one in use ({tokenizer.name_or_path})"
             )
         hypernetwork = Hypernetwork(self.config)
@@ -242,18 +243,18 @@ class HypernetworkCheckpoint:
         except (SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{self.directory / WEIGHTS}: damaged or of another shape than config.json says ({reason})"
+                f"{self.directory / WEIGHTS}: damaged, or its shapes differ from config.json ({reason})"
             ) from error
         with embedding_table(model) as table:
             return hypernetwork.to(table.device).eval().requires_grad_(False)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write it into a directory, with its card: all of it or nothing; an older checkpoint there is replaced.
+        """Copy the checkpoint and its card to ``directory`` atomically; the copy replaces an older checkpoint.
 
         Weights and configuration are copied byte for byte, so the copy has the same fingerprint.
 
         Raises:
-            InputError: something else is there.
+            InputError: the directory holds something that is not a checkpoint.
         """
         from genpoe_plugin.checkpoints.card import CARD, SHOWN
 
@@ -266,20 +267,20 @@ class HypernetworkCheckpoint:
                     shutil.copyfile(self.directory / name, temporary / name)
 
     def push_to_hub(self, repository: str, *, revision: str | None = None, private: bool | None = None) -> str:
-        """Upload it, with its card, in which the example loads it from there.
+        """Upload the checkpoint and its card to the hub; the card's example then loads it from the hub.
 
-        The token is that in ``HF_TOKEN``, or the one that ``hf auth login`` keeps.
+        The upload needs a token, in ``HF_TOKEN`` or from ``hf auth login``.
 
         Args:
-            repository: ``user/name``, or a name among one's own; it is made if it is not there.
-            revision: a branch, which is made if it is not there; the main one without it.
-            private: whether the repository is made as one that others do not see; as the hub has it without it.
+            repository: ``user/name``, or a name in the user's own namespace; it is created if it does not exist.
+            revision: branch to upload to; it is created if it does not exist. By default the main branch.
+            private: whether a new repository is private; by default the hub decides.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            InputError: the hub is out of reach, or does not let the user do that.
+            InputError: the hub is unreachable, or refuses the upload.
         """
         from genpoe_plugin.checkpoints.card import CARD, name_in_card, write_card
 
@@ -297,7 +298,7 @@ class HypernetworkCheckpoint:
             return upload(copy, repository, revision)
 
     def _card(self, name: str) -> ModelCard:
-        """Of a checkpoint that was made without one."""
+        """A card for a checkpoint without one."""
         from genpoe_plugin.checkpoints.card import ModelCard
 
         config, training = self.config, self.record["training"]
@@ -316,15 +317,15 @@ class HypernetworkCheckpoint:
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """The local directory of a checkpoint: see `HypernetworkCheckpoint.from_pretrained`."""
+    """The local directory of a checkpoint; see `HypernetworkCheckpoint.from_pretrained`."""
     return HypernetworkCheckpoint.from_pretrained(name).directory
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """The content of a checkpoint's config.json.
+    """Read a checkpoint's config.json.
 
     Raises:
-        InputError: it is not one of ours.
+        InputError: it is not the configuration of a hypernetwork.
     """
     try:
         record = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
@@ -338,7 +339,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint of ours, of any LLM."""
+    """Whether a directory holds the checkpoint of a hypernetwork, for any LLM."""
     try:
         read_record(directory)
     except (InputError, OSError):
@@ -349,19 +350,19 @@ def is_checkpoint(directory: Path) -> bool:
 def load_hypernetwork(
     name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, depth: int | None = None
 ) -> Hypernetwork:
-    """Load a checkpoint for ``model``: see `HypernetworkCheckpoint`, its `from_pretrained` and `load`."""
+    """Load a checkpoint for ``model``; see `HypernetworkCheckpoint.load`."""
     return HypernetworkCheckpoint.from_pretrained(name).load(model, tokenizer, depth=depth)
 
 
 def read_config(name: str | Path) -> HypernetworkConfig:
-    """The configuration of a checkpoint, whatever LLM it is for.
+    """The configuration of a checkpoint, for any LLM.
 
     Raises:
-        InputError: files are missing, or it is not one of ours.
+        InputError: a file is missing, or config.json is not the configuration of a hypernetwork.
     """
     return HypernetworkCheckpoint.from_pretrained(name).config
 
 
 def checkpoint_fingerprint(name: str | Path) -> str:
-    """A hash of a checkpoint's weights and configuration, the same for the same content anywhere."""
+    """A hash of a checkpoint's weights and configuration, independent of their location."""
     return HypernetworkCheckpoint.from_pretrained(name).fingerprint

@@ -1,1 +1,1 @@
-"""From lm_eval result folders to a leaderboard: who is better, how sure that is, and what it costs."""
+"""Compare lm_eval results: leaderboards with intervals, paired tests, controls and costs."""

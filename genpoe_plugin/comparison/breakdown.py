@@ -1,4 +1,4 @@
-"""Accuracy by whether the LLM was given the answer, and by where retrieval had it."""
+"""Break scores down by whether the LLM was given the answer, and by the rank of the passage with the answer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from genpoe_plugin.comparison.runs import ABSENT, UNKNOWN
 from genpoe_plugin.comparison.statistics import Floats, mean_interval
 
 RANKS = (1, 2, 3, 5, 10, 20)
-"""The last rank of each group of ranks; all beyond are one more group."""
+"""The last rank of each group of ranks; higher ranks form one more group."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` questions with its 95 % interval."""
+    """A mean over questions with its 95 % interval.
+
+    Attributes:
+        mean: the mean.
+        low, high: ends of the interval.
+        n: number of questions.
+    """
 
     mean: float
     low: float
@@ -26,21 +32,21 @@ class Estimate:
 
 
 def estimate(scores: Floats) -> Estimate | None:
-    """Of the mean of the scores of some questions; None if there are none."""
+    """The mean of some questions' scores, with its interval; None without questions."""
     if not len(scores):
         return None
     low, high = mean_interval(scores[:, None])
     return Estimate(float(scores.mean()), float(low[0]), float(high[0]), len(scores))
 
 
-def by_given(scores: Floats, given: NDArray[np.int64]) -> dict[str, Estimate]:
-    """By whether a passage that the LLM was given has an answer: ``present`` and ``absent``, where there are any."""
-    parts = {"present": estimate(scores[given == 1]), "absent": estimate(scores[given == 0])}
+def by_given(scores: Floats, answer_given: NDArray[np.int64]) -> dict[str, Estimate]:
+    """Scores of questions with an answer in the LLM's passages (``present``) and without (``absent``)."""
+    parts = {"present": estimate(scores[answer_given == 1]), "absent": estimate(scores[answer_given == 0])}
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def by_rank(scores: Floats, ranks: NDArray[np.int64]) -> dict[str, Estimate]:
-    """By the best rank of a retrieved passage with an answer; the last group is where retrieval found none."""
+    """Scores by the best rank of a retrieved passage with an answer; the last group has no such passage."""
     parts: dict[str, Estimate | None] = {}
     first = 1
     for last in RANKS:
@@ -53,24 +59,24 @@ def by_rank(scores: Floats, ranks: NDArray[np.int64]) -> dict[str, Estimate]:
 
 
 def known(ranks: NDArray[np.int64] | None) -> bool:
-    """Whether there is anything to break down by."""
+    """Whether any of the ranks is known."""
     return ranks is not None and bool((ranks != UNKNOWN).any())
 
 
-def telling(scores: Sequence[Floats], pairs: Iterable[tuple[int, int]], most: int) -> list[int]:
-    """Questions that one of two systems does better: of every pair the first, then the second, and so on.
+def differing_questions(scores: Sequence[Floats], pairs: Iterable[tuple[int, int]], most: int) -> list[int]:
+    """Questions on which systems differ: the first of every pair of systems, then the second of every pair, and so on.
 
     Args:
-        scores: of every system.
-        pairs: of systems, by place in ``scores``.
-        most: how many in all.
+        scores: scores of every system.
+        pairs: pairs of systems, as positions in ``scores``.
+        most: largest number of questions.
     """
     won = [np.flatnonzero(sign * (scores[a] - scores[b]) > 0) for a, b in pairs for sign in (1, -1)]
-    found: dict[int, None] = {}
+    selected: dict[int, None] = {}
     for turn in range(max(map(len, won), default=0)):
         for questions in won:
-            if turn < len(questions) and len(found) < most:
-                found[int(questions[turn])] = None
-        if len(found) >= most:
+            if turn < len(questions) and len(selected) < most:
+                selected[int(questions[turn])] = None
+        if len(selected) >= most:
             break
-    return sorted(found)
+    return sorted(selected)

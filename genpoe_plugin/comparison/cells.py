@@ -1,4 +1,4 @@
-"""The cells of a leaderboard as people read them; all outputs for people have the same."""
+"""The cells of a leaderboard as text, the same in terminal, Markdown and page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def unit(metric: str, share: bool) -> str:
 
 
 def number(value: float, share: bool = True, signed: bool = False) -> str:
-    """A score, in per cent where it is a share."""
+    """A score as text, in per cent if it is a share."""
     text = f"{100 * value:z.1f}" if share else f"{value:z.3g}"
     if signed and not text.startswith("-"):
         text = f"+{text}"
@@ -30,22 +30,24 @@ def number(value: float, share: bool = True, signed: bool = False) -> str:
 
 
 def interval(estimate: Estimate, share: bool = True) -> str:
-    """``92.7 [90.0, 94.7]``"""
+    """An estimate with its interval, such as ``92.7 [90.0, 94.7]``."""
     low, high = number(estimate.low, share), number(estimate.high, share)
     return f"{number(estimate.mean, share)} [{low}, {high}]"
 
 
 def p_value(p: float) -> str:
+    """A p-value, such as ``p = 0.012``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def difference(pair: Pair, share: bool = True) -> str:
-    """``+7.1 [+4.0, +10.2], p < 0.001``: of the first of a pair to the second."""
+    """First minus second system, with interval and p-value, such as ``+7.1 [+4.0, +10.2], p < 0.001``."""
     low, high = number(pair.low, share, signed=True), number(pair.high, share, signed=True)
     return f"{number(pair.difference, share, signed=True)} [{low}, {high}], {p_value(pair.adjusted)}"
 
 
 def rank(system: System) -> str:
+    """The possible ranks of a system, such as ``1`` or ``1-3``; "control" for a control."""
     if system.rank is None:
         return "control"
     best, worst = system.rank
@@ -53,18 +55,20 @@ def rank(system: System) -> str:
 
 
 def seconds(cost: Cost) -> str:
+    """Time per question, with a star if it is that of the whole command; empty if unknown."""
     if cost.seconds is None:
         return ""
-    told = f"{1000 * cost.seconds:.3g} ms" if cost.seconds < 1 else f"{cost.seconds:.3g} s"
-    return f"{told}*" if cost.whole_command else told
+    text = f"{1000 * cost.seconds:.3g} ms" if cost.seconds < 1 else f"{cost.seconds:.3g} s"
+    return f"{text}*" if cost.whole_command else text
 
 
 def memory(cost: Cost) -> str:
+    """Peak memory, with what it was measured on; empty if unknown."""
     return "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**30:.2f} GiB {cost.memory_of}"
 
 
 def reversed_pair(pair: Pair) -> Pair:
-    """The same comparison, seen from the second."""
+    """The same comparison with first and second system exchanged."""
     return replace(
         pair,
         first=pair.second,
@@ -78,7 +82,10 @@ def reversed_pair(pair: Pair) -> Pair:
 
 
 def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
-    """What a system is measured against, and that comparison: the first one of the board; a control, its own system."""
+    """The number of the system that a row is compared with, and the comparison.
+
+    Ranked systems are compared with the board's first system, and controls with the system that they belong to.
+    """
     control = board.systems[place].control is not None
     family = "controls" if control else "ranked"
     for pair in board.pairs:
@@ -88,7 +95,7 @@ def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
 
 
 def table(board: Board) -> tuple[list[str], list[list[str]]]:
-    """Header and rows."""
+    """Header and rows of a board, without empty columns."""
     share = {metric: is_share(metric, board) for metric in board.metrics}
     units = {metric: unit(metric, share[metric]) for metric in board.metrics}
     header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
@@ -111,41 +118,42 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
 
 
 def method(comparison: Comparison, board: Board) -> list[str]:
-    """How the numbers were made, for the foot of every table."""
+    """The statistical method, for the foot of every table."""
     ranked = [pair for pair in board.pairs if pair.metric == board.metric]
     families = {name: sum(pair.family == name for pair in ranked) for name in ("ranked", "controls")}
     lines = [
-        "Intervals: 95 %; Wilson's for right-or-wrong scores, Wilson's with Kish's effective sample size for others"
-        " between 0 and 1.",
+        "Intervals: 95 %; Wilson's for right-or-wrong scores, Wilson's with Kish's effective sample size for other"
+        " scores between 0 and 1.",
         f"Differences (\u0394): paired bootstrap over questions, {comparison.draws:,} draws, expanded percentile"
         " interval.",
-        "p-values: McNemar's mid-p test where scores are right or wrong, else the paired bootstrap; after Holm's"
+        "p-values: McNemar's mid-p test for right-or-wrong scores, else the paired bootstrap; after Holm's"
         f" correction ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
-        "Rank: the places that a system may have, given which differences are significant (adjusted p < 0.05).",
+        "Rank: the range of ranks that the significant differences allow (adjusted p < 0.05).",
     ]
     if any(system.seeds for system in board.systems):
-        lines.append("Several seeds: every question's mean over them; the interval is over questions, for these seeds.")
+        lines.append("Several seeds: each question has its mean over seeds; intervals are over questions.")
     if any(system.cost.whole_command for system in board.systems):
-        lines.append("* of the whole command, loading included: that model does not say what answering took.")
+        lines.append("* time of the whole command, with loading: the model does not report the time of answering.")
     return lines
 
 
 def warnings(board: Board) -> list[tuple[System, str, bool]]:
-    """What is wrong with, or not known about, systems of a board; true for what is wrong."""
+    """Flags and cautions of a board's systems, as (system, text, whether it is a flag)."""
     flags = [(system, system.flag, True) for system in board.systems if system.flag]
     return flags + [(system, system.caution, False) for system in board.systems if system.caution]
 
 
 def differences(board: Board) -> list[str]:
-    """Why this board is not one with the first of its task."""
+    """The differences between this board and the first board of its task."""
     return [f"{entry.aspect}: {entry.here}; there: {entry.there}" for entry in board.group.differences]
 
 
 def allowed(board: Board) -> list[str]:
-    """What differs between systems that the user has ranked together."""
-    return [f"ranked together all the same: {e.aspect}: {e.here}; others: {e.there}" for e in board.group.allowed]
+    """The differences that the user has allowed between systems of one board."""
+    return [f"ranked together by --allow: {e.aspect}: {e.here}; others: {e.there}" for e in board.group.allowed]
 
 
 def title(board: Board, boards: Sequence[Board]) -> str:
+    """The task of a board, with the board's number if the task has several."""
     same = [other for other in boards if other.task == board.task]
     return board.task if len(same) == 1 else f"{board.task}, board {same.index(board) + 1} of {len(same)}"

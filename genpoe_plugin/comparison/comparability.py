@@ -1,7 +1,7 @@
-"""Which runs may be ranked together: those that were asked the same in the same way.
+"""Decide which runs may be ranked together: those with the same questions, asked in the same way.
 
-Runs of a task that agree in every aspect share a board. Where they do not agree they are on different boards, each
-ranked for itself, and it is said what differs.
+Runs of a task that agree in every aspect share a board. Other runs are on separate boards, each with its own ranking
+and its differences from the first board.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from genpoe_plugin.comparison.settings import key, settings_of
 
 ASPECTS = ("version", "metrics", "questions", "prompts", "shots", "decoding", "passages")
 ALLOWABLE = tuple(aspect for aspect in ASPECTS if aspect != "questions")
-"""What a user may rank together all the same; without the same questions there is nothing to pair."""
+"""Aspects that a user may allow to differ; the questions must be the same, because the tests are paired."""
 
 _COMPLETIONS, _OF_DOCS = "as completions", "those of the docs"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -31,10 +31,17 @@ _PROMPTS = ("doc_to_text", "description", "target_delimiter", "fewshot_delimiter
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a run was asked, aspect by aspect; each is a text for people, unequal where runs are not comparable.
+    """The protocol of a run: one text per aspect, which differs if runs are not comparable.
 
-    ``passages`` has its parts apart, since a run may leave some unused: where they come from, the reranker, and how
-    many it was given. None for a part that the run does not use.
+    Attributes:
+        version: version of the task.
+        metrics: metrics and their definition.
+        questions: number and digest of the questions.
+        prompts: digest of the prompts.
+        shots: number of few-shot examples, and their seed.
+        decoding: generation arguments.
+        passages: source of the passages, reranker, and number of retrieved passages; None for parts that the run does
+            not use.
     """
 
     version: str
@@ -46,12 +53,12 @@ class Protocol:
     passages: tuple[str | None, str | None, str | None]
 
     def without(self, aspects: Collection[str]) -> tuple[str, ...]:
-        """What has to be equal, but for passages."""
+        """The values of all aspects except ``aspects`` and the passages."""
         return tuple(getattr(self, name) for name in ASPECTS if name not in aspects and name != "passages")
 
 
 def protocol_of(run: Run) -> Protocol:
-    """How a run was asked."""
+    """The protocol of a run."""
     task, config = run.task_config, run.config
     shots = run.report["n-shot"].get(run.task, 0)
     definition = {name: task.get(name) for name in _METRICS}
@@ -67,7 +74,7 @@ def protocol_of(run: Run) -> Protocol:
 
 
 def _prompts(run: Run) -> str:
-    """The texts themselves; of chats, whose templates are the models' own, what the task and the user say of them."""
+    """A digest of the prompts; for chats, whose template depends on the model, of the settings for prompts."""
     if not run.report.get("chat_template"):
         return f"{_COMPLETIONS} ({run.prompts[:8]})"
     facts = [run.report.get("system_instruction"), run.report.get("fewshot_as_multiturn")]
@@ -97,7 +104,13 @@ def _digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """An aspect in which a board differs from the first of its task, with what it is here and there."""
+    """An aspect in which a board differs from the first board of its task.
+
+    Attributes:
+        aspect: name of the aspect.
+        here: its value on this board.
+        there: its value on the first board.
+    """
 
     aspect: str
     here: str
@@ -106,7 +119,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparable:
-    """Runs of one task that may be ranked together; all have the same questions."""
+    """Runs of one task that may be ranked together; all have the same questions.
+
+    Attributes:
+        task: the task.
+        runs: the runs.
+        protocol: their common protocol.
+        differences: differences from the first group of the task.
+        allowed: differences within the group that the user has allowed.
+    """
 
     task: str
     runs: tuple[Run, ...]
@@ -116,12 +137,13 @@ class Comparable:
 
 
 def comparable(runs: Sequence[Run], allow: Collection[str] = ()) -> list[Comparable]:
-    """Runs in groups that may be ranked together: by task, the largest first.
+    """Group runs that may be ranked together, by task, the largest group first.
 
-    A run that uses no passages is in every group that differs from another in passages alone.
+    A run without passages is in every group that differs from other groups only in the passages.
 
     Args:
-        allow: aspects that may differ.
+        runs: the runs.
+        allow: aspects that may differ within a group.
     """
     groups: list[Comparable] = []
     for task in dict.fromkeys(run.task for run in runs):
@@ -130,18 +152,18 @@ def comparable(runs: Sequence[Run], allow: Collection[str] = ()) -> list[Compara
         for run in runs:
             if run.task == task:
                 alike.setdefault(protocols[id(run)].without(allow), []).append(run)
-        found = [
+        memberships = [
             group
             for members in alike.values()
             for group in ([members] if "passages" in allow else _by_passages(members, protocols))
         ]
-        found.sort(key=lambda members: -len(members))
+        memberships.sort(key=lambda members: -len(members))
         first: Comparable | None = None
-        for members in found:
+        for members in memberships:
             fullest = max(members, key=lambda run: sum(part is not None for part in protocols[id(run)].passages))
             protocol = protocols[id(fullest)]
             allowed = [
-                Difference(aspect, _told(protocols[id(run)], aspect), _told(protocol, aspect))
+                Difference(aspect, _describe(protocols[id(run)], aspect), _describe(protocol, aspect))
                 for aspect in allow
                 for run in members
                 if not _agree(protocols[id(run)], protocol, aspect)
@@ -159,7 +181,7 @@ def comparable(runs: Sequence[Run], allow: Collection[str] = ()) -> list[Compara
 
 
 def _by_passages(members: Sequence[Run], protocols: dict[int, Protocol]) -> Iterable[list[Run]]:
-    """Runs whose passages agree in all parts that both use."""
+    """Group runs whose passages agree in all parts that both use."""
     used = {protocols[id(run)].passages for run in members}
     fullest = [parts for parts in used if not any(parts != other and _fits(parts, other) for other in used)]
     for parts in sorted(fullest, key=str):
@@ -177,7 +199,8 @@ def _agree(first: Protocol, second: Protocol, aspect: str) -> bool:
     return getattr(first, aspect) == getattr(second, aspect)
 
 
-def _told(protocol: Protocol, aspect: str) -> str:
+def _describe(protocol: Protocol, aspect: str) -> str:
+    """The value of an aspect, as text."""
     if aspect != "passages":
         return getattr(protocol, aspect)
     source, reranker, number = protocol.passages
@@ -188,22 +211,23 @@ def _told(protocol: Protocol, aspect: str) -> str:
 
 
 def _differences(run: Run, protocol: Protocol, first: Comparable) -> tuple[Difference, ...]:
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for aspect in ASPECTS:
         if _agree(protocol, first.protocol, aspect):
             continue
-        if any(entry.aspect == "questions" for entry in found) and _is_of_questions(protocol, first.protocol, aspect):
+        other_questions = any(entry.aspect == "questions" for entry in differences)
+        if other_questions and _follows_from_questions(protocol, first.protocol, aspect):
             continue
-        here, there = _told(protocol, aspect), _told(first.protocol, aspect)
+        here, there = _describe(protocol, aspect), _describe(first.protocol, aspect)
         if aspect == "questions":
             shared = len(np.intersect1d(run.questions, first.runs[0].questions))
             here += f", {shared:,} of them in both"
-        found.append(Difference(aspect, here, there))
-    return tuple(found)
+        differences.append(Difference(aspect, here, there))
+    return tuple(differences)
 
 
-def _is_of_questions(protocol: Protocol, other: Protocol, aspect: str) -> bool:
-    """Whether other questions alone explain that these differ, which are digests of all prompts, or of all docs."""
+def _follows_from_questions(protocol: Protocol, other: Protocol, aspect: str) -> bool:
+    """Whether different questions alone may explain a difference in the digests of prompts or of docs."""
     if aspect == "passages":
         return protocol.passages[1:] == other.passages[1:] and all(
             str(each.passages[0]).startswith(_OF_DOCS) for each in (protocol, other)
@@ -212,19 +236,21 @@ def _is_of_questions(protocol: Protocol, other: Protocol, aspect: str) -> bool:
 
 
 def without_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
-    """Of runs that were made twice, the last; and the others, by name."""
-    kept: dict[tuple[Any, ...], Run] = {}
+    """Keep the latest of duplicate runs; return the kept runs and the others as left out."""
+    latest: dict[tuple[Any, ...], Run] = {}
     left_out = []
     for run in sorted(runs, key=lambda run: run.date):
         protocol = protocol_of(run)
         same = (run.task, key(settings_of(run)), *protocol.without(()), *protocol.passages)
-        earlier = kept.pop(same, None)
-        kept[same] = run
+        earlier = latest.pop(same, None)
+        latest[same] = run
         if earlier is not None:
             metric = next(iter(run.scores))
-            other = int(np.count_nonzero(earlier.scores[metric] != run.scores[metric]))
-            said = f"{metric} differs on {other:,} questions" if other else f"the same {metric} on every question"
-            reason = f"task {run.task}: a duplicate of {run.results}, which is newer ({said})"
+            differing = int(np.count_nonzero(earlier.scores[metric] != run.scores[metric]))
+            detail = (
+                f"{metric} differs on {differing:,} questions" if differing else f"the same {metric} on every question"
+            )
+            reason = f"task {run.task}: a duplicate of {run.results}, which is newer ({detail})"
             left_out.append(LeftOut(earlier.results, reason))
-    chosen = set(map(id, kept.values()))
+    chosen = set(map(id, latest.values()))
     return [run for run in runs if id(run) in chosen], left_out

@@ -1,4 +1,4 @@
-"""A ranking of comparable runs, with what is certain about it and what it costs."""
+"""Leaderboards: rank comparable runs, with intervals, paired tests, checks of controls, and costs."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ NO_KNOWLEDGE = "experts carry no passage knowledge"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a question costs; means over seeds.
+    """The cost per question, as a mean over seeds.
 
     Attributes:
-        seconds: a question. ``whole_command``: with loading and all else, where the model does not say what it took.
-        peak_bytes: the most memory; ``memory_of`` says of what (GPU, process).
+        seconds: seconds per question; None if unknown.
+        whole_command: whether the time is that of the whole command, because the model does not report its own time.
+        peak_bytes: peak memory in bytes; None if unknown.
+        memory_of: where the memory was measured, such as "GPU" or "process".
     """
 
     seconds: float | None
@@ -50,16 +52,23 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """A row of a leaderboard: one run, or several that are seeds of one another.
+    """A row of a leaderboard: one run, or several runs that differ only in the seed.
 
     Attributes:
-        number: in the table, from 1.
-        name: a short hash of its settings, the same in every comparison.
-        scores: metric to one score a question, the mean over seeds.
-        seeds: metric to least and greatest mean of one seed; empty with one run.
-        rank: the places that it may have, given what is significant; None for a control, which is not ranked.
-        flag: what is wrong with its result; caution: what is not known about it.
-        by_given, by_rank: of the first run, by the board's first metric.
+        number: number in the table, from 1.
+        name: short hash of its settings, the same in every comparison.
+        label: description of its settings among the systems of the board.
+        settings: its settings without the seed.
+        runs: its runs.
+        scores: for each metric, one score per question, as a mean over seeds.
+        estimates: for each metric, the mean score with its interval.
+        seeds: for each metric, the lowest and highest mean of one seed; empty with one run.
+        cost: time and memory.
+        rank: best and worst rank that the significant differences allow; None for a control, which is not ranked.
+        flag: a problem with its result.
+        caution: a missing check of its result.
+        used: the passages of the first run, if there is a trace.
+        by_given, by_rank: the first run's scores on the board's first metric, broken down (see `breakdown`).
     """
 
     number: int
@@ -80,23 +89,25 @@ class System:
 
     @property
     def control(self) -> str | None:
-        """Which control it is, if it is one."""
+        """The name of the control; None if the system is not a control."""
         passages = self.settings.get("passages", "retrieved")
         return None if passages == "retrieved" or self.settings.get("mode") == "closed_book" else passages
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two systems on the same questions; ``first`` and ``second`` are places in the board's systems.
+    """The comparison of two systems on the same questions.
 
     Attributes:
-        family: ``ranked``, all pairs of ranked systems, or ``controls``, systems and their own controls: each family is
-            corrected for as many comparisons as it has.
-        difference, low, high: first less second, with the paired bootstrap's 95 % interval.
-        wins, losses: questions on which the first, or the second, scores more.
+        family: ``ranked`` (pairs of ranked systems) or ``controls`` (systems and their controls). Holm's correction is
+            applied within each family.
+        metric: the metric.
+        first, second: positions in the board's systems.
+        difference, low, high: first minus second, with the 95 % interval of the paired bootstrap.
+        wins, losses: number of questions on which the first, or the second, scores higher.
         bootstrap: p-value of the paired bootstrap.
-        mcnemar, exact: p-values of McNemar's mid-p and exact test; None where scores are not 0 and 1.
-        adjusted: the mid-p, else the bootstrap's p-value, after Holm's correction.
+        mcnemar, exact: p-values of McNemar's mid-p and exact test; None if scores are not only 0 and 1.
+        adjusted: McNemar's mid-p, or else the bootstrap's p-value, after Holm's correction.
     """
 
     family: str
@@ -115,12 +126,21 @@ class Pair:
 
     @property
     def significant(self) -> bool:
+        """Whether the adjusted p-value is below 0.05."""
         return self.adjusted < SIGNIFICANT
 
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """A leaderboard of one task: ranked systems first, best first, then controls."""
+    """A leaderboard of one task.
+
+    Attributes:
+        task: the task.
+        metrics: the metrics that all runs have; the first one ranks.
+        systems: ranked systems, best first, and then controls.
+        pairs: comparisons of systems.
+        group: the comparable runs.
+    """
 
     task: str
     metrics: tuple[str, ...]
@@ -130,17 +150,26 @@ class Board:
 
     @property
     def n(self) -> int:
+        """Number of questions."""
         return len(self.group.runs[0].questions)
 
     @property
     def metric(self) -> str:
-        """The one that ranks."""
+        """The metric that ranks."""
         return self.metrics[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All that `compare` found."""
+    """The result of `compare`.
+
+    Attributes:
+        boards: the leaderboards.
+        left_out: results that are not compared, with reasons.
+        notes: remarks, such as traces that cannot be read.
+        book: the questions.
+        draws: number of bootstrap draws.
+    """
 
     boards: tuple[Board, ...]
     left_out: tuple[LeftOut, ...]
@@ -155,19 +184,20 @@ def compare(
     """Read all runs in ``paths`` and rank those that are comparable.
 
     Args:
-        metric: ranks; without it EM, or what a task has in its place.
+        paths: folders and result files of lm_eval.
+        metric: the metric that ranks; by default EM, or the main metric of tasks without EM.
         allow: aspects in which runs of one board may differ (`comparability.ALLOWABLE`).
-        draws: of the bootstrap.
+        draws: number of bootstrap draws.
 
     Raises:
-        InputError: nothing can be compared.
+        InputError: nothing can be compared, or no run has the metric.
     """
     book = QuestionBook()
     runs, left_out = read_runs(paths, book)
-    runs, again = without_duplicates(runs)
+    runs, duplicates = without_duplicates(runs)
     if metric is not None and not any(metric in run.scores for run in runs):
         known_ones = sorted({name for run in runs for name in run.scores})
-        raise InputError(f"metric {metric}: no run has it; these are there: {', '.join(known_ones)}")
+        raise InputError(f"metric {metric}: no run has it; the runs have {', '.join(known_ones)}")
     used: dict[int, PassagesUsed | None] = {}
     notes: list[str] = []
     for run in runs:
@@ -177,12 +207,12 @@ def compare(
             used[id(run)] = None
             notes.append(f"passages unknown: {error}")
     notes += dict.fromkeys(
-        f"task {run.task}: {metric} is not a mean over questions, so there is no test of it; lm_eval's results have it"
+        f"task {run.task}: {metric} is not a mean over questions, so it is not tested; see lm_eval's results"
         for run in runs
         for metric in run.without_mean
     )
     boards = tuple(_board(group, metric, used, draws) for group in comparable(runs, allow))
-    return Comparison(boards, (*left_out, *again), tuple(notes), book, draws)
+    return Comparison(boards, (*left_out, *duplicates), tuple(notes), book, draws)
 
 
 def _board(group: Comparable, metric: str | None, used: Mapping[int, PassagesUsed | None], draws: int) -> Board:
@@ -224,7 +254,7 @@ def _board(group: Comparable, metric: str | None, used: Mapping[int, PassagesUse
 
 
 def _metrics(group: Comparable, metric: str | None) -> tuple[str, ...]:
-    """Those that all runs have; the one that ranks first."""
+    """The metrics that all runs have, beginning with the one that ranks."""
     shared = [name for name in group.runs[0].scores if all(name in run.scores for run in group.runs)]
     if not shared:
         raise InputError(f"task {group.task}: its runs have no metric in common")
@@ -251,8 +281,8 @@ def _cost(runs: Sequence[Run]) -> Cost:
             seconds.append(sum(genpoe["seconds"].values()) / questions)
         elif run.report.get("total_evaluation_time_seconds"):
             whole = True
-            asked = sum(counts.get("effective", 0) for counts in run.report.get("n-samples", {}).values())
-            seconds.append(float(run.report["total_evaluation_time_seconds"]) / max(1, asked))
+            samples = sum(counts.get("effective", 0) for counts in run.report.get("n-samples", {}).values())
+            seconds.append(float(run.report["total_evaluation_time_seconds"]) / max(1, samples))
         if memory := genpoe.get("peak_memory"):
             peaks.append(memory["bytes"])
             of = memory["of"]
@@ -270,7 +300,7 @@ def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> lis
         return []
     scores = np.stack([system.scores[metric] for metric in metrics for system in systems], 1)
     resampled = bootstrap_means(scores, draws)
-    found: list[Pair] = []
+    comparisons: list[Pair] = []
     for family, places in families.items():
         for number, metric in enumerate(metrics):
             columns = places + number * len(systems)
@@ -279,7 +309,7 @@ def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> lis
             exact, mid = mcnemar(wins, losses)
             right_or_wrong = np.all(((scores == 0) | (scores == 1))[:, columns], axis=(0, 2))
             adjusted = holm(np.where(right_or_wrong, mid, boot.p))
-            found += [
+            comparisons += [
                 Pair(
                     family=family,
                     metric=metric,
@@ -297,7 +327,7 @@ def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> lis
                 )
                 for at, (first, second) in enumerate(places)
             ]
-    return found
+    return comparisons
 
 
 def _all_pairs(systems: Sequence[System]) -> NDArray[np.intp]:
@@ -320,12 +350,12 @@ def _controls(systems: Sequence[System]) -> list[str]:
 
 
 def _control_of(system: System, control: str, systems: Sequence[System]) -> int | None:
-    """The place of the system that differs from this one in nothing but its passages."""
+    """The position of the system that differs from this one only in its passages."""
     if system.settings.get("mode") in (None, "closed_book"):
         return None
-    # "kind" and "dtype" are not among the model's arguments, and pass through as they are.
-    wanted = key(without_seed(deciding(system.settings | {"passages": control})))
-    return next((place for place, other in enumerate(systems) if key(other.settings) == wanted), None)
+    # "kind" and "dtype" are not arguments of the model; `deciding` keeps them unchanged.
+    target = key(without_seed(deciding(system.settings | {"passages": control})))
+    return next((place for place, other in enumerate(systems) if key(other.settings) == target), None)
 
 
 def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
@@ -343,22 +373,22 @@ def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign:
 
 
 def _checked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
-    """Flag systems with experts whose shuffled control is not worse."""
+    """Flag systems with experts whose shuffled control is not significantly worse."""
     checked = []
     for place, system in enumerate(systems):
         if system.control is None and system.settings.get("mode") in EXPERT_MODES:
             shuffled = _control_of(system, "shuffled", systems)
             if shuffled is None:
-                caution = "no shuffled control: nothing shows that experts carry what passages say"
+                caution = "no shuffled control: it is not tested whether experts carry passage knowledge"
                 system = replace(system, caution=caution)
             else:
                 pair = next(
                     pair for pair in pairs if (pair.first, pair.second, pair.metric) == (place, shuffled, metric)
                 )
                 if not (pair.significant and sign * pair.difference > 0):
-                    own, other = system.estimates[metric].mean, systems[shuffled].estimates[metric].mean
-                    told = f"{metric} {own:.3f} with its passages, {other:.3f} with another question's"
-                    system = replace(system, flag=f"{NO_KNOWLEDGE} ({told}, p = {pair.adjusted:.2g})")
+                    score, control = system.estimates[metric].mean, systems[shuffled].estimates[metric].mean
+                    scores = f"{metric} {score:.3f} with its passages, {control:.3f} with another question's"
+                    system = replace(system, flag=f"{NO_KNOWLEDGE} ({scores}, p = {pair.adjusted:.2g})")
         checked.append(system)
     return checked
 
@@ -370,7 +400,7 @@ def _broken_down(systems: Sequence[System], metric: str) -> list[System]:
     return [
         replace(
             system,
-            by_given=by_given(system.runs[0].scores[metric], system.used.given) if system.used else {},
+            by_given=by_given(system.runs[0].scores[metric], system.used.answer_given) if system.used else {},
             by_rank=by_rank(system.runs[0].scores[metric], retrieved) if retrieved is not None else {},
         )
         for system in systems

@@ -1,4 +1,4 @@
-"""A comparison as Markdown."""
+"""Write a comparison as Markdown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from genpoe_plugin.comparison.origin import origin_of
 
 
 def markdown(comparison: Comparison) -> str:
-    """All boards with what is wrong, how it was made, and the command behind every row."""
+    """All boards, with warnings, the method, and the command of every row."""
     parts = ["# Leaderboard\n"]
     for board in comparison.boards:
         parts.append(f"## {_text(cells.title(board, comparison.boards))}\n")
         if board.group.differences:
-            parts.append("Not ranked together with the first board of this task, since these differ:\n")
+            parts.append("Not ranked together with the first board of this task; the differences:\n")
             parts.append("".join(f"- {_text(line)}\n" for line in cells.differences(board)))
         for line in cells.allowed(board):
             parts.append(f"**{_text(line)}**\n")
@@ -29,12 +29,12 @@ def markdown(comparison: Comparison) -> str:
             for run in system.runs:
                 origin = origin_of(run)
                 where = f", in `{origin.directory}`" if origin.directory else ""
-                how = "" if origin.recorded else " (put together from lm_eval's record)"
+                how = "" if origin.recorded else " (reconstructed from lm_eval's record)"
                 parts.append(
                     f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n"
                 )
     if comparison.left_out or comparison.notes:
-        parts.append("## Left out, and not known\n")
+        parts.append("## Left out, and notes\n")
         parts.append("".join(f"- `{entry.path}`: {_text(entry.reason)}\n" for entry in comparison.left_out))
         parts.append("".join(f"- {_text(note)}\n" for note in comparison.notes))
     return "\n".join(parts)
@@ -46,7 +46,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Without what Markdown takes for its own."""
+    """Escape Markdown's special characters."""
     for character in ("\\", "|", "*", "_", "<", "[", "`"):
         text = text.replace(character, f"\\{character}")
     return text.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""A matrix of runs, declared in YAML and carried out by the stock ``lm_eval`` command, each different cell once."""
+"""A matrix of runs, declared in YAML and run with the ``lm_eval`` command, each distinct cell once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from genpoe_plugin.prompts import EXPERT_MODES
 
 _VARIED = {"modes": "mode", "passages": "passages", "num_passages": "num_passages", "seeds": "seed"}
 AXES: dict[str, Any] = {axis: [DEFAULTS[argument]] for axis, argument in _VARIED.items()}
-"""What a matrix varies, with the defaults; a model may have its own."""
+"""The axes of a matrix, with their defaults; a model may have its own axes."""
 OPTIONS = (
     *("batch_size", "max_batch_size", "device", "num_fewshot", "limit", "gen_kwargs", "metadata", "seed"),
     *("apply_chat_template", "system_instruction", "fewshot_as_multiturn", "include_path"),
@@ -38,7 +38,7 @@ OPTIONS = (
 """Options of lm_eval that a matrix may set."""
 _KEYS = ("out", "tasks", "options", "model_args", "models", *AXES)
 _OURS = ("genpoe", "genpoe-vllm")
-_LARGE = 1 << 24  # bytes: files of a folder that are told apart by size alone, since they are an LLM's weights
+_LARGE = 1 << 24  # bytes; larger files in a folder (an LLM's weights) are compared by size only
 _LOG, _CELL = "lm_eval.log", "cell.json"
 
 
@@ -47,8 +47,8 @@ class Cell:
     """One lm_eval run.
 
     Attributes:
-        name: of its folder.
-        kind: lm_eval's ``--model``.
+        name: name of its folder.
+        kind: value of lm_eval's ``--model``.
         arguments: lm_eval's ``--model_args``.
     """
 
@@ -59,7 +59,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a YAML file declares: cells, where their results go, and what all of them share."""
+    """A matrix of runs.
+
+    Attributes:
+        out: folder of the results.
+        tasks: tasks of all cells.
+        options: lm_eval options of all cells.
+        cells: the cells.
+    """
 
     out: Path
     tasks: tuple[str, ...]
@@ -67,10 +74,11 @@ class Matrix:
     cells: tuple[Cell, ...]
 
     def folder(self, cell: Cell) -> Path:
+        """The folder of a cell's results."""
         return self.out / cell.name
 
     def command(self, cell: Cell) -> list[str]:
-        """As a user would type it."""
+        """The words of a cell's lm_eval command."""
         arguments = cell.arguments | ({"trace": self.folder(cell) / "trace.jsonl"} if cell.kind in _OURS else {})
         words = ["lm_eval", "--model", cell.kind, "--model_args", _pairs(arguments), "--tasks", ",".join(self.tasks)]
         for name, value in self.options.items():
@@ -87,10 +95,10 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def read_matrix(path: Path) -> Matrix:
-    """The matrix that a YAML file declares.
+    """Read a matrix from a YAML file.
 
     Raises:
-        InputError: it is not YAML, or says what cannot be.
+        InputError: it is not YAML, or a value is invalid.
     """
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -99,8 +107,8 @@ def read_matrix(path: Path) -> Matrix:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(declared, dict):
-        raise InputError(f"{path}: not a mapping; README's section on comparing has one")
-    _known(declared, _KEYS, str(path))
+        raise InputError(f"{path}: not a mapping; docs/leaderboards.md has an example")
+    _check_names(declared, _KEYS, str(path))
     if not isinstance(models := declared.get("models"), dict) or not models:
         raise InputError(f"{path}: models: name at least one, with its arguments (pretrained: ...)")
     tasks = declared.get("tasks")
@@ -108,7 +116,7 @@ def read_matrix(path: Path) -> Matrix:
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
         raise InputError(f"{path}: tasks: name at least one task of lm_eval")
     options = _mapping(declared.get("options"), f"{path}: options")
-    _known(options, OPTIONS, f"{path}: options")
+    _check_names(options, OPTIONS, f"{path}: options")
     shared = _mapping(declared.get("model_args"), f"{path}: model_args")
     cells: dict[tuple[str, str], Cell] = {}
     for name, model in models.items():
@@ -118,7 +126,7 @@ def read_matrix(path: Path) -> Matrix:
         for cell in _cells(str(name), kind, shared | model, axes, f"{path}: models: {name}"):
             cells.setdefault((cell.kind, key(cell.arguments)), cell)
     out = Path(declared.get("out") or f"{path.stem}-runs")
-    return Matrix(out, tuple(tasks), options, _named_apart(list(cells.values()), path))
+    return Matrix(out, tuple(tasks), options, _with_distinct_names(list(cells.values()), path))
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -129,8 +137,8 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _known(given: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    if unknown := [name for name in given if name not in names]:
+def _check_names(mapping: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    if unknown := [name for name in mapping if name not in names]:
         raise InputError(f"{where}: {unknown[0]}: not one of {', '.join(names)}")
 
 
@@ -149,14 +157,16 @@ def _cells(name: str, kind: str, arguments: Mapping[str, Any], axes: Mapping[str
     cells = []
     for mode, passages, number, seed in product(*(axes[axis] for axis in AXES)):
         if mode in EXPERT_MODES and not arguments.get("hypernetwork"):
-            raise InputError(f"{where}: mode {mode} needs hypernetwork: DIRECTORY, or modes of its own without it")
-        asked = {**arguments, "mode": mode, "passages": passages, "num_passages": number, "seed": seed}
-        decides = deciding(asked)
-        kept = {argument: value for argument, value in asked.items() if argument in decides or argument in NON_DECIDING}
+            raise InputError(f"{where}: mode {mode} needs hypernetwork: DIRECTORY; or give this model other modes")
+        complete = {**arguments, "mode": mode, "passages": passages, "num_passages": number, "seed": seed}
+        decides = deciding(complete)
+        used = {
+            argument: value for argument, value in complete.items() if argument in decides or argument in NON_DECIDING
+        }
         words = [name, mode] + ([passages] if mode != "closed_book" else [])
         words += [f"K{number}"] if "num_passages" in decides else []
         words += [f"seed{seed}"] if "seed" in decides else []
-        cells.append(Cell(_file_name("-".join(words)), kind, kept | {"passages": decides["passages"]}))
+        cells.append(Cell(_file_name("-".join(words)), kind, used | {"passages": decides["passages"]}))
     return cells
 
 
@@ -164,7 +174,8 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", name)
 
 
-def _named_apart(cells: Sequence[Cell], path: Path) -> tuple[Cell, ...]:
+def _with_distinct_names(cells: Sequence[Cell], path: Path) -> tuple[Cell, ...]:
+    """The cells, after a check that their names differ."""
     names = [cell.name for cell in cells]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{path}: models: two of them would write to the folder {twice[0]}; give them other names")
@@ -172,21 +183,19 @@ def _named_apart(cells: Sequence[Cell], path: Path) -> tuple[Cell, ...]:
 
 
 def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
-    """Carry out every cell that has no whole results yet, ``jobs`` at a time.
-
-    A cell that fails does not keep the others from running.
+    """Run every cell without complete results, ``jobs`` at a time. A failed cell does not stop the others.
 
     Raises:
-        InputError: a folder holds another run than the matrix says, or cells have failed.
+        InputError: a folder holds another run than the matrix declares, or cells have failed.
     """
     inputs: dict[str, str] = {}
     definitions = {cell.name: _definition(matrix, cell, inputs) for cell in matrix.cells}
     missing = [cell for cell in matrix.cells if not _is_done(matrix, cell, definitions[cell.name])]
     failed: list[str] = []
-    described = f"Running lm_eval ({len(matrix.cells) - len(missing)} of {len(matrix.cells)} runs are there)"
+    title = f"Running lm_eval ({len(matrix.cells) - len(missing)} of {len(matrix.cells)} runs are finished)"
     with (
         ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(missing), desc=described, unit="run", disable=not missing) as bar,
+        tqdm(total=len(missing), desc=title, unit="run", disable=not missing) as bar,
     ):
         futures = [pool.submit(_run, matrix, cell, definitions[cell.name], jobs) for cell in missing]
         try:
@@ -200,11 +209,11 @@ def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
             raise
     if failed:
         others = f" ({len(failed) - 1} more failed)" if failed[1:] else ""
-        raise InputError(f"{failed[0]}{others}; the same command goes on with what is missing")
+        raise InputError(f"{failed[0]}{others}; rerun the same command to resume")
 
 
 def processors_of_one(jobs: int) -> dict[str, str]:
-    """The environment of one of ``jobs`` processes that run at a time, which share the processors."""
+    """The environment of one of ``jobs`` parallel processes, which share the processors."""
     environment = dict(os.environ)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -212,22 +221,28 @@ def processors_of_one(jobs: int) -> dict[str, str]:
 
 
 def is_finished(matrix: Matrix, cell: Cell) -> bool:
-    """Whether a cell has whole results.
+    """Whether a cell has complete results.
 
     Raises:
-        InputError: its folder holds another run than the matrix says.
+        InputError: its folder holds another run than the matrix declares.
     """
     return matrix.folder(cell).exists() and _is_done(matrix, cell, _definition(matrix, cell, {}))
 
 
 def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, Any]:
-    """What a cell's results depend on: its command, and the content of the files that it names."""
-    named = {
+    """The definition of a cell's results: its command, and digests of the files that it names.
+
+    Args:
+        matrix: the matrix.
+        cell: the cell.
+        known: digests by path; new ones are added.
+    """
+    paths = {
         name: value for name, value in cell.arguments.items() if name in ("pretrained", "index", "reranker", "peft")
     }
-    named |= {f"metadata {name}": value for name, value in _files(matrix.options.get("metadata") or {})}
+    paths |= {f"metadata {name}": value for name, value in _files(matrix.options.get("metadata") or {})}
     contents = {}
-    for name, value in named.items():
+    for name, value in paths.items():
         if value not in known:
             known[value] = _content(Path(str(value)))
         contents[name] = known[value]
@@ -240,12 +255,12 @@ def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, 
 
 def _files(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
-        return [found for key_, inner in value.items() for found in _files(inner, f"{name}.{key_}".lstrip("."))]
+        return [file for key_, inner in value.items() for file in _files(inner, f"{name}.{key_}".lstrip("."))]
     return [(name, value)] if isinstance(value, str) and Path(value).is_file() else []
 
 
 def _content(path: Path) -> str:
-    """A digest of a file or folder; of a name on the hub, the name."""
+    """A digest of a file or folder; a hub name is returned unchanged."""
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
@@ -263,25 +278,26 @@ def _is_done(matrix: Matrix, cell: Cell, definition: Mapping[str, Any]) -> bool:
     if not folder.exists() or not [file for file in folder.iterdir() if not file.name.startswith(".")]:
         return False
     try:
-        found = json.loads((folder / _CELL).read_text(encoding="utf-8"))
+        existing = json.loads((folder / _CELL).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run of a matrix; give another `out`, or delete it") from error
-    different = [name for name in definition["contents"] if found["contents"].get(name) != definition["contents"][name]]
-    if _without_device(found["command"]) != _without_device(definition["command"]):
-        different.append(f"command ({shlex.join(found['command'])})")
+    contents = definition["contents"]
+    different = [name for name in contents if existing["contents"].get(name) != contents[name]]
+    if _without_device(existing["command"]) != _without_device(definition["command"]):
+        different.append(f"command ({shlex.join(existing['command'])})")
     if different:
         raise InputError(f"{folder}: made with another {', '.join(different)}; give another `out`, or delete it")
     return _problem(folder) is None
 
 
 def _without_device(command: Sequence[str]) -> list[str]:
-    """A command but for its ``--device``: what was begun on one machine may be finished on another."""
+    """A command without its ``--device``, because a matrix may be resumed on another machine."""
     place = command.index("--device") if "--device" in command else len(command)
     return [*command[:place], *command[place + 2 :]]
 
 
 def _problem(folder: Path) -> str | None:
-    """What is wrong with the results in a folder, if anything is."""
+    """The problem with the results in a folder; None if they are complete."""
     try:
         _, left_out = read_runs([folder], QuestionBook())
     except InputError as error:
@@ -290,7 +306,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def _run(matrix: Matrix, cell: Cell, definition: Mapping[str, Any], jobs: int) -> str | None:
-    """Carry out a cell; what went wrong, if anything did."""
+    """Run a cell; return the problem if it failed."""
     folder = matrix.folder(cell)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Where a result comes from, and the command that makes it again."""
+"""The origin of a result: the command that reproduces it, versions and fingerprints."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ _DEFAULT_SEEDS = [0, 1234, 1234, 1234]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run comes from.
+    """The origin of a run.
 
     Attributes:
-        command: that made it. ``recorded``: it is word for word the one that did, which the genpoe model notes; of
-            other runs it is put together from lm_eval's own record.
-        directory: where it ran; None where that is not known.
-        fingerprints: of what was loaded and asked, by what it is of.
-        versions: of the libraries.
+        command: the command of the run.
+        recorded: whether the model recorded the exact command (genpoe models do); otherwise it is reconstructed from
+            lm_eval's record.
+        directory: working directory of the run; None if unknown.
+        fingerprints: fingerprints of checkpoint, index, reranker, model, data and prompts, by name.
+        versions: versions of the libraries.
+        device: device of the run, if known.
+        date: date of the run.
+        results: path of lm_eval's results.
     """
 
     command: str
@@ -37,9 +41,9 @@ class Origin:
 
 
 def origin_of(run: Run) -> Origin:
-    """Where a run comes from."""
+    """The origin of a run."""
     genpoe = run.genpoe or {}
-    noted = genpoe.get("provenance", {})
+    provenance = genpoe.get("provenance", {})
     fingerprint = genpoe.get("fingerprint", {})
     fingerprints = {name: fingerprint.get(name) for name in LOADED}
     fingerprints |= {
@@ -47,24 +51,25 @@ def origin_of(run: Run) -> Origin:
         "data": genpoe.get("documents", {}).get(run.task) or run.documents[:16],
         "prompts": run.prompts[:16],
     }
-    versions = noted.get("versions") or {
+    versions = provenance.get("versions") or {
         "lm-eval": run.report.get("lm_eval_version"),
         "transformers": run.report.get("transformers_version"),
         "lm-eval-genpoe": fingerprint.get("version"),
     }
     return Origin(
-        command=noted.get("command") or _rebuilt(run),
-        recorded="command" in noted,
-        directory=noted.get("directory"),
+        command=provenance.get("command") or _reconstructed(run),
+        recorded="command" in provenance,
+        directory=provenance.get("directory"),
         fingerprints={name: str(value) for name, value in fingerprints.items() if value},
         versions={name: str(value) for name, value in versions.items() if value},
-        device=noted.get("device") or run.config.get("device"),
+        device=provenance.get("device") or run.config.get("device"),
         date=run.date,
         results=str(run.results),
     )
 
 
-def _rebuilt(run: Run) -> str:
+def _reconstructed(run: Run) -> str:
+    """The command of a run, reconstructed from lm_eval's record."""
     config, report = run.config, run.report
     arguments = run.arguments
     words = ["lm_eval", "--model", str(config.get("model")), "--model_args", _pairs(arguments)]
@@ -75,8 +80,8 @@ def _rebuilt(run: Run) -> str:
         if config.get(name) is not None:
             words += [f"--{name}", str(config[name])]
     if config.get("gen_kwargs"):
-        given = config["gen_kwargs"]
-        words += ["--gen_kwargs", given if isinstance(given, str) else _pairs(given)]
+        gen_kwargs = config["gen_kwargs"]
+        words += ["--gen_kwargs", gen_kwargs if isinstance(gen_kwargs, str) else _pairs(gen_kwargs)]
     if report.get("chat_template"):
         words += ["--apply_chat_template"]
     if report.get("system_instruction"):
@@ -86,7 +91,7 @@ def _rebuilt(run: Run) -> str:
     seeds = [config.get(name) for name in _SEEDS]
     if None not in seeds and seeds != _DEFAULT_SEEDS:
         words += ["--seed", ",".join(map(str, seeds))]
-    # lm_eval keeps what --metadata said among the model's arguments and what the task's own YAML says.
+    # lm_eval merges --metadata into the model's arguments and into the metadata of the task's YAML.
     metadata = {
         name: value
         for name, value in (run.task_config.get("metadata") or {}).items()

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: tables, plots, single questions, and where all came from."""
+"""Write a comparison as one self-contained HTML page: tables, plots, single questions, and origins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from genpoe_plugin import __version__
 from genpoe_plugin.comparison import cells
-from genpoe_plugin.comparison.breakdown import telling
+from genpoe_plugin.comparison.breakdown import differing_questions
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Pair, System
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.comparison.plots import plots
@@ -21,10 +21,10 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import PROMPT_MODES
 
 QUESTIONS = 200
-"""Single questions on the page; the CSV has all."""
-MATRIX = 12
-"""Systems in the table of all pairs; of more, only some pairs are told."""
-_LONG = 300  # characters of a passage or an answer
+"""Largest number of single questions on the page; the CSV has all."""
+MAX_MATRIX = 12
+"""Largest number of systems in the table of all pairs; with more, only the most important pairs are listed."""
+_MAX_CHARACTERS = 300  # of a passage or an answer
 
 
 def page(comparison: Comparison) -> str:
@@ -61,7 +61,7 @@ def _board(board: Board, comparison: Comparison, number: int) -> dict[str, Any]:
             for plot in plots(board, f"b{number}")
         ],
         "matrix": _matrix(board),
-        "pairs": [_pair(pair, board) for pair in _told(board)],
+        "pairs": [_pair(pair, board) for pair in _listed_pairs(board)],
         "all_pairs": sum(pair.metric == board.metric for pair in board.pairs),
         "origins": [(system, [origin_of(run) for run in system.runs]) for system in board.systems],
         "questions": _json(_questions(board, comparison)),
@@ -77,33 +77,33 @@ def _protocol(board: Board) -> list[tuple[str, str]]:
         for part in (source, reranker not in (None, "None") and f"reranker {reranker}", number and f"at most {number}")
         if part
     )
-    named = [("task", board.task), ("version", protocol.version), ("metrics", protocol.metrics)]
-    named += [("questions", protocol.questions), ("prompts", protocol.prompts), ("few-shot", protocol.shots)]
-    return [*named, ("decoding", protocol.decoding), ("passages", passages or "none")]
+    aspects = [("task", board.task), ("version", protocol.version), ("metrics", protocol.metrics)]
+    aspects += [("questions", protocol.questions), ("prompts", protocol.prompts), ("few-shot", protocol.shots)]
+    return [*aspects, ("decoding", protocol.decoding), ("passages", passages or "none")]
 
 
 def _matrix(board: Board) -> dict[str, Any] | None:
-    """All differences between ranked systems: row less column."""
+    """All differences between ranked systems, row minus column; None for too few or too many systems."""
     ranked = [system for system in board.systems if system.control is None]
-    if not 2 < len(ranked) <= MATRIX:
+    if not 2 < len(ranked) <= MAX_MATRIX:
         return None
     share = cells.is_share(board.metric, board)
-    told: dict[tuple[int, int], dict[str, Any]] = {}
+    entries: dict[tuple[int, int], dict[str, Any]] = {}
     for pair in board.pairs:
         if pair.family == "ranked" and pair.metric == board.metric:
-            for seen in (pair, cells.reversed_pair(pair)):
-                told[seen.first, seen.second] = {
-                    "difference": cells.number(seen.difference, share, signed=True),
-                    "wins": f"{seen.wins:,}\u2009:\u2009{seen.losses:,}",
-                    "significant": seen.significant,
-                    "better": seen.difference > 0,
+            for entry in (pair, cells.reversed_pair(pair)):
+                entries[entry.first, entry.second] = {
+                    "difference": cells.number(entry.difference, share, signed=True),
+                    "wins": f"{entry.wins:,}\u2009:\u2009{entry.losses:,}",
+                    "significant": entry.significant,
+                    "better": entry.difference > 0,
                 }
     places = range(len(ranked))
-    return {"systems": ranked, "rows": [[told.get((row, column)) for column in places] for row in places]}
+    return {"systems": ranked, "rows": [[entries.get((row, column)) for column in places] for row in places]}
 
 
-def _told(board: Board) -> list[Pair]:
-    """The pairs worth a line: everyone with the first, and with their controls."""
+def _listed_pairs(board: Board) -> list[Pair]:
+    """The pairs to list: each system with the first one, and with its controls."""
     return [p for p in board.pairs if p.metric == board.metric and (p.family == "controls" or p.first == 0)]
 
 
@@ -123,13 +123,13 @@ def _pair(pair: Pair, board: Board) -> dict[str, Any]:
 
 
 def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
-    """Some of the questions on which systems differ: answers, scores, passages and prompts of every system."""
+    """Some questions on which systems differ, with answers, scores, passages and prompts of every system."""
     pairs = [(pair.first, pair.second) for pair in board.pairs if pair.metric == board.metric]
-    places = telling([system.scores[board.metric] for system in board.systems], pairs, QUESTIONS)
+    places = differing_questions([system.scores[board.metric] for system in board.systems], pairs, QUESTIONS)
     numbers = board.group.runs[0].questions
     passages: dict[tuple[str, str], int] = {}
     texts: list[dict[str, str]] = []
-    told = [
+    entries = [
         {
             "question": comparison.book.texts[numbers[place]],
             "answers": comparison.book.targets[numbers[place]],
@@ -138,27 +138,27 @@ def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
         for place in places
     ]
     if places and board.group.runs[0].sample(places[0])["doc"].get("question") is None:
-        for entry, place in zip(told, places, strict=True):
-            entry["question"] = _cut(_asked(board.group.runs[0].sample(place)) or "")
+        for entry, place in zip(entries, places, strict=True):
+            entry["question"] = _cut(_task_prompt(board.group.runs[0].sample(place)) or "")
     lines: dict[str, int] = {}
     prompts: dict[tuple[int, ...], int] = {}
     for system in board.systems:
         bodies = _bodies(system, places)
-        for entry, place, (answer, given, known, prompt) in zip(told, places, bodies, strict=True):
+        for entry, place, (answer, trace_passages, known, prompt) in zip(entries, places, bodies, strict=True):
             used = []
-            for passage in given:
+            for passage in trace_passages:
                 name = (str(passage["id"]), str(passage.get("title") or ""))
                 if name not in passages:
                     passages[name] = len(texts)
                     texts.append({"id": name[0], "title": name[1], "text": _cut(known.get(name[0], ""))})
                 used.append([passages[name], round(passage["gate"], 3), passage["has_answer"]])
             score = round(float(system.scores[board.metric][place]), 3)
-            # Prompts have most of their lines in common, passages and examples, so the page has each line once.
-            read = prompt and tuple(lines.setdefault(line, len(lines)) for line in prompt.split("\n"))
-            entry["by"].append([_cut(answer), score, used, read and prompts.setdefault(read, len(prompts))])
+            # Prompts share most lines (passages and examples), so the page stores each line once.
+            numbered = prompt and tuple(lines.setdefault(line, len(lines)) for line in prompt.split("\n"))
+            entry["by"].append([_cut(answer), score, used, numbered and prompts.setdefault(numbered, len(prompts))])
     return {
         "systems": [f"{system.number}  {system.label}" for system in board.systems],
-        "questions": told,
+        "questions": entries,
         "passages": texts,
         "lines": list(lines),
         "prompts": list(prompts),
@@ -169,25 +169,26 @@ def _questions(board: Board, comparison: Comparison) -> dict[str, Any]:
 def _bodies(
     system: System, places: Sequence[int]
 ) -> list[tuple[str, list[dict[str, Any]], dict[str, str], str | None]]:
-    """Of a system's first run, for some questions.
+    """What a system's first run read and answered, for some questions.
 
     Returns:
-        The answer, passages given, the texts of the doc's passages, and the prompt that the LLM read, if that is known.
+        For each question: the answer, the passages in the trace, the texts of the doc's passages by id, and the prompt
+        that the LLM read, if it is known.
     """
-    found = []
+    bodies = []
     for place in places:
         sample = system.runs[0].sample(place)
         answer = sample.get("filtered_resps") or [""]
         line = system.used.line(place) if system.used else {}
         prompt = line.get("prompt")
         if prompt is None and system.settings.get("mode") not in PROMPT_MODES:
-            prompt = _asked(sample)  # nothing is put into it
-        found.append((str(answer[0]), line.get("passages", []), _texts(sample["doc"]), prompt))
-    return found
+            prompt = _task_prompt(sample)  # in this mode, the LLM reads the task's prompt unchanged
+        bodies.append((str(answer[0]), line.get("passages", []), _texts(sample["doc"]), prompt))
+    return bodies
 
 
-def _asked(sample: dict[str, Any]) -> str | None:
-    """The prompt in lm-eval's log: as the task made it."""
+def _task_prompt(sample: dict[str, Any]) -> str | None:
+    """The task's own prompt, from lm-eval's log."""
     try:
         return str(next(iter(sample["arguments"].values()))["arg_0"])
     except (LookupError, TypeError, AttributeError, StopIteration):
@@ -195,7 +196,7 @@ def _asked(sample: dict[str, Any]) -> str | None:
 
 
 def _texts(doc: dict[str, Any]) -> dict[str, str]:
-    """The texts of a doc's passages, by the ids that the trace has for them."""
+    """The texts of a doc's passages, by their ids in the trace."""
     try:
         return {entry.passage.id: entry.passage.text for entry in passages_from_ctxs(doc.get("ctxs") or (), "")}
     except InputError:
@@ -203,9 +204,9 @@ def _texts(doc: dict[str, Any]) -> dict[str, str]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONG else f"{text[:_LONG]}\u2026"
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}\u2026"
 
 
 def _json(value: Any) -> Markup:
-    """JSON that may stand inside a script element."""
+    """JSON that is safe inside a script element."""
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))

@@ -1,7 +1,7 @@
 """The plots of a leaderboard as SVG, each for wide and for narrow screens.
 
-Colours are nearly Okabe and Ito's, told apart with any colour vision and seen on white. No plot needs them: systems
-have numbers, modes have markers, and controls are hollow.
+The colours are close to Okabe and Ito's, which are distinct for any colour vision and visible on white. The plots are
+readable without colours: systems have numbers, modes have markers, and controls are hollow.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SIDES = (
 )
 _LINES = ("-", "--", ":", "-.")
 _STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: readable by screen readers, searchable
+    "svg.fonttype": "none",  # keeps text searchable and readable by screen readers
     "svg.hashsalt": "genpoe",
-    "font.family": "DejaVu Sans",  # wide, so whatever font a browser has fits where this one does
+    "font.family": "DejaVu Sans",  # a wide font, so that the browser's own font fits as well
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -51,12 +51,18 @@ _STYLE: Any = {
     "text.parse_math": False,
 }
 MOST_LINES = 6
-"""Systems in a plot with a line for each."""
+"""Largest number of systems in a plot with one line per system."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot for wide and for narrow screens, as ``<svg>`` elements."""
+    """A plot.
+
+    Attributes:
+        title: title of the plot.
+        note: explanation below the plot.
+        wide, narrow: ``<svg>`` elements for wide and for narrow screens.
+    """
 
     title: str
     note: str
@@ -74,13 +80,14 @@ class _Size:
 
 
 def plots(board: Board, prefix: str) -> list[Plot]:
-    """All plots for which a board has numbers.
+    """All plots for which a board has data.
 
     Args:
-        prefix: of the ids in the SVG, different for every board of a page.
+        board: the board.
+        prefix: prefix of the ids in the SVG, different for every board of a page.
     """
-    found = [_estimates(board, metric, f"{prefix}-{metric}") for metric in board.metrics]
-    found += [
+    drawn = [_estimates(board, metric, f"{prefix}-{metric}") for metric in board.metrics]
+    drawn += [
         plot
         for plot in (
             _given(board, f"{prefix}-given"),
@@ -90,7 +97,7 @@ def plots(board: Board, prefix: str) -> list[Plot]:
         )
         if plot is not None
     ]
-    return found
+    return drawn
 
 
 def _mode(system: System) -> str:
@@ -121,22 +128,25 @@ def _scale(board: Board, metric: str) -> tuple[float, str]:
 def _pad(low: float, high: float, board: Board, metric: str) -> tuple[float, float]:
     margin = 0.04 * (high - low) or 1.0
     if cells.is_share(metric, board):
-        # An end of the scale that is near is shown, and what is drawn at it is not cut.
+        # If an end of the scale is near, it is shown with some margin, so that markers at it are not cut.
         return -1.5 if low < 15 else low - margin, 101.5 if high > 85 else high + margin
     return low - margin, high + margin
 
 
 def _name(system: System, most: int) -> str:
-    """Number and label, cut to so many characters; the table has all of it."""
+    """Number and label, cut to ``most`` characters; the table has the whole label."""
     name = f"{system.number}  {system.label}"
     return name if len(name) <= most else f"{name[: most - 1]}\u2026"
 
 
 def _rows(axes: Axes, systems: Sequence[System], size: _Size, beside: bool = False) -> None:
-    """One line of the plot for each system, named; on a narrow screen above the line, since beside it is no room.
+    """Set up one row per system, with its name beside the row, or above it on narrow screens.
 
     Args:
-        beside: there is something else in the line of the name.
+        axes: the axes.
+        systems: the systems, from top to bottom.
+        size: size of the screen.
+        beside: whether the line of the name contains other text as well.
     """
     names = [_name(system, (26 if beside else 40) if size.narrow else 60) for system in systems]
     axes.set_ylim(len(systems) - 0.4, -0.8 if size.narrow else -0.6)
@@ -213,7 +223,7 @@ def _given(board: Board, prefix: str) -> Plot | None:
 
     note = (
         "Filled: questions with the answer in a passage that the LLM was given; hollow: without it. "
-        "n is how many questions each of the two has; intervals are 95 %."
+        "n: number of questions in each of the two groups; intervals are 95 %."
     )
     return _both("By whether the answer was retrieved", note, draw, prefix)
 
@@ -250,16 +260,14 @@ def _ranks(board: Board, prefix: str) -> Plot | None:
         figure.legend(loc="outside upper left", ncols=1 if size.narrow else 3, frameon=False, fontsize=8.5)
         return figure
 
-    note = (
-        f"The same questions for all systems, by where retrieval had the answer; intervals are 95 %; n = {board.n:,}."
-    )
+    note = f"The same questions for all systems, by the rank of the answer; intervals are 95 %; n = {board.n:,}."
     if len(ranked) > len(systems):
         note += f" {len(systems)} of {len(ranked)} ranked systems: the best of every mode, then the next best."
     return _both("By the rank of the passage with the answer", note, draw, prefix)
 
 
 def _most_different(systems: Sequence[System]) -> list[System]:
-    """The best of every mode first, then the next best, as many as can be told apart."""
+    """Select at most `MOST_LINES` systems: the best of every mode, then the next best."""
     first = {_mode(system): system for system in reversed(systems)}.values()
     others = [system for system in systems if system not in first]
     return sorted([*first, *others][:MOST_LINES], key=lambda system: system.number)
@@ -277,7 +285,7 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
         return None
     scale, unit = _scale(board, board.metric)
     values = [value(system) or 0 for system in systems]
-    wide = max(values) > 4 * min(values)  # a logarithmic axis of less has hardly a tick
+    wide = max(values) > 4 * min(values)  # a logarithmic axis over a smaller range has too few ticks
     logarithm = ", log scale" if wide else ""
 
     def draw(size: _Size) -> Figure:
@@ -288,7 +296,7 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
             assert x is not None
             axes.errorbar(x, y, yerr=_bar(estimate, scale), capsize=2, linewidth=1, **_look(system))
             star = "*" if system.cost.whole_command and not memory else ""
-            # Neighbours have their numbers on different sides.
+            # Neighbours have their numbers on different sides, so that they do not overlap.
             side: Any = dict(zip(("xytext", "ha", "va"), _SIDES[number % len(_SIDES)], strict=True))
             axes.annotate(f"{system.number}{star}", (x, y), textcoords="offset points", fontsize=8, **side)
         if wide:
@@ -301,13 +309,13 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
         axes.margins(x=0.12)
         axes.set_ylabel(unit)
         of = ", ".join(sorted({system.cost.memory_of for system in systems if system.cost.memory_of}))
-        what = f"peak memory of the {of} (GiB{logarithm})" if memory else f"time a question (ms{logarithm})"
+        what = f"peak memory of the {of} (GiB{logarithm})" if memory else f"time per question (ms{logarithm})"
         axes.set_xlabel(f"{what}\nn = {board.n:,} questions")
         return figure
 
     note = "Ranked systems by their numbers in the table; bars are 95 % intervals."
     if not memory and any(system.cost.whole_command for system in systems):
-        note += " * of the whole command, loading included."
+        note += " * time of the whole command, with loading."
     return _both(f"{cells.unit(board.metric, False)} against {'memory' if memory else 'latency'}", note, draw, prefix)
 
 
@@ -331,7 +339,7 @@ def _svg(figure: Figure, prefix: str, description: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # All plots stand in one document, where an id may be there once.
+    # All plots are in one document, so ids must be unique.
     prefix = re.sub(r"[^\w-]", "_", prefix)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'href="#', f'href="#{prefix}-', text).replace("url(#", f"url(#{prefix}-")

@@ -1,7 +1,7 @@
-"""lm_eval's result folders: every task of every run, with a score for every question.
+"""Read lm_eval's result folders: every task of every run, with a score for every question.
 
-A run of ours and one of ``--model hf`` or ``vllm`` are read alike: what is needed is lm_eval's ``results_*.json`` and,
-beside it, the ``samples_*.jsonl`` that ``--log_samples`` writes. What cannot be trusted is left out, by name.
+Runs of any model (``genpoe``, ``hf``, ``vllm``) are read in the same way, from lm_eval's ``results_*.json`` and the
+``samples_*.jsonl`` of ``--log_samples`` beside it. Broken or inconsistent results are left out, with a reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ UNKNOWN, ABSENT = -1, 0
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file, or one task of it, that is not in the comparison, and why."""
+    """A file (or one of its tasks) that is not compared.
+
+    Attributes:
+        path: the file.
+        reason: the reason.
+    """
 
     path: Path
     reason: str
@@ -38,10 +43,14 @@ class LeftOut:
 
 @dataclass
 class QuestionBook:
-    """The questions of all runs, each with a number.
+    """The questions of all runs, with their numbers.
 
-    Two runs ask the same question where text and accepted answers are the same; a question that a task asks several
-    times has as many numbers.
+    Questions of two runs are the same if text and accepted answers are the same. A question that occurs several times
+    in a task has several numbers.
+
+    Attributes:
+        texts: text of each question.
+        targets: accepted answers of each question.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -49,7 +58,7 @@ class QuestionBook:
     _numbers: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
     def number(self, text: str, target: str, time: int) -> int:
-        """Of a question that is asked for the ``time``-th time."""
+        """The number of the ``time``-th occurrence of a question; new questions are added."""
         number = self._numbers.setdefault((text, target, time), len(self.texts))
         if number == len(self.texts):
             self.texts.append(text)
@@ -59,18 +68,19 @@ class QuestionBook:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One task of one lm_eval run. Arrays have a place for every question, in the order of the question numbers.
+    """One task of one lm_eval run. Arrays have one entry per question, in the order of the question numbers.
 
     Attributes:
-        results, samples: the files.
-        report: what lm_eval says of the run as a whole.
+        results, samples: paths of the files.
+        task: the task.
+        report: lm_eval's report on the whole run.
         questions: numbers in the question book, ascending.
-        scores: metric (``metric@filter`` for a filter other than ``none``) to one value a question.
-        ranks: the best rank of a passage with an answer among those that the doc brings along; 0 where there is none,
-            -1 where that is not known.
-        without_mean: metrics that are not a mean over questions, such as corpus BLEU, and so are not compared.
-        offsets: where each question's line begins in the samples.
-        asked: the first 16 digits of each question's ``prompt_hash``.
+        scores: for each metric (``metric@filter`` for a filter other than ``none``), one value per question.
+        without_mean: metrics that are not a mean over questions, such as corpus BLEU; they are not compared.
+        ranks: best rank of a passage with an answer among those of the doc; 0 if there is none, -1 if unknown.
+        offsets: byte offset of each question's line in the samples.
+        doc_ids: doc id of each question.
+        prompt_keys: first 16 digits of each question's ``prompt_hash``.
         prompts, documents: digests of all prompts, and of all docs.
         brings_passages: whether docs have passages (``ctxs``).
     """
@@ -85,59 +95,70 @@ class Run:
     ranks: NDArray[np.int64]
     offsets: NDArray[np.int64]
     doc_ids: NDArray[np.int64]
-    asked: NDArray[np.uint64]
+    prompt_keys: NDArray[np.uint64]
     prompts: str
     documents: str
     brings_passages: bool
 
     @property
     def config(self) -> dict[str, Any]:
+        """The configuration of the run."""
         return self.report["config"]
 
     @property
     def task_config(self) -> dict[str, Any]:
+        """The configuration of the task."""
         return self.report["configs"][self.task]
 
     @property
     def genpoe(self) -> dict[str, Any] | None:
-        """What the genpoe model says of itself; None for other models."""
+        """The genpoe model's own record; None for other models."""
         return self.config.get("genpoe")
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The model's arguments, whichever way they were given."""
-        given = self.config.get("model_args") or {}
-        if not isinstance(given, str):
-            return given
-        pairs = (pair.partition("=") for pair in given.split(",") if pair)
+        """The model's arguments, from a dictionary or a string."""
+        model_args = self.config.get("model_args") or {}
+        if not isinstance(model_args, str):
+            return model_args
+        pairs = (pair.partition("=") for pair in model_args.split(",") if pair)
         return {name: value for name, _, value in pairs}
 
     @cached_property
     def date(self) -> str:
-        found = _DATE.search(self.results.name)
-        return found[1] if found else ""
+        """Date in the name of the results file; "" if there is none."""
+        match = _DATE.search(self.results.name)
+        return match[1] if match else ""
 
     def higher_is_better(self, metric: str) -> bool:
+        """Whether higher values of a metric are better; true unless the report says otherwise."""
         stated = self.report.get("higher_is_better", {}).get(self.task, {})
         return stated.get(metric.partition("@")[0]) is not False
 
     def sample(self, place: int) -> dict[str, Any]:
-        """The logged sample of a question, read again."""
+        """Read the logged sample of a question."""
         return _line_at(self.samples, int(self.offsets[place]))
 
 
 def read_runs(paths: Sequence[Path], book: QuestionBook) -> tuple[list[Run], list[LeftOut]]:
-    """All runs in the given folders and result files, without those that are broken.
+    """Read all runs in folders and result files.
+
+    Args:
+        paths: folders and result files.
+        book: the questions; new ones are added.
+
+    Returns:
+        The runs, and the files and tasks that were left out.
 
     Raises:
-        InputError: a path does not exist, or nothing usable is left.
+        InputError: a path does not exist, or no run can be used.
     """
     files: dict[Path, None] = {}
     for path in paths:
-        found = _result_files(path)
-        if not found:
+        in_path = _result_files(path)
+        if not in_path:
             raise InputError(f"{path}: no lm_eval results (results_*.json); give the --output_path of lm_eval")
-        files.update(dict.fromkeys(found))
+        files.update(dict.fromkeys(in_path))
     runs: list[Run] = []
     left_out: list[LeftOut] = []
     for file in files:
@@ -152,8 +173,8 @@ def read_runs(paths: Sequence[Path], book: QuestionBook) -> tuple[list[Run], lis
             except InputError as error:
                 left_out.append(LeftOut(file, f"task {task}: {_reason(error, file)}"))
             except (LookupError, TypeError, AttributeError, ValueError) as error:
-                told = f"{type(error).__name__}: {error}"
-                left_out.append(LeftOut(file, f"task {task}: not as lm_eval writes it ({told}); run it again"))
+                reason = f"{type(error).__name__}: {error}"
+                left_out.append(LeftOut(file, f"task {task}: not in lm_eval's format ({reason}); run it again"))
     if not runs:
         first = f"; {left_out[0].path}: {left_out[0].reason}" if left_out else ""
         raise InputError(f"{', '.join(map(str, paths))}: nothing to compare{first}")
@@ -173,32 +194,32 @@ def _result_files(path: Path) -> list[Path]:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """What lm_eval wrote about a run.
+    """Read lm_eval's report on a run.
 
     Raises:
-        InputError: it is not whole, or not lm_eval's.
+        InputError: the file is incomplete, or not a report of lm_eval.
     """
     try:
         report = parse_json(file.read_bytes())
     except ValueError as error:
-        raise InputError(f"{file}: not whole JSON ({error})") from error
+        raise InputError(f"{file}: not valid JSON ({error})") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    wanted = ("results", "configs", "versions", "config", "n-shot")
-    if not isinstance(report, dict) or (missing := [name for name in wanted if name not in report]):
+    required = ("results", "configs", "versions", "config", "n-shot")
+    if not isinstance(report, dict) or (missing := [name for name in required if name not in report]):
         names = ", ".join(missing) if isinstance(report, dict) else "an object"
         raise InputError(f"{file}: not the results of lm_eval 0.4 ({names} missing)")
-    if wrong := [name for name in wanted if not isinstance(report[name], dict)]:
+    if wrong := [name for name in required if not isinstance(report[name], dict)]:
         raise InputError(f"{file}: not the results of lm_eval 0.4 ({wrong[0]} is not an object)")
     report.pop("pretty_env_info", None)
     return report
 
 
 def parse_json(text: bytes) -> Any:
-    """As orjson, and also the NaN that lm_eval writes.
+    """Parse JSON with orjson, or with the standard library for the NaN that lm_eval writes.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is not JSON.
     """
     try:
         return orjson.loads(text)
@@ -207,7 +228,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """The objects of a JSON Lines file, each with the byte that it begins at.
+    """The objects of a JSON Lines file, each with its byte offset.
 
     Raises:
         InputError: a line is not JSON, or the file cannot be read.
@@ -219,7 +240,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
                 try:
                     record = parse_json(line)
                 except ValueError as error:
-                    raise InputError(f"{file}:{number}: not whole JSON ({error}); was the run killed?") from error
+                    raise InputError(f"{file}:{number}: not valid JSON ({error}); was the run killed?") from error
                 yield offset, record
                 offset += len(line)
     except OSError as error:
@@ -227,7 +248,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def prompt_key(prompt_hash: str) -> int:
-    """What `Run.asked` has of a ``prompt_hash``.
+    """The entry of `Run.prompt_keys` for a ``prompt_hash``.
 
     Raises:
         ValueError: it is not a hash.
@@ -242,7 +263,7 @@ def _line_at(file: Path, offset: int) -> dict[str, Any]:
 
 
 class _Samples:
-    """What a file of samples says, filter by filter, in its own order."""
+    """The content of a file of samples, by filter, in the file's order."""
 
     def __init__(self, file: Path, book: QuestionBook, metrics: Sequence[str]) -> None:
         self.questions: defaultdict[str, list[int]] = defaultdict(list)
@@ -255,7 +276,7 @@ class _Samples:
         self.documents: list[str] = []
         self.brings_passages = False
         self.skipped: set[str] = set()
-        asked: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+        occurrences: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         for offset, record in read_lines(file):
             try:
                 name, document = record["filter"], record["doc"]
@@ -263,10 +284,10 @@ class _Samples:
                 text, target = document.get("question"), record["target"]
             except (KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{file}: not lm_eval's samples (no {error})") from error
-            # Tasks call their text by many names; where it is not "question", the same doc is the same question.
+            # Tasks name the text differently; without a field "question", the doc's hash identifies the question.
             text = text if isinstance(text, str) and text else hashes[0]
-            asked[name][text, target] += 1
-            self.questions[name].append(book.number(text, target, asked[name][text, target]))
+            occurrences[name][text, target] += 1
+            self.questions[name].append(book.number(text, target, occurrences[name][text, target]))
             self.hashes += hashes
             for metric in metrics:
                 value = record.get(metric)
@@ -274,7 +295,7 @@ class _Samples:
                 if isinstance(value, int | float):
                     self.values[key].append(value)
                 elif metric in record:
-                    self.skipped.add(key)  # a part of a statistic of the whole run, such as BLEU's
+                    self.skipped.add(key)  # part of a statistic of the whole run, such as BLEU
             if name == next(iter(self.questions)):
                 self.offsets.append(offset)
                 self.doc_ids.append(record["doc_id"])
@@ -286,7 +307,7 @@ class _Samples:
 
 
 def _best_rank(passages: list[Any]) -> int:
-    """Of a passage with an answer, after reranking where there was any; 0 if none has one."""
+    """The best rank of a passage with an answer, after reranking if there was any; 0 without such a passage."""
     best = ABSENT
     for place, passage in enumerate(passages, 1):
         if not isinstance(passage, dict) or passage.get("has_answer") is None:
@@ -301,7 +322,7 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
     date = _DATE.search(file.name)
     samples = file.with_name(f"samples_{task}_{date[1]}.jsonl") if date else file
     if not date or not samples.is_file():
-        raise InputError(f"no samples beside it ({samples.name}); run lm_eval with --log_samples")
+        raise InputError(f"no file of samples ({samples.name}); run lm_eval with --log_samples")
     stated = {
         key: value
         for key, value in report["results"].get(task, {}).items()
@@ -315,7 +336,7 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
         raise InputError(f"{samples.name} has {len(read.offsets):,} of {expected:,} questions; run it again")
     digest = report.get("task_hashes", {}).get(task)
     if digest is not None and digest != hashlib.sha256("".join(read.hashes).encode()).hexdigest():
-        raise InputError(f"{samples.name} holds other samples than the results are of; run it again")
+        raise InputError(f"{samples.name} does not belong to these results; run it again")
     first, *others = read.questions.values()
     if any(sorted(first) != sorted(other) for other in others):
         raise InputError(f"{samples.name}: the filters have different questions; run it again")
@@ -362,7 +383,7 @@ def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook)
         ranks=arranged(read.ranks),
         offsets=arranged(read.offsets),
         doc_ids=arranged(read.doc_ids),
-        asked=np.array([prompt_key(value) for value in read.prompts], np.uint64)[order],
+        prompt_keys=np.array([prompt_key(value) for value in read.prompts], np.uint64)[order],
         prompts=prompts,
         documents=documents,
         brings_passages=read.brings_passages,

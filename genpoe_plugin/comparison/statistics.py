@@ -1,6 +1,6 @@
 """Intervals and paired tests over questions, for many runs at once.
 
-Everything is about a matrix of scores, ``[questions, runs]``: a row is one question, so runs are always compared on
+All functions work on a matrix of scores, ``[questions, runs]``. A row is one question, so runs are always compared on
 the same questions. Levels are two-sided.
 """
 
@@ -17,23 +17,23 @@ Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 DRAWS = 10_000
-FEWEST = 10
-_BLOCK = 1 << 19  # resampled questions that are drawn at a time: few enough for a processor's cache
-_TIE = 1e-12  # differences that are equal but for rounding
+MIN_COUNT = 10
+_BLOCK = 1 << 19  # resampled questions per block: few enough for a processor's cache
+_TIE = 1e-12  # differences below this are due to rounding
 
 
 def wilson_interval(share: ArrayLike, n: ArrayLike, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Wilson's score interval of a share of ``n`` trials; ``n`` need not be whole."""
+    """Wilson's score interval for a share of ``n`` trials; ``n`` may be fractional."""
     share, n = np.asarray(share, float), np.asarray(n, float)
     z2 = ndtri((1 + level) / 2) ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # At 0 and 1 the interval reaches the share itself, but for rounding.
+    # At 0 and 1, the interval ends at the share itself; rounding must not change that.
     return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
 
 
 def t_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Student's interval of the mean of each column of ``scores``, [questions, runs]."""
+    """Student's interval for the mean of each column of ``scores``, ``[questions, runs]``."""
     n = len(scores)
     mean = scores.mean(0)
     if n < 2:
@@ -43,11 +43,11 @@ def t_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
 
 
 def mean_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """The interval of the mean of each column of ``scores``, [questions, runs].
+    """The interval for the mean of each column of ``scores``, ``[questions, runs]``.
 
-    Wilson's where a column holds zeros and ones. Where it holds other values between them, such as F1 or the mean over
-    seeds, Wilson's as well, with as many trials as would be as certain (Kish's effective sample size): Student's covers
-    too little where most questions score 0 or 1. Student's for all other values.
+    Wilson's interval for columns of zeros and ones. Also Wilson's for other values between 0 and 1, such as F1 or means
+    over seeds, with Kish's effective sample size: Student's interval covers too little if most scores are 0 or 1.
+    Student's interval for all other values.
     """
     n = len(scores)
     low, high = t_interval(scores, level)
@@ -63,7 +63,7 @@ def mean_interval(scores: Floats, level: float = LEVEL) -> tuple[Floats, Floats]
 
 
 def _resampled_counts(n: int, draws: int, generator: np.random.Generator) -> Iterator[Floats]:
-    """How often each of ``n`` questions is in each bootstrap sample: blocks of [samples, n]."""
+    """Yield how often each of ``n`` questions is in each bootstrap sample, in blocks ``[samples, n]``."""
     block = max(1, min(draws, _BLOCK // n))
     for start in range(0, draws, block):
         rows = min(block, draws - start)
@@ -73,16 +73,17 @@ def _resampled_counts(n: int, draws: int, generator: np.random.Generator) -> Ite
 
 
 def bootstrap_means(scores: Floats, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Means over questions drawn with replacement: [draws, runs], the same questions for all runs in a draw."""
+    """Means over resampled questions, ``[draws, runs]``; a draw has the same questions for all runs."""
     generator = np.random.default_rng(seed)
     blocks = _resampled_counts(len(scores), draws, generator)
     return np.concatenate([counts @ scores for counts in blocks]) / len(scores)
 
 
 def expanded_tail(n: int, level: float = LEVEL) -> float:
-    """The share of draws beyond either end of a percentile interval of the mean of ``n`` questions.
+    """The share of draws outside each end of a percentile interval for the mean of ``n`` questions.
 
-    Draws of few questions are too close together: by Hesterberg (2015) the interval is as wide as Student's.
+    Bootstrap draws of few questions vary too little. Hesterberg's (2015) expanded percentiles make the interval as wide
+    as Student's.
     """
     degrees = max(1, n - 1)
     return float(ndtr(np.sqrt(n / degrees) * stdtrit(degrees, (1 - level) / 2)))
@@ -90,7 +91,13 @@ def expanded_tail(n: int, level: float = LEVEL) -> float:
 
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """For each pair: the mean difference, its (expanded) percentile interval, and the p-value of there being none."""
+    """The paired bootstrap of several pairs of runs, each array ``[pairs]``.
+
+    Attributes:
+        difference: mean difference.
+        low, high: ends of its expanded percentile interval.
+        p: p-value of no difference.
+    """
 
     difference: Floats
     low: Floats
@@ -101,40 +108,41 @@ class PairedBootstrap:
 def paired_bootstrap(
     means: Floats, resampled: Floats, pairs: NDArray[np.intp], n: int, level: float = LEVEL
 ) -> PairedBootstrap:
-    """Compare pairs of runs on questions drawn again.
+    """Compare pairs of runs on resampled questions.
 
-    The p-value is the share of draws whose difference is as far from the one seen as that is from none. Where those are
-    fewer than `FEWEST`, too few to count, it is Student's, with the draws' standard error: counts alone could never be
-    small enough to be significant among a thousand comparisons.
+    The p-value is the share of draws whose difference deviates from the observed difference by at least the observed
+    difference itself. If fewer than `MIN_COUNT` draws do, it is Student's p-value with the draws' standard error,
+    because a count cannot be small enough to be significant among a thousand comparisons.
 
     Args:
-        means: [runs].
-        resampled: [draws, runs], of `bootstrap_means`.
-        pairs: [pairs, 2], columns of ``means``.
+        means: means over questions, ``[runs]``.
+        resampled: result of `bootstrap_means`, ``[draws, runs]``.
+        pairs: pairs of columns of ``means``, ``[pairs, 2]``.
         n: number of questions.
+        level: level of the interval.
     """
     difference = means[pairs[:, 0]] - means[pairs[:, 1]]
     low, high, p = (np.empty_like(difference) for _ in range(3))
     tail = expanded_tail(n, level)
-    wider = np.sqrt(n / max(1, n - 1))  # draws vary too little by this
+    wider = np.sqrt(n / max(1, n - 1))  # corrects the draws' variation, which is too small by this factor
     columns = np.ascontiguousarray(resampled.T)
     draws = len(resampled)
     block = max(1, _BLOCK // draws)
     for start in range(0, len(pairs), block):
         part = slice(start, start + block)
         drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
-        seen = difference[part, None]
-        further = np.count_nonzero(wider * np.abs(drawn - seen) >= np.abs(seen) - _TIE, axis=1)
+        observed = difference[part, None]
+        further = np.count_nonzero(wider * np.abs(drawn - observed) >= np.abs(observed) - _TIE, axis=1)
         counted = (1 + further) / (1 + draws)
         with np.errstate(divide="ignore", invalid="ignore"):
             beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / (wider * drawn.std(1)))
-        p[part] = np.where(further < FEWEST, np.fmin(counted, beyond), counted)
+        p[part] = np.where(further < MIN_COUNT, np.fmin(counted, beyond), counted)
         low[part], high[part] = np.quantile(drawn, [tail, 1 - tail], axis=1, overwrite_input=True)
     return PairedBootstrap(difference, low, high, p)
 
 
 def wins_and_losses(scores: Floats, pairs: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """On how many questions the first run of each pair scores more, and on how many the second."""
+    """The number of questions on which the first run of each pair scores higher, and the second."""
     wins, losses = (np.empty(len(pairs), np.int64) for _ in range(2))
     columns = np.ascontiguousarray(scores.T)
     for at, (first, second) in enumerate(pairs):
@@ -145,16 +153,16 @@ def wins_and_losses(scores: Floats, pairs: NDArray[np.intp]) -> tuple[NDArray[np
 
 
 def mcnemar(wins: ArrayLike, losses: ArrayLike) -> tuple[Floats, Floats]:
-    """McNemar's test of questions that only one of two runs got right: exact and mid-p p-values."""
+    """McNemar's test on the questions that only one of two runs answers correctly: exact and mid-p p-values."""
     wins, losses = np.asarray(wins), np.asarray(losses)
-    fewer, all_of_them = np.minimum(wins, losses), wins + losses
-    below = np.where(fewer > 0, bdtr(np.maximum(fewer - 1, 0), np.maximum(all_of_them, 1), 0.5), 0.0)
-    tail = np.where(all_of_them > 0, bdtr(fewer, np.maximum(all_of_them, 1), 0.5), 1.0)
+    fewer, total = np.minimum(wins, losses), wins + losses
+    below = np.where(fewer > 0, bdtr(np.maximum(fewer - 1, 0), np.maximum(total, 1), 0.5), 0.0)
+    tail = np.where(total > 0, bdtr(fewer, np.maximum(total, 1), 0.5), 1.0)
     return np.minimum(1.0, 2 * tail), np.minimum(1.0, tail + below)
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Holm's adjustment of p-values that were all looked at: those below 0.05 then hold together at that level."""
+    """Holm's adjustment of p-values for multiple comparisons (controls the family-wise error rate)."""
     p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))

@@ -1,4 +1,4 @@
-"""A comparison in the terminal."""
+"""Print a comparison in the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genpoe_plugin.comparison.leaderboard import Comparison, System
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print every board, what is wrong with its systems, and what was left out."""
+    """Print every board with its warnings, and the results that were left out."""
     for board in comparison.boards:
         header, rows = cells.table(board)
         table = Table(title=escape(cells.title(board, comparison.boards)), title_justify="left")
@@ -27,7 +27,7 @@ def show(comparison: Comparison, console: Console) -> None:
             style = "bold red" if wrong else "yellow"
             console.print(escape(f"#{system.number} {system.label}: {text}"), style=style, highlight=False)
         if board.group.differences:
-            console.print("Not ranked together with the first board of this task, since these differ:", style="yellow")
+            console.print("Not ranked together with the first board of this task; the differences:", style="yellow")
         for line in cells.differences(board):
             console.print(escape(f"  {line}"), highlight=False)
         for line in cells.allowed(board):

@@ -1,1 +1,1 @@
-"""Passages, questions and answers: their files, their forms, and where they are downloaded from."""
+"""Passages, questions and answers: file formats, readers, writers and downloads."""

@@ -1,4 +1,4 @@
-"""Downloading a file over HTTP: resumed where it broke off, checked by size, and either whole or not there."""
+"""Download files over HTTP: resumable, checked by size, and written atomically."""
 
 from __future__ import annotations
 
@@ -17,24 +17,30 @@ from urllib3.exceptions import HTTPError
 from genpoe_plugin.errors import InputError
 
 CHUNK = 1 << 16  # bytes
-TIMEOUT = 30  # seconds without a byte
-PAUSES = (1, 4, 15)  # seconds before another attempt, until one brings a byte
+TIMEOUT = 30  # seconds without received data
+PAUSES = (1, 4, 15)  # seconds before each new attempt; they start again after received data
 
 
 def download(url: str, target: str | Path, *, progress: bool = False) -> bool:
-    """Download ``url`` to ``target``, byte for byte as the server has it.
+    """Download ``url`` to ``target``, unchanged.
 
-    The bytes are collected beside ``target``, in ``NAME.ID.part``, which is renamed once it has the size that the
-    server says. The id stands for size, ETag and modification date, so what is left of an earlier download is gone on
-    with if the file is still the same, and removed if it has changed. A connection that breaks is made again, a few
-    times; one that cannot be made in the first place is not.
+    The data is collected in ``NAME.ID.part`` beside ``target``. This file is renamed once it has the size that the
+    server reports. The id is a hash of size, ETag and modification date: an earlier partial download is resumed if the
+    server's file is the same, and deleted if it has changed. A broken connection is retried a few times; a failed first
+    connection is not.
+
+    Args:
+        url: the URL.
+        target: the file to write.
+        progress: whether to show a progress bar.
 
     Returns:
-        False if ``target`` was there already; a size that the server can be asked for is checked then as well.
+        True if the file was downloaded; False if ``target`` existed. Its size is then compared with the server's, if
+        the server is reachable.
 
     Raises:
-        InputError: the server cannot be reached, has no such file, or does not say its size; the connection keeps
-            breaking; ``target`` has another size, or cannot be written. What has been downloaded is kept.
+        InputError: the server is unreachable, has no such file, or does not report its size; the connection keeps
+            breaking; ``target`` has another size, or cannot be written. Downloaded data is kept for a later call.
     """
     target = Path(target)
     pauses: list[float] = []
@@ -50,14 +56,14 @@ def download(url: str, target: str | Path, *, progress: bool = False) -> bool:
                 if broken.received:
                     pauses = list(PAUSES)
                 if not pauses:
-                    raise InputError(f"{url}: {broken}; the same command goes on where it broke off") from broken
+                    raise InputError(f"{url}: {broken}; rerun the same command to resume") from broken
                 time.sleep(pauses.pop(0))
             except OSError as error:
                 raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 class _BrokenError(Exception):
-    """The connection failed or broke, ``received`` bytes after it was made; another attempt may succeed."""
+    """The connection failed, or broke after ``received`` bytes; another attempt may succeed."""
 
     def __init__(self, reason: str, received: int = 0) -> None:
         super().__init__(reason)
@@ -66,7 +72,7 @@ class _BrokenError(Exception):
 
 @dataclass(frozen=True)
 class _Version:
-    """What tells one version of a file from another."""
+    """The version of a file on the server: its size, ETag and modification date."""
 
     size: int
     etag: str
@@ -74,7 +80,10 @@ class _Version:
 
     @classmethod
     def of(cls, response: requests.Response, first: int = 0) -> _Version | None:
-        """None if the response does not begin at byte ``first``; the size is -1 where it does not say it."""
+        """The version in a response; None if the response does not begin at byte ``first``.
+
+        The size is -1 if the response does not report it.
+        """
         headers = response.headers
         if response.status_code == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
@@ -84,7 +93,7 @@ class _Version:
         return cls(size, headers.get("ETag", ""), headers.get("Last-Modified", "")) if begin == first else None
 
     def part(self, target: Path) -> Path:
-        """Where the bytes of this version of ``target`` are collected."""
+        """The partial file for this version of ``target``."""
         identifier = blake2b(repr(self).encode(), digest_size=4).hexdigest()
         return target.with_name(f"{target.name}.{identifier}.part")
 
@@ -93,14 +102,14 @@ def _attempt(session: requests.Session, url: str, target: Path, progress: bool) 
     response = _get(session, url)
     version = _Version.of(response)
     if version is None or version.size < 0:
-        raise InputError(f"{url}: the server does not say how large the file is, so it could not be checked")
+        raise InputError(f"{url}: the server does not report the file's size, so a download cannot be checked")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = version.part(target)
     try:
         _collect(session, url, response, version, part, target, progress)
         part.replace(target)
     except FileNotFoundError:
-        if not target.exists():  # else another download of the same file was done first
+        if not target.exists():  # otherwise another process has finished the same download
             raise
 
 
@@ -113,7 +122,7 @@ def _collect(
     target: Path,
     progress: bool,
 ) -> None:
-    """Bring ``part`` to its whole size, from what is there already if the server can send the rest alone."""
+    """Complete ``part``; existing bytes are reused if the server supports range requests."""
     for other in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
         if other != part or other.stat().st_size > version.size:
             other.unlink()
@@ -133,16 +142,23 @@ def _collect(
 
 
 def _receive(response: requests.Response, part: Path, begin: int, size: int, title: str | None) -> None:
-    """Write the body into ``part``, from byte ``begin`` on, with a progress bar if it has a ``title``.
+    """Write the body of a response into ``part`` from byte ``begin`` on.
 
-    Nothing is appended or cut off: two downloads of one file at once write the same bytes in the same places.
+    Nothing is appended or truncated, so two simultaneous downloads of one file write the same bytes to the same places.
+
+    Args:
+        response: the response.
+        part: the partial file.
+        begin: first byte of the response.
+        size: size of the whole file.
+        title: title of the progress bar; None shows none.
     """
     done = begin
     bar = tqdm(total=size, initial=begin, unit="B", unit_scale=True, desc=title, disable=title is None)
     with bar, part.open("r+b") as file:
         file.seek(begin)
         try:
-            # Raw, for a file that is stored compressed must not arrive decompressed.
+            # Read raw data, so that a compressed file is not decompressed.
             while chunk := response.raw.read(CHUNK, decode_content=False):
                 file.write(chunk)
                 done += len(chunk)
@@ -154,19 +170,21 @@ def _receive(response: requests.Response, part: Path, begin: int, size: int, tit
 
 
 def _check(session: requests.Session, url: str, target: Path) -> None:
-    """Compare the size of a file that is there with the server's, if that can be had."""
+    """Compare the size of an existing file with the server's, if the server reports it."""
     try:
         with _get(session, url) as response:
             version = _Version.of(response)
     except (_BrokenError, InputError):
-        return  # it was whole when it got its name
+        return  # the file was complete when it was renamed
     size = target.stat().st_size
     if version is not None and version.size not in (-1, size):
-        raise InputError(f"{target}: has {size:,} bytes, the server's {version.size:,}; remove it to download it again")
+        raise InputError(
+            f"{target}: has {size:,} bytes, the server's file has {version.size:,}; delete it to download it again"
+        )
 
 
 def _get(session: requests.Session, url: str, begin: int = 0) -> requests.Response:
-    """The response to a request for the file from byte ``begin`` on, its body not read yet."""
+    """Request the file from byte ``begin`` on; the body of the response is not read yet."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-"} if begin else {})
     try:
         response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""The questions of data sets on the Hugging Face hub."""
+"""Read questions from data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MQUAKE = "henryzhongsc/MQuAKE-Remastered"
 
 class _Source(NamedTuple):
     config: str | None = None
-    files: str | None = None  # of a split alone, where the others would be a download of gigabytes
+    files: str | None = None  # files of one split, if the other splits have gigabytes
 
 
 _SOURCES = {
@@ -33,20 +33,24 @@ _SOURCES = {
 
 
 def read_hub_questions(name: str, split: str) -> Iterator[Question]:
-    """The questions of a split of one of the data sets named above, each answer once, with the passages they bring.
+    """The questions of one split, with any passages in the data set, and without duplicate answers.
 
-    Later runs find them in the hub's cache.
+    The hub's cache serves later runs.
+
+    Args:
+        name: a data set of `_SOURCES`.
+        split: name of the split.
 
     Raises:
-        InputError: the hub cannot be reached, and the cache does not have the data set; or it has changed its form.
+        InputError: the data set is neither reachable nor in the cache, or has changed its form.
     """
-    import datasets  # seconds
+    import datasets  # here, because the import takes seconds
 
     source = _SOURCES[name]
     files = {"data_files": {split: source.files.format(split=split)}} if source.files else {}
     try:
         rows = datasets.load_dataset(name, source.config, split=split, **files)
-    # Not reachable, not there, offline and not in the cache, or damaged on the way.
+    # The data set is unreachable, missing, not in the cache while offline, or damaged.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).split("\n", 1)[0]
         raise InputError(f"cannot load {name} from the hub ({reason})") from error

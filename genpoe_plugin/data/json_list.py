@@ -1,4 +1,4 @@
-"""A JSON list of any length, read item by item: DPR's result files are lists of gigabytes."""
+"""Read long JSON lists item by item; DPR's result files are lists of gigabytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from genpoe_plugin.errors import InputError
 
 CHUNK = 1 << 16
-# What ends, or is wrong, this close to the end of what has been read may only be cut off there: a number, a literal or
-# an escape; 12 characters are the longest of them, an escaped surrogate pair.
+# A value that ends, or an error, within this many characters of the end of the text read so far may be due to a token
+# that is cut off there: a number, a literal, or an escape (at most 12 characters, an escaped surrogate pair).
 MARGIN = 16
 
 _DECODER = json.JSONDecoder()
@@ -20,12 +20,14 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_json_list(file: TextIO, path: str | Path) -> Iterator[Any]:
-    """The items of the first list in ``file``, decoded one by one; no more is read ahead than the size of an item.
+    """The items of the first list in ``file``, decoded one by one.
 
-    What stands before the list is passed over, and then what stands after it as well.
+    At most about the size of one item is read ahead. Text before the list is skipped; if there is any, text after the
+    list is ignored as well.
 
     Args:
-        path: of ``file``, for messages.
+        file: the opened file.
+        path: path of ``file``, for error messages.
 
     Raises:
         InputError: the list is not JSON, or the file ends within it; the message names file, line and column.
@@ -52,15 +54,15 @@ def read_json_list(file: TextIO, path: str | Path) -> Iterator[Any]:
 
 
 class _Window:
-    """The part of a text file that is being parsed, ``text`` from ``at`` on."""
+    """The part of a text file that is in memory; parsing continues at ``text[at]``."""
 
     def __init__(self, file: TextIO, path: str | Path) -> None:
         self.file, self.path = file, path
         self.text, self.at = "", 0
-        self.line, self.column = 1, 1  # of the first character of text
+        self.line, self.column = 1, 1  # position in the file of the first character of text
 
     def extend(self) -> bool:
-        """Forget what is parsed and read on, at least as much as is kept, so that an item is retried seldom."""
+        """Drop parsed text and read more: at least as much as remains, so that an item is seldom decoded again."""
         more = self.file.read(max(CHUNK, len(self.text) - self.at))
         if more:
             self.line, self.column = self.place(self.at)
@@ -68,7 +70,7 @@ class _Window:
         return bool(more)
 
     def next_character(self) -> str:
-        """Go to the next character that is not white space, and return it; "" at the end of the file."""
+        """Move to the next character that is not white space and return it; "" at the end of the file."""
         while True:
             space = _SPACE.match(self.text, self.at)
             assert space is not None
@@ -79,13 +81,13 @@ class _Window:
                 return ""
 
     def value(self) -> Any:
-        """Decode the value that begins here, and go to its end."""
+        """Decode the value at the current position and move behind it."""
         self.next_character()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                # Where a string has no end, the position is that of its beginning.
+                # For an unterminated string, the position is its beginning.
                 cut = error.pos + MARGIN > len(self.text) or error.msg.startswith("Unterminated string")
                 if not (cut and self.extend()):
                     raise self.error(error.msg, error.pos) from error

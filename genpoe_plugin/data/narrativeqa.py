@@ -1,4 +1,4 @@
-"""NarrativeQA as its authors have it: a folder of CSV files."""
+"""Read NarrativeQA from its authors' folder of CSV files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _CSV = {  # file: the columns that are read
 
 
 def read_narrativeqa(folder: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The test questions as the hub's rows have them, each with ``file:line`` (of the end of its entry).
+    """The test questions in the form of the hub's rows, each with its ``file:line`` (the end of its entry).
 
     Args:
-        folder: a clone of deepmind/narrativeqa; its ``qaps.csv``, ``documents.csv`` and
-            ``third_party/wikipedia/summaries.csv`` are read.
+        folder: a clone of deepmind/narrativeqa, with ``qaps.csv``, ``documents.csv`` and
+            ``third_party/wikipedia/summaries.csv``.
 
     Raises:
         InputError: a file or a column is missing, or a question is about a document without a summary.
@@ -48,16 +48,16 @@ def read_narrativeqa(folder: str | Path) -> Iterator[tuple[Mapping[str, Any], st
 def _rows(folder: str | Path, name: str) -> Iterator[tuple[dict[str, str], str]]:
     path = Path(folder) / name
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a folder of questions is a clone of deepmind/narrativeqa")
+        raise InputError(f"{path}: no such file; a folder of questions must be a clone of deepmind/narrativeqa")
     with open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
             if missing := [column for column in _CSV[name] if column not in (reader.fieldnames or ())]:
-                raise InputError(f"{path}: no column {missing[0]!r}; deepmind/narrativeqa has one")
+                raise InputError(f"{path}: no column {missing[0]!r}; use the file of deepmind/narrativeqa")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in (row[column] for column in _CSV[name]):
-                    raise InputError(f"{where}: fewer fields than the first line has columns")
+                    raise InputError(f"{where}: fewer fields than columns in the first line")
                 yield row, where
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: broken quoting ({error})") from error

@@ -1,4 +1,4 @@
-"""The rows of a Parquet file, as the Hugging Face hub keeps its data sets."""
+"""Read rows of Parquet files, the format of data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from genpoe_plugin.errors import InputError
 
 _MAGIC = b"PAR1"
-_BATCH = 64  # rows; NarrativeQA's have a whole book each
+_BATCH = 64  # rows; a row of NarrativeQA contains a whole book
 
 
 def is_parquet(path: str | Path) -> bool:
-    """Whether a file begins as Parquet does."""
+    """Whether a file begins with Parquet's magic bytes."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -22,7 +22,7 @@ def is_parquet(path: str | Path) -> bool:
 
 
 def read_parquet_rows(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The rows, each with its number, counted from 1, after the file's name; few at a time are in memory.
+    """The rows of a Parquet file, read in small batches, each with its location: file name and row number, from 1.
 
     Raises:
         InputError: the file is damaged.
@@ -39,4 +39,4 @@ def read_parquet_rows(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str
                     yield row, f"{path}, row {number}"
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise InputError(f"{path}: not a whole Parquet file ({reason})") from error
+        raise InputError(f"{path}: not a complete Parquet file ({reason})") from error

@@ -1,4 +1,4 @@
-"""Passages, and the files that they come from."""
+"""Passages, and readers for files of passages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from genpoe_plugin.files import open_text, refuse_pickles
 
 RESULTS_FORMAT, RESULTS_VERSION = "genpoe-retrieval", 1
 
-# Who gives a passage its id calls it so: ours and DPR's results, BEIR, and DPR's retriever data (NQ and the others).
+# Names of the id field: in our and DPR's results, in BEIR, and in DPR's retriever data (NQ and the other data sets).
 _ID_FIELDS = ("id", "_id", "passage_id", "psg_id")
-# One JSON list, bare or as DPR's gold passages have it; anything else is JSON Lines.
+# The beginning of a JSON list, bare or in the form of DPR's gold passages; other JSON files are JSON Lines.
 _LIST = re.compile(r'\[|\{\s*"data"\s*:\s*\[')
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of text that can be retrieved. ``id`` is unique in its corpus; ``title`` may be empty."""
+    """A text that can be retrieved.
+
+    Attributes:
+        id: id of the passage, unique in its corpus.
+        title: title, which may be empty.
+        text: text.
+    """
 
     id: str
     title: str
@@ -33,32 +39,32 @@ class Passage:
 
     @property
     def string(self) -> str:
-        """``title: text``, or the text alone: what reranker, hypernetwork, prompt and expert store all see."""
+        """``title: text``, or the text alone without a title: the input of reranker, hypernetwork, prompt and store."""
         return f"{self.title}: {self.text}" if self.title else self.text
 
 
 def read_passages(path: str | Path) -> Iterator[Passage]:
-    """Read passages one by one, in file order, from any of these files, each also as ``.gz``.
+    """Read passages one by one, in file order, from any of these formats, each also as ``.gz``.
 
-    - TSV as DPR's ``psgs_w100.tsv``: ``id<TAB>text<TAB>title``, quoted as CSV, one passage a line, with or without the
-      header line;
+    - TSV like DPR's ``psgs_w100.tsv``: ``id<TAB>text<TAB>title``, quoted as CSV, one passage per line, with or without
+      a header line;
     - JSON Lines of ``{"id" or "_id", "title", "text"}``;
-    - DPR results, as JSON Lines (ours too) or as one JSON list of ``{"question", "answers", "ctxs": [...]}``: every
-      question's passages. Several questions have the same passage there, so a passage comes once: an id that returns
-      with the same title and text is left out, and so is a copy of an earlier title and text under another id.
+    - DPR results, as JSON Lines (ours too) or as one JSON list of ``{"question", "answers", "ctxs": [...]}``: the
+      passages of all questions, without duplicates. A passage is a duplicate if an earlier one has the same title and
+      text, with the same id or another one.
 
-    The kind of file is seen from its content.
+    The format is detected from the content.
 
     Raises:
-        InputError: a line is malformed, a passage has no id or no text, or one id stands for two passages of a DPR
-            result. That ids are unique in the other files is for `check_corpus` to see.
+        InputError: a line is malformed, a passage has no id or no text, or two passages of a DPR result have one id.
+            In the other formats, `check_corpus` checks that ids are unique.
     """
     for passage, _ in located_passages(path):
         yield passage
 
 
 def located_passages(path: str | Path) -> Iterator[tuple[Passage, str]]:
-    """As `read_passages`, each passage with its ``file:line``, or what else tells where it is."""
+    """As `read_passages`, but each passage with its location, such as ``file:line``."""
     refuse_pickles(path)
     if not (start := beginning(path)):
         raise InputError(f"{path}: the file is empty; give a file of passages")
@@ -75,20 +81,30 @@ def located_passages(path: str | Path) -> Iterator[tuple[Passage, str]]:
             passage = passage_from_ctx(ctx, ctx_where)
             digest = blake2b(f"{passage.title}\0{passage.text}".encode(), digest_size=16).digest()
             if ids.setdefault(passage.id, digest) != digest:
-                raise InputError(f"{ctx_where}: id {passage.id!r} already stands for another passage; make ids unique")
+                raise InputError(
+                    f"{ctx_where}: id {passage.id!r} is already the id of another passage; make ids unique"
+                )
             if digest not in texts:
                 texts.add(digest)
                 yield passage, ctx_where
 
 
 def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
-    """The passage in one JSON object; ``where`` (file and line) begins the message of the ``InputError``."""
+    """The passage in a JSON object.
+
+    Args:
+        record: the JSON object.
+        where: location of the object, for error messages.
+
+    Raises:
+        InputError: the object has no valid id, title or text.
+    """
     identifier = next((record[field] for field in _ID_FIELDS if field in record), None)
     if not isinstance(identifier, str | int) or isinstance(identifier, bool) or identifier == "":
-        raise InputError(f'{where}: a passage needs an "id", a string or a whole number, not {identifier!r}')
+        raise InputError(f'{where}: the "id" of a passage must be a string or a whole number, not {identifier!r}')
     title, text = record.get("title") or "", record.get("text")
     if not isinstance(title, str) or not isinstance(text, str):
-        raise InputError(f'{where}: passage {identifier!r} needs a "text" (and perhaps a "title") that is a string')
+        raise InputError(f'{where}: the "text" of passage {identifier!r} (and its "title", if any) must be a string')
     if not text.strip():
         raise InputError(f"{where}: passage {identifier!r} has no text; remove it")
     passage = Passage(str(identifier), title, text)
@@ -97,29 +113,29 @@ def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
 
 
 def passage_from_ctx(record: Mapping[str, Any], where: str) -> Passage:
-    """As `passage_from_record`, for a passage of a question: without an id, its content gives it one."""
+    """As `passage_from_record`, for a passage of a question; a missing id is computed from the content."""
     if all(record.get(field) is None for field in _ID_FIELDS):
         record = {**record, "id": content_id(str(record.get("title") or ""), str(record.get("text")))}
     return passage_from_record(record, where)
 
 
 def content_id(title: str, text: str) -> str:
-    """An id that the same passage always gets."""
+    """An id computed from a passage's title and text."""
     return blake2b(f"{title}\0{text}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def check_characters(text: str, where: str) -> None:
-    """Raise an ``InputError`` for characters that mark a damaged file and that no tokenizer or writer takes."""
+    """Raise an `InputError` for NUL characters and lone surrogates, which tokenizers and writers do not accept."""
     if "\0" in text:
         raise InputError(f"{where}: NUL character; the file is damaged")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: {error.object[error.start]!r} is half a character (a lone surrogate)") from error
+        raise InputError(f"{where}: {error.object[error.start]!r} is a lone surrogate; the file is damaged") from error
 
 
 def beginning(path: str | Path) -> str:
-    """The first characters of a text file, from the first that is not white space on; "" if there is none."""
+    """The beginning of a text file after leading white space; "" if the file has nothing else."""
     with open_text(path) as file:
         while text := file.read(1000):
             if stripped := text.lstrip():
@@ -128,9 +144,9 @@ def beginning(path: str | Path) -> str:
 
 
 def read_tsv_rows(path: str | Path) -> Iterator[tuple[list[str], str]]:
-    """The rows of a tab-separated, CSV-quoted file that are not blank, each with its ``file:line``.
+    """The non-blank rows of a tab-separated, CSV-quoted file, each with its ``file:line``.
 
-    A row is one line: a quote that its line does not close would otherwise swallow the rows that follow.
+    A row is one line, so that an unclosed quote does not swallow the following rows.
     """
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -147,8 +163,11 @@ def read_tsv_rows(path: str | Path) -> Iterator[tuple[list[str], str]]:
 def read_json_objects(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The objects of a JSON Lines file, each with its ``file:line``, or of a JSON list, each with its position.
 
-    A list may also be the value of ``"data"``, as in ``{"data": [...]}``. One object at a time is in memory. The first
-    line of our own result files, which names format and version, is checked and left out.
+    The list may also be the value of ``"data"``, as in ``{"data": [...]}``. Objects are read one at a time. The header
+    line of our own result files is checked and skipped.
+
+    Raises:
+        InputError: the file is not JSON, an item is not an object, or a result file has another version.
     """
     if _LIST.match(beginning(path)):
         with open_text(path) as file:
@@ -159,18 +178,22 @@ def read_json_objects(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str
             if not line.isspace():
                 record = _parse(line.rstrip(), f"{path}:{number}")
                 if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: expected one JSON object a line")
+                    raise InputError(f"{path}:{number}: expected one JSON object per line")
                 if record.get("format") != RESULTS_FORMAT:
                     yield record, f"{path}:{number}"
                 elif record.get("version") != RESULTS_VERSION:
                     raise InputError(
                         f"{path}:{number}: version {record.get('version')!r} of {RESULTS_FORMAT};"
-                        f" version {RESULTS_VERSION} is what can be read here"
+                        f" only version {RESULTS_VERSION} is supported"
                     )
 
 
 def json_objects(items: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The objects of a parsed JSON list, each with its position, counted from 1, after ``where``."""
+    """The objects of a parsed JSON list, each with its location: ``where`` and its position, from 1.
+
+    Raises:
+        InputError: it is not a list of objects.
+    """
     if not isinstance(items, list | tuple):
         raise InputError(f"{where}: expected a list of JSON objects")
     yield from _objects(items, where)

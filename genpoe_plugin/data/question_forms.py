@@ -1,9 +1,9 @@
-"""Records of data sets that are not in DPR's form, brought to it: ``question``, ``answers`` and ``ctxs``.
+"""Convert records of other data sets to DPR's form: ``question``, ``answers`` and ``ctxs``.
 
-A record is as the authors' file or the Hugging Face hub has it (both forms are known where they differ). Passages that
-come with a question are its ``ctxs``; ``has_answer`` marks those that the data names as the ones to answer from, which
-in multi-hop data need not contain the answer itself. Their ids are made of what they say, so that one passage has one
-id in all questions and none stands for two.
+A record is a part of the authors' file or a row of the Hugging Face hub; both forms are supported where they differ.
+The passages of a question become its ``ctxs``. ``has_answer`` marks those that the data set names as evidence; in
+multi-hop data, they need not contain the answer. Ids are computed from the content, so a passage has the same id in all
+questions.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from genpoe_plugin.errors import InputError
 
 Record = Mapping[str, Any]
 
-WORDS = 100  # of a passage that is part of a longer text, as DPR cuts Wikipedia's articles
+WORDS = 100  # words per passage of a longer text, as in DPR's passages of Wikipedia
 
 
 def to_dpr(record: Record, where: str) -> Iterator[Record]:
-    """The questions of one record; the record itself where it is of none of the data sets known here.
+    """Convert one record to questions; a record of an unknown data set is returned unchanged.
 
-    Each has ``question``, ``answers`` and ``ctxs``, and ``case`` where several are wordings of one. What is in the
-    fields is not checked here.
+    Each question has ``question``, ``answers`` and ``ctxs``, and ``case`` if several questions are wordings of one. The
+    values are not checked here.
+
+    Args:
+        record: the record.
+        where: location of the record, for error messages.
 
     Raises:
-        InputError: the record begins like one of a data set's and goes on otherwise; ``where`` begins the message.
+        InputError: the record looks like one of a known data set, but lacks some of its fields.
     """
     form = next((form for form in _FORMS if "ctxs" not in record and form.fits(record)), None)
     if form is None:
@@ -37,17 +41,19 @@ def to_dpr(record: Record, where: str) -> Iterator[Record]:
         yield from form.read(record)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{where}: not what a record of {form.name} has ({reason})") from error
+        raise InputError(f"{where}: not a valid record of {form.name} ({reason})") from error
 
 
 class _Form(NamedTuple):
+    """The form of a data set's records: how to recognise and how to convert them."""
+
     name: str
     fits: Callable[[Record], bool]
     read: Callable[[Record], Iterable[Record]]
 
 
 def _squad_article(record: Record) -> Iterator[Record]:
-    """The authors' file: an article with its paragraphs, each with its questions."""
+    """An article of the authors' file: paragraphs, each with its questions."""
     for paragraph in record["paragraphs"]:
         for qa in paragraph["qas"]:
             answers = [answer["text"] for answer in qa["answers"]]
@@ -59,12 +65,12 @@ def _squad_row(record: Record) -> Iterator[Record]:
 
 
 def _squad(question: str, answers: Iterable[str], title: str, context: str) -> Record:
-    # Titles are those of Wikipedia's addresses.
+    # Titles are in the form of Wikipedia's URLs.
     return _question(question, answers, [_passage(title.replace("_", " "), context)])
 
 
 def _multi_hop(record: Record) -> Iterator[Record]:
-    """HotpotQA and 2WikiMultihopQA: ten paragraphs, of which the supporting facts name some."""
+    """A record of HotpotQA or 2WikiMultihopQA: ten paragraphs, some of which are named as supporting facts."""
     supporting = {title for title, _ in _pairs(record["supporting_facts"], "title", "sent_id")}
     passages = [
         _passage(title, " ".join(sentence.strip() for sentence in sentences), title in supporting)
@@ -75,14 +81,14 @@ def _multi_hop(record: Record) -> Iterator[Record]:
 
 
 def _pairs(value: Any, first: str, second: str) -> list[tuple[Any, Any]]:
-    """Pairs, which the hub has as two lists of equal length."""
+    """A list of pairs; the hub stores them as two lists of equal length."""
     if isinstance(value, Mapping):
         return list(zip(value[first], value[second], strict=True))
     return [(left, right) for left, right in value]
 
 
 def _narrativeqa(record: Record) -> Iterator[Record]:
-    """The summary of the story, cut into passages: whole, it is longer than a passage can be."""
+    """A record of NarrativeQA; the story's summary is cut into passages, because it is longer than a passage may be."""
     summary = record["document"]["summary"]
     words = summary["text"].split()
     passages = [
@@ -92,10 +98,10 @@ def _narrativeqa(record: Record) -> Iterator[Record]:
 
 
 def _mquake(record: Record) -> Iterator[Record]:
-    """Each wording of a case is a question; the edited facts are the passages, and the answer is what follows."""
+    """A case of MQuAKE: each wording is a question with the edited facts as passages and the new answer."""
     passages = []
     for edit in record["requested_rewrite"]:
-        # MQuAKE-Remastered has the fields of the target side by side.
+        # MQuAKE-Remastered has "target_new_str" instead of a nested "target_new".
         target = edit["target_new_str"] if "target_new_str" in edit else edit["target_new"]["str"]
         fact = f"{edit['prompt'].replace('{}', edit['subject'])} {target}"
         passages.append(_passage("", fact.rstrip(".") + "."))
@@ -110,7 +116,7 @@ def _popqa(record: Record) -> Iterator[Record]:
 
 
 def _triviaqa(record: Record) -> Iterator[Record]:
-    """An answer is the value or any of its aliases."""
+    """A record of TriviaQA; the accepted answers are the value and its aliases."""
     answer = record["answer"]
     yield _question(record["question"], [answer["value"], *answer["aliases"]])
 

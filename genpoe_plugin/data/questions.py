@@ -1,4 +1,4 @@
-"""Questions with their answers and retrieved passages, and the files that they come from and go to."""
+"""Questions with answers and retrieved passages, and readers and writers for their files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,22 @@ from genpoe_plugin.data.question_forms import to_dpr
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, open_text
 
-FORMATS = ("genpoe", "dpr")  # that retrieval results are written in
-HEADER_LIMIT = 1 << 16  # characters; a longer first line is a question's, or a whole JSON list
+FORMATS = ("genpoe", "dpr")  # output formats of retrieval results
+HEADER_LIMIT = 1 << 16  # characters; a longer first line is a question or a whole JSON list
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievedPassage:
-    """A passage with what retriever and reranker said of it; ranks count from 1."""
+    """A passage with the scores and ranks of retriever and reranker.
+
+    Attributes:
+        passage: the passage.
+        score: retrieval score.
+        rank: rank in the retriever's order, from 1.
+        rerank_score: the reranker's score, if it was reranked.
+        rerank_rank: rank in the reranker's order, from 1, if it was reranked.
+        has_answer: whether it contains an answer to its question; None if unknown.
+    """
 
     passage: Passage
     score: float
@@ -47,9 +56,14 @@ class RetrievedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, all accepted answers, and its passages, best first.
+    """A question.
 
-    ``case`` is empty, or names what several questions are wordings of: the case counts as answered if one of them is.
+    Attributes:
+        question: the question.
+        answers: all accepted answers.
+        passages: its passages, best first.
+        case: name that all wordings of one question share, or empty. The case counts as answered if one wording is
+            answered.
     """
 
     question: str
@@ -59,41 +73,49 @@ class Question:
 
 
 def read_questions(path: str | Path) -> Iterator[Question]:
-    """Read questions one by one, in file order, from any of these files, each also as ``.gz``.
+    """Read questions one by one, in file order, from any of these formats, each also as ``.gz``.
 
     - DPR results, as one JSON list or as JSON Lines: ``{"question", "answers", "ctxs": [...]}``;
-    - what `write_questions` wrote;
+    - files of `write_questions`;
     - DPR's ``*.qas.csv`` or ``.tsv``: ``question<TAB>['answer', ...]``;
     - nq_open: JSON Lines of ``{"question", "answer": [...]}``;
-    - DPR's training data of retrievers, a JSON list of ``{"question", "answers", "positive_ctxs": [...],
+    - DPR's training data for retrievers, a JSON list of ``{"question", "answers", "positive_ctxs": [...],
       "negative_ctxs": [...], "hard_negative_ctxs": [...]}``: positives first, then the hard negatives;
-    - DPR's gold passages, ``{"data": [{"question", "short_answers", "example_id", "title", "context"}]}``, where a
-      question may have no passage (an empty ``context``); those without a short answer are passed over;
-    - SQuAD v1.1, HotpotQA, 2WikiMultihopQA, MQuAKE and PopQA as their authors have them (JSON, PopQA a TSV), each with
-      the passages that it brings along (`genpoe_plugin.data.question_forms`);
+    - DPR's gold passages, ``{"data": [{"question", "short_answers", "example_id", "title", "context"}]}``; a question
+      may have no passage (an empty ``context``), and questions without a short answer are skipped;
+    - the authors' files of SQuAD v1.1, HotpotQA, 2WikiMultihopQA and MQuAKE (JSON) and of PopQA (TSV), with their
+      passages, if any (`genpoe_plugin.data.question_forms`);
     - rows of the hub's data sets (`genpoe_plugin.data.hub_questions`), as JSON Lines or as a Parquet file;
-    - the folder of NarrativeQA's authors (a clone of deepmind/narrativeqa): the test questions, with the summaries.
+    - the authors' folder of NarrativeQA (a clone of deepmind/narrativeqa): the test questions, with the summaries.
 
-    The kind of file is seen from its content. One question at a time is in memory.
+    The format is detected from the content. Questions are read one at a time.
 
     Raises:
-        InputError: a line is malformed, a question has no text or no answers, or the file is of a newer version.
+        InputError: a line is malformed, a question has no text or no answers, or the file has another version.
     """
     for record, where in _records(path):
         yield from questions_from_record(record, where)
 
 
 def questions_from_record(record: Mapping[str, Any], where: str) -> Iterator[Question]:
-    """The questions of one JSON object of any of the forms of `read_questions`; ``where`` begins error messages."""
-    for asked in to_dpr(record, where):
-        answers = next((asked[field] for field in ("answers", "answer", "short_answers") if field in asked), None)
-        if answers == [] and "short_answers" in asked:
+    """The questions of one JSON object in any form of `read_questions`.
+
+    Args:
+        record: the JSON object.
+        where: location of the object, for error messages.
+
+    Raises:
+        InputError: a question has no text, no answers, or malformed passages.
+    """
+    for item in to_dpr(record, where):
+        answers = next((item[field] for field in ("answers", "answer", "short_answers") if field in item), None)
+        if answers == [] and "short_answers" in item:
             continue  # not every question of NQ has a short answer
-        case = asked.get("case")
+        case = item.get("case")
         yield Question(
-            _question(asked.get("question"), where),
+            _question(item.get("question"), where),
             _answers(answers, where),
-            passages_from_ctxs(_ctxs(asked, where), where),
+            passages_from_ctxs(_ctxs(item, where), where),
             case if isinstance(case, str) else "",
         )
 
@@ -109,29 +131,36 @@ def _records(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _tsv_records(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Rows of DPR's questions, or of PopQA, whose first line names its columns."""
+    """The rows of DPR's questions, or of PopQA, whose first line has the column names."""
     columns: list[str] | None = None
     for number, (row, where) in enumerate(read_tsv_rows(path)):
         if number == 0 and {"question", "possible_answers"} <= {*row}:
             columns = row
         elif columns is not None:
             if len(row) != len(columns):
-                raise InputError(f"{where}: {len(row)} fields, where the first line names {len(columns)} columns")
+                raise InputError(f"{where}: {len(row)} fields, but the first line has {len(columns)} columns")
             yield dict(zip(columns, row, strict=True)), where
         elif len(row) != 2:
-            raise InputError(f"{where}: {len(row)} fields; a line is question<TAB>['answer', ...]")
+            raise InputError(f"{where}: {len(row)} fields; a line must be question<TAB>['answer', ...]")
         else:
             try:
                 answers = ast.literal_eval(row[1])
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise InputError(f"{where}: answers have to be a list of strings, as in ['answer', ...]") from error
+                raise InputError(f"{where}: answers must be a list of strings, as in ['answer', ...]") from error
             yield {"question": row[0], "answers": answers}, where
 
 
 def write_questions(path: str | Path, questions: Iterable[Question], /, **header: Any) -> None:
-    """Write JSON Lines that `read_questions` reads back: a line with format, version and ``header``, then one object
-    a question in DPR's result form, its passages in the order given, with rank and, where there are any, rerank score,
-    rerank rank and has_answer. ``.gz`` at the end of the name compresses."""
+    """Write questions as JSON Lines that `read_questions` reads.
+
+    The first line is a header with format, version and ``header``. Each other line is a question in DPR's result form;
+    its passages keep their order and have rank and, if known, rerank score, rerank rank and has_answer.
+
+    Args:
+        path: the file; a name that ends in ``.gz`` compresses it.
+        questions: the questions.
+        header: further fields of the header line.
+    """
     with _replacing(path) as file:
         file.write(header_line(header))
         for question in questions:
@@ -139,11 +168,11 @@ def write_questions(path: str | Path, questions: Iterable[Question], /, **header
 
 
 def write_dpr_results(path: str | Path, questions: Iterable[Question]) -> None:
-    """Write one JSON list in the form of DPR's result files, question by question; `read_questions` reads it back.
+    """Write questions as a JSON list in the form of DPR's result files, which `read_questions` reads.
 
-    A passage has ``id, title, text, score`` (a string) and ``has_answer``, and no more if it is where the retriever
-    put it and was not reranked; else it has ``rank``, ``rerank_score`` and ``rerank_rank`` as well, which readers of
-    DPR's files pass over. ``.gz`` at the end of the name compresses.
+    A passage has ``id, title, text, score`` (a string) and ``has_answer``. It also has ``rank`` if its position is not
+    its rank, and ``rerank_score`` and ``rerank_rank`` if it was reranked; readers of DPR's files ignore these fields. A
+    name that ends in ``.gz`` compresses the file.
     """
     with _replacing(path) as file:
         separator = "[\n"
@@ -169,7 +198,7 @@ def question_line(question: Question) -> str:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What the first line of a result file of ours says beside format and version; nothing of any other file."""
+    """The header of our result files, without format and version; empty for other files."""
     with open_text(path) as file:
         try:
             header = json.loads(file.readline(HEADER_LIMIT))
@@ -183,7 +212,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _replacing(path: str | Path) -> Iterator[TextIO]:
-    """A text file, compressed if its name ends in ``.gz``, that is there once it is whole."""
+    """Open a text file for atomic writing, compressed if its name ends in ``.gz``."""
     with atomic_file(path) as temporary:
         opener = gzip.open if Path(path).suffix == ".gz" else open
         with cast(TextIO, opener(temporary, "wt", encoding="utf-8")) as file:
@@ -191,7 +220,10 @@ def _replacing(path: str | Path) -> Iterator[TextIO]:
 
 
 def by_rerank_score(passages: tuple[RetrievedPassage, ...]) -> tuple[RetrievedPassage, ...]:
-    """Passages with their rerank ranks, best first; ties keep their order, as do passages of which one has no score."""
+    """Sort passages by rerank score, best first, and set their rerank ranks; ties keep their order.
+
+    If one of the passages has no score, all are returned unchanged.
+    """
     scores = [passage.rerank_score for passage in passages]
     if None in scores:
         return passages
@@ -200,11 +232,16 @@ def by_rerank_score(passages: tuple[RetrievedPassage, ...]) -> tuple[RetrievedPa
 
 
 def passages_from_ctxs(ctxs: Sequence[Mapping[str, Any]], where: str) -> tuple[RetrievedPassage, ...]:
-    """The passages of a DPR ``ctxs`` list, in its order, which is their rank where they do not carry one; score 0 where
-    there is none.
+    """The passages of a DPR ``ctxs`` list, in its order.
+
+    A missing rank is the position in the list; a missing score is 0.
+
+    Args:
+        ctxs: the list.
+        where: location of the list, for error messages.
 
     Raises:
-        InputError: not a list of passages, or a score or rank that is not a number; ``where`` begins the message.
+        InputError: it is not a list of passages, or a score or rank is not a number.
     """
     return tuple(
         RetrievedPassage(
@@ -220,7 +257,7 @@ def passages_from_ctxs(ctxs: Sequence[Mapping[str, Any]], where: str) -> tuple[R
 
 
 def _ctxs(record: Mapping[str, Any], where: str) -> Any:
-    """The passages of one question's record, in the form of DPR's ``ctxs``."""
+    """The passages in the record of one question, in the form of DPR's ``ctxs``."""
     if "positive_ctxs" in record:
         pools = (("positive_ctxs", True), ("hard_negative_ctxs", False), ("negative_ctxs", None))
         return [
@@ -235,7 +272,7 @@ def _ctxs(record: Mapping[str, Any], where: str) -> Any:
 
 def _question(question: Any, where: str) -> str:
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f'{where}: a question has to be a string that is not empty, under "question" in JSON')
+        raise InputError(f'{where}: a question must be a non-empty string, under "question" in JSON')
     check_characters(question, where)
     return question
 
@@ -243,7 +280,7 @@ def _question(question: Any, where: str) -> str:
 def _answers(answers: Any, where: str) -> tuple[str, ...]:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list | tuple) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f'{where}: a question needs a list of answers, strings, under "answers" or "answer" in JSON')
+        raise InputError(f'{where}: a question needs a list of answer strings, under "answers" or "answer" in JSON')
     check_characters("".join(answers), where)
     return tuple(answers)
 
@@ -257,14 +294,14 @@ def _number(ctx: Mapping[str, Any], field: str, where: str) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f'{where}: "{field}" has to be a number, not {value!r}')
+        raise InputError(f'{where}: "{field}" must be a number, not {value!r}')
     return number
 
 
 def _rank(ctx: Mapping[str, Any], field: str, where: str) -> int | None:
     number = _number(ctx, field, where)
     if number is not None and (number < 1 or number != int(number)):
-        raise InputError(f'{where}: "{field}" has to be a whole number from 1 up, not {ctx[field]!r}')
+        raise InputError(f'{where}: "{field}" must be a whole number from 1 on, not {ctx[field]!r}')
     return None if number is None else int(number)
 
 

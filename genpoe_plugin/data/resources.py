@@ -1,4 +1,4 @@
-"""The data that can be downloaded; DPR's under the names that its own downloader gives it."""
+"""Resources that can be downloaded; DPR's files have the names of DPR's own downloader."""
 
 from __future__ import annotations
 
@@ -47,8 +47,13 @@ _LICENCES = {
 class Resource:
     """A file that can be downloaded.
 
-    ``address`` is an URL, or ``hub:DATASET/SPLIT``; ``kind`` is what the file holds, and so what reads it: "passages"
-    (`read_passages`), "questions" or "questions with passages" (`read_questions`).
+    Attributes:
+        name: name of the resource.
+        address: a URL, or ``hub:DATASET/SPLIT``.
+        kind: content of the file: "passages" (for `read_passages`), "questions" or "questions with passages" (for
+            `read_questions`).
+        what: description for users.
+        licence: licence of the data.
     """
 
     name: str
@@ -58,18 +63,18 @@ class Resource:
     licence: str
 
     def path(self, folder: str | Path) -> Path:
-        """Where it is kept in ``folder``: a level for each part of the name, as DPR has it; ``.gz`` stays ``.gz``."""
+        """Path of the file in ``folder``, with one level per part of the name, as in DPR; ``.gz`` files stay packed."""
         parent, _, file = self.name.replace(".", "/").rpartition("/")
         suffixes = ".jsonl" if self.address.startswith(_HUB) else _suffixes(self.address)
         return Path(folder) / parent / f"{file}{suffixes}"
 
 
 def _suffixes(url: str) -> str:
-    """``.tsv.gz`` and the like, without what else file names have dots for: ``nq-dev.qa.csv``, ``dev-v1.1.json``."""
+    """The suffixes of a file's type, such as ``.tsv.gz``, without other dots, as in ``nq-dev.qa.csv``."""
     return "".join(suffix for suffix in Path(url).suffixes if suffix in (".tsv", ".csv", ".json", ".gz"))
 
 
-# Kind, what all of a group are; name after "data.", address after _DPR, data set and part.
+# For each group: kind, description, and its files: name after "data.", address after _DPR, data set and part.
 _DPR_FILES = (
     (
         "passages",
@@ -122,7 +127,7 @@ _DPR_FILES = (
     ),
     (
         "questions with passages",
-        "positives, and negatives that BM25 finds",
+        "positives, and negatives from BM25",
         (
             ("retriever.nq-train", "data/retriever/biencoder-nq-train.json.gz", "NQ, train"),
             ("retriever.nq-dev", "data/retriever/biencoder-nq-dev.json.gz", "NQ, dev"),
@@ -138,11 +143,11 @@ _DPR_FILES = (
     ),
     (
         "questions with passages",
-        "positives, and negatives that DPR finds",
+        "positives, and negatives from DPR",
         (("retriever.nq-adv-hn-train", "data/retriever/biencoder-nq-adv-hn-train.json.gz", "NQ, train"),),
     ),
 )
-# What the authors of the other tasks' data publish as one plain file each.
+# Files of the authors of the other data sets.
 _ORIGINALS = (
     (
         "questions with passages",
@@ -215,47 +220,47 @@ RESOURCES = (
     ),
 )
 
-_BUILD = "DPR's embeddings and indexes are pickles, which are not read here; `genpoe index build` makes an index"
+_BUILD = "DPR's embeddings and indexes are pickles, which are not supported; build an index with `genpoe index build`"
 _MODELS = (
-    "DPR's checkpoints are pickles, which are not read here; its encoders are on the hub: `genpoe index build "
+    "DPR's checkpoints are pickles, which are not supported; its encoders are on the hub: `genpoe index build "
     "--encoder facebook/dpr-question_encoder-single-nq-base,facebook/dpr-ctx_encoder-single-nq-base`"
 )
 
-# What is, or could be thought to be, under these names elsewhere, and what to do instead.
+# Names that users may expect, and what to use instead.
 UNAVAILABLE: dict[str, str] = {
-    "data.retriever_results.trivia": "DPR publishes no results for TriviaQA; `genpoe retrieve` makes them of the "
-    "questions, data.retriever.qas.trivia-train and so on",
+    "data.retriever_results.trivia": "DPR publishes no results for TriviaQA; create them with `genpoe retrieve` from "
+    "the questions, data.retriever.qas.trivia-train and so on",
     "data.retriever_results.nq.single.wikipedia_passages": _BUILD,
     "data.retriever_results.nq.single-adv-hn.wikipedia_passages": _BUILD,
-    "data.reader": "the data of DPR's reader are pickles, which are not read here; data.retriever_results has the same "
+    "data.reader": "the data of DPR's reader are pickles, which are not supported; data.retriever_results has the same "
     "questions and passages",
     "indexes": _BUILD,
     "checkpoint": _MODELS,
-    "original.narrativeqa": "its authors publish a repository, not a file: `git clone` deepmind/narrativeqa, and name "
-    "the folder where questions are asked for",
-    "original.2wiki": "its authors publish an archive; hub.2wiki has the questions, or unpack it and name its dev.json",
-    "pretrained": "pretrained models are on the hub, and any command here takes its names",
+    "original.narrativeqa": "its authors publish a repository, not a file: `git clone` deepmind/narrativeqa, and give "
+    "the folder in place of a file of questions",
+    "original.2wiki": "its authors publish an archive; use hub.2wiki, or unpack the archive and give its dev.json",
+    "pretrained": "pretrained models are on the hub; all commands accept hub names",
 }
 
 
 def find(name: str) -> list[Resource]:
-    """The resource called ``name``, or else all whose names begin so, as DPR's downloader does it.
+    """The resource ``name``, or else all resources whose names begin with ``name``, as in DPR's downloader.
 
     Raises:
-        InputError: there is none; the message says what to do instead, or what was meant.
+        InputError: there is no such resource; the message has advice, or the closest name.
     """
-    found = [resource for resource in RESOURCES if resource.name == name]
-    found = found or [resource for resource in RESOURCES if name and resource.name.startswith(name)]
-    if not found:
+    matches = [resource for resource in RESOURCES if resource.name == name]
+    matches = matches or [resource for resource in RESOURCES if name and resource.name.startswith(name)]
+    if not matches:
         if advice := left_out(name):
             raise InputError(f"{name}: {advice[0]}")
         close = difflib.get_close_matches(name, [resource.name for resource in RESOURCES], 1, 0)
-        raise InputError(f"{name}: no such resource; did you mean {close[0]}? `genpoe data list` has them all")
-    return found
+        raise InputError(f"{name}: no such resource; did you mean {close[0]}? `genpoe data list` lists them all")
+    return matches
 
 
 def left_out(name: str) -> list[str]:
-    """What to do instead, for all that `UNAVAILABLE` has under ``name``, as a whole or in part."""
+    """Advice for the entries of `UNAVAILABLE` whose names begin with ``name``, or the other way round."""
     if not name or any(resource.name == name for resource in RESOURCES):
         return []
     covered = [advice for key, advice in UNAVAILABLE.items() if name.startswith(key) or key.startswith(name)]
@@ -263,13 +268,13 @@ def left_out(name: str) -> list[str]:
 
 
 def fetch(resource: Resource, folder: str | Path, *, progress: bool = False) -> tuple[Path, bool]:
-    """Download a resource into ``folder``, unless it is there.
+    """Download a resource into ``folder``, unless it exists.
 
     Returns:
-        Where it is, and whether it had to be downloaded.
+        The path of the file, and whether it was downloaded now.
 
     Raises:
-        InputError: as `download` and `read_hub_questions`.
+        InputError: see `download` and `read_hub_questions`.
     """
     path = resource.path(folder)
     if not resource.address.startswith(_HUB):

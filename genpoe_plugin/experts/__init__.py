@@ -1,1 +1,1 @@
-"""Passages as experts: the maths, the hypernetwork that generates them, and their place beside an LLM's MLP."""
+"""Passages as experts: the maths, the hypernetwork that generates them, the store, and the injection into an LLM."""

@@ -1,8 +1,8 @@
-"""Experts in the LLM's own attention: a passage's keys and values beside those of the prompt, in one softmax.
+"""Experts in the LLM's own attention: a passage's keys and values join those of the context, in one softmax.
 
-At a chosen layer, with ``q`` the query of a token at or after the start, the logits are those of the own context, and
-``s · q · K_kt + log(g_k / max g) + b_h`` for token ``t`` of expert ``k`` and head ``h``. One softmax over all of them
-is a mixture of experts (the own context is one of them), whose router is the attention's mass times the gates.
+Let ``q`` be the query of a token at or after the start, in a layer with experts. The softmax is over the logits of the
+context and the logits ``s · q · K_kt + log(g_k / max g) + b_h`` for unit ``t`` of expert ``k`` and head ``h``. This is
+a mixture of experts, in which the context is one expert; the router is the attention's mass times the gates.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.attention_interface import Call
+from genpoe_plugin.experts.attention_interface import AttentionCall
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Experts, Weights
 
-MOST_LOGITS = 2**22
-"""Up to so many logits, attention is computed by plain products, which copy no keys; beyond, by a fused kernel."""
+MAX_PLAIN_LOGITS = 2**22
+"""Up to this many logits, plain matrix products compute attention, without copying keys; above it, a fused kernel."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Layers and heads that experts have.
+    """The layers and heads that have experts.
 
     Attributes:
-        layers: those that have experts, in ascending order.
-        kv_heads: for each of them the key-value heads that an expert has.
-        num_heads, num_kv_heads, head_width: the LLM's.
-        place: as of `HypernetworkConfig`.
+        layers: indices of the layers with experts, in ascending order.
+        kv_heads: for each of these layers, the key-value heads with experts.
+        num_heads, num_kv_heads, head_width: number of query heads, number of key-value heads, and head width of the
+            LLM.
+        place: as in `HypernetworkConfig`.
     """
 
     layers: tuple[int, ...]
@@ -44,7 +45,7 @@ class AttentionShape:
 
     @classmethod
     def of(cls, config: HypernetworkConfig) -> AttentionShape:
-        """The shape of a configuration whose head is ``attention``."""
+        """The shape for a configuration with the head ``attention``."""
         assert config.num_heads and config.num_kv_heads and config.head_width
         every = tuple(range(config.num_kv_heads))
         kv_heads = config.kv_heads or (every,) * len(config.layers)
@@ -52,16 +53,16 @@ class AttentionShape:
 
     @property
     def heads(self) -> list[int]:
-        """Heads in each part of an expert: keys and values of every layer in turn."""
+        """The number of heads in each part of an expert: keys, then values, of every layer in turn."""
         return [len(heads) for heads in self.kv_heads for _ in ("keys", "values")]
 
     @property
     def vectors(self) -> int:
-        """Vectors in a unit: a token's keys and values, for every head of every layer."""
+        """The number of vectors in a unit: keys and values for every head of every layer."""
         return sum(self.heads)
 
     def join(self, states: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """Units ``[n, tokens, vectors, width]`` from keys and values ``[n, KV heads, tokens, width]`` of all layers."""
+        """Join keys and values ``[n, KV heads, tokens, width]`` to units ``[n, tokens, vectors, width]``."""
         parts = []
         for layer, heads in zip(self.layers, self.kv_heads, strict=True):
             parts += [state[:, list(heads)].transpose(1, 2) for state in states[layer]]
@@ -69,30 +70,34 @@ class AttentionShape:
 
 
 class QueryAddition(NamedTuple):
-    """What is added to the queries of a layer, from the state that enters their projection; shared by all experts."""
+    """A low-rank addition to the queries of a layer, computed from the input of the query projection.
+
+    All experts share it.
+    """
 
     read: Tensor
-    """``[rank, d]``."""
+    """The matrix that reads the state, ``[rank, d]``."""
     write: Tensor
-    """``[rank, heads x head width]``."""
+    """The matrix that writes to the queries, ``[rank, heads x head width]``."""
 
     def to(self, target: torch.device | torch.dtype) -> QueryAddition:
         return QueryAddition(self.read.to(target), self.write.to(target))
 
     def of(self, state: Tensor) -> Tensor:
-        """``[..., d]`` to ``[..., heads x head width]``; the state is brought to unit root mean square."""
+        """Map states ``[..., d]``, scaled to unit root mean square, to ``[..., heads x head width]``."""
         return functional.rms_norm(state, state.shape[-1:]) @ self.read.mT @ self.write
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionExperts(Experts):
-    """Keys and values of passages' tokens: a unit for each token, or for each window of tokens.
+    """Keys and values of passages: one unit per token, or per window of tokens.
 
     Attributes:
-        shape: which layers and heads.
-        bias: ``b``, ``[layers, heads]``: added to the logits of all experts' tokens; shared by all experts.
-        parts: for each layer its keys and then its values, each ``[..., heads, head width]``.
-        queries: for each layer what is added to the queries of the tokens that the experts act on; empty for nothing.
+        shape: the layers and heads with experts.
+        bias: ``b``, added to the logits of all units, ``[layers, heads]``; shared by all experts.
+        parts: for each layer, its keys and then its values, each ``[..., heads, head width]``.
+        queries: for each layer, the addition to the queries of the tokens that the experts act on; empty if there is
+            none.
     """
 
     shape: AttentionShape
@@ -102,12 +107,12 @@ class AttentionExperts(Experts):
 
     @classmethod
     def of(cls, shape: AttentionShape, bias: Tensor, units: Tensor) -> AttentionExperts:
-        """From units ``[..., vectors, head width]``, which have the parts one after the other."""
+        """Experts from units ``[..., vectors, head width]``, whose vectors are the parts in turn."""
         return cls(shape, bias, units.split(shape.heads, -2))
 
     @property
     def units(self) -> Tensor:
-        """``[..., vectors, head width]``."""
+        """All parts joined, ``[..., vectors, head width]``."""
         return torch.cat(self.parts, -2)
 
     @property
@@ -123,11 +128,11 @@ class AttentionExperts(Experts):
         return replace(self, bias=self.bias.to(target), parts=parts, queries=queries)
 
     def select(self, weights: Weights, index: Tensor) -> AttentionExperts:
-        """As `Experts.select`; in memory, heads come before rows, which is the order that attention needs."""
+        """As `Experts.select`. The result is laid out in memory with heads before rows, the order attention needs."""
         return self.with_weights(*(heads_first(part, index) for part in weights))
 
     def part(self, shape: AttentionShape) -> AttentionExperts:
-        """Experts with some of the layers and heads of these."""
+        """These experts restricted to the layers and heads of ``shape``."""
         numbers = [self.shape.layers.index(layer) for layer in shape.layers]
         parts = []
         for number, heads in zip(numbers, shape.kv_heads, strict=True):
@@ -137,28 +142,28 @@ class AttentionExperts(Experts):
         return AttentionExperts(shape, self.bias[numbers], tuple(parts), queries)
 
     def layer(self, layer: int, gates: Tensor) -> LayerExperts:
-        """The experts of a batch in one layer, laid out for the passes of a generation.
+        """The experts of a batch in one layer, prepared for the forward passes of a generation.
 
-        The leading dimensions must be ``[rows, units]``, the units of all experts of a row side by side.
+        The leading dimensions must be ``[rows, units]``, with the units of all experts of a row joined.
 
         Args:
-            layer: one of those that have experts.
-            gates: ``[rows, units]``, for each unit that of its expert; 0 takes it out.
+            layer: index of a layer with experts.
+            gates: for each unit the gate of its expert, ``[rows, units]``; 0 removes the unit.
         """
         shape = self.shape
         number = shape.layers.index(layer)
-        kept, head_bias = list(shape.kv_heads[number]), self.bias[number]
+        heads, head_bias = list(shape.kv_heads[number]), self.bias[number]
         keys, values = (part.permute(2, 0, 1, 3) for part in self.parts[2 * number : 2 * number + 2])
         most = gates.amax(1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         bias = (gates / most).log().to(head_bias.dtype)[:, None, None, None]
         if head_bias.requires_grad or head_bias.any():
             bias = bias + head_bias.view(1, shape.num_kv_heads, -1, 1, 1)
-        if len(kept) < shape.num_kv_heads:
+        if len(heads) < shape.num_kv_heads:
             every = keys.new_zeros(2, shape.num_kv_heads, *keys.shape[1:])
-            every[0, kept], every[1, kept] = keys, values
+            every[0, heads], every[1, heads] = keys, values
             keys, values = every
             missing = torch.ones(shape.num_kv_heads, dtype=torch.bool, device=bias.device)
-            missing[kept] = False
+            missing[heads] = False
             bias = bias.masked_fill(missing.view(1, -1, 1, 1, 1), -torch.inf)
         return LayerExperts(keys.contiguous(), values.contiguous(), bias)
 
@@ -168,9 +173,9 @@ class LayerExperts:
     """The experts of a batch's rows in one layer.
 
     Attributes:
-        keys, values: ``[KV heads, rows, units, head width]``.
-        bias: added to their logits, minus infinity where a row has no expert: ``[rows, KV heads, query heads of each,
-            1, units]``, where the second and third may be 1, for all heads.
+        keys, values: keys and values of the units, ``[KV heads, rows, units, head width]``.
+        bias: added to the units' logits, ``[rows, KV heads, query heads per KV head, 1, units]``; minus infinity at
+            padding. The second and third dimension may be 1, for all heads.
     """
 
     keys: Tensor
@@ -179,77 +184,79 @@ class LayerExperts:
 
 
 def heads_first(part: Tensor, index: Tensor) -> Tensor:
-    """``part[index]`` of a part ``[units, heads, width]``, in memory ``[heads, *index, width]``."""
+    """``part[index]`` of a part ``[units, heads, width]``, laid out in memory as ``[heads, *index, width]``."""
     order = part.new_empty(part.shape[1], index.numel(), part.shape[2])
     for number, vectors in enumerate(order):
         torch.index_select(part[:, number], 0, index.flatten(), out=vectors)
     return order.unflatten(1, index.shape).permute(*range(1, 1 + index.dim()), 0, -1)
 
 
-def attend(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
-    """Attention over the own context and the experts, in one softmax.
+def attend(call: AttentionCall, experts: LayerExperts, active: Tensor) -> Tensor:
+    """Attention over the context and the experts, in one softmax.
 
     Args:
-        call: of the layer's attention.
-        experts: of the call's rows.
-        active: ``[rows, tokens]``, which tokens see the experts.
+        call: the call of the layer's attention.
+        experts: the experts of the call's rows.
+        active: the tokens that attend to the experts, ``[rows, tokens]``.
 
     Returns:
-        ``[rows, tokens, heads, width]``.
+        The attention's output, ``[rows, tokens, heads, width]``.
 
     Raises:
-        InputError: the layer adds something of its own to the softmax.
+        InputError: the layer adds learned sinks or a position bias to its softmax.
     """
     for name in ("s_aux", "position_bias"):
         if call.options.get(name) is not None:
             raise InputError(f"{type(call.module).__name__} adds {name} to its softmax, which experts cannot join yet")
     seen = experts.bias.masked_fill(~active[:, None, None, :, None], -torch.inf)
     tokens, context = call.query.shape[2], call.key.shape[2]
-    own = _additive(call.mask, tokens, context, call.query)
+    mask = _additive_mask(call.mask, tokens, context, call.query)
     rows, heads = call.query.shape[:2]
-    if call.softcap is None and rows * heads * tokens * experts.keys.shape[2] > MOST_LOGITS:
-        return _fused(call, experts, seen, own)
-    logits = _logits(call, experts.keys.transpose(0, 1)) + seen.to(own.dtype)
-    both = torch.cat([logits, _logits(call, call.key) + own.unsqueeze(1)], -1)
-    weights = both.softmax(-1, dtype=_exact(both.dtype)).to(both.dtype)
+    if call.softcap is None and rows * heads * tokens * experts.keys.shape[2] > MAX_PLAIN_LOGITS:
+        return _fused(call, experts, seen, mask)
+    logits = _logits(call, experts.keys.transpose(0, 1)) + seen.to(mask.dtype)
+    both = torch.cat([logits, _logits(call, call.key) + mask.unsqueeze(1)], -1)
+    weights = both.softmax(-1, dtype=_softmax_dtype(both.dtype)).to(both.dtype)
     units = experts.keys.shape[2]
-    of_experts = _weighted(weights[..., :units], experts.values.transpose(0, 1))
-    return of_experts + _weighted(weights[..., units:], call.value)
+    from_experts = _weighted_sum(weights[..., :units], experts.values.transpose(0, 1))
+    return from_experts + _weighted_sum(weights[..., units:], call.value)
 
 
-def unit_mass(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
-    """The share of the softmax that each unit has for the last token, a mean over heads: ``[rows, units]``.
+def unit_mass(call: AttentionCall, experts: LayerExperts, active: Tensor) -> Tensor:
+    """The share of the softmax that each unit gets from the last token, as a mean over heads: ``[rows, units]``.
 
-    What is missing to 1 is the own context's. Args as of `attend`.
+    The rest up to 1 is the share of the context. The arguments are those of `attend`.
     """
     seen = experts.bias.masked_fill(~active[:, None, None, -1:, None], -torch.inf)
-    mask = None if call.mask is None else call.mask[..., -1:, :]
-    last = replace(call, query=call.query[:, :, -1:], mask=mask)
-    own = _additive(mask, 1, call.key.shape[2], call.query)
-    logits = _logits(last, experts.keys.transpose(0, 1)) + seen.to(own.dtype)
-    weights = torch.cat([logits, _logits(last, call.key) + own.unsqueeze(1)], -1).float().softmax(-1)
+    last_mask = None if call.mask is None else call.mask[..., -1:, :]
+    last = replace(call, query=call.query[:, :, -1:], mask=last_mask)
+    mask = _additive_mask(last_mask, 1, call.key.shape[2], call.query)
+    logits = _logits(last, experts.keys.transpose(0, 1)) + seen.to(mask.dtype)
+    weights = torch.cat([logits, _logits(last, call.key) + mask.unsqueeze(1)], -1).float().softmax(-1)
     return weights[..., : experts.keys.shape[2]].mean((1, 2, 3))
 
 
-def attend_with_null(call: Call, experts: LayerExperts, active: Tensor) -> Tensor:
-    """Attention over the experts alone: in the softmax, a null of logit 0 and no value has the own context's place.
+def attend_with_null(call: AttentionCall, experts: LayerExperts, active: Tensor) -> Tensor:
+    """Attention over the experts alone, with a null (logit 0, value 0) in place of the context in the softmax.
 
-    Args, returns, raises: as of `attend`.
+    The arguments, result and errors are those of `attend`.
     """
     rows, kv_heads, _, width = call.key.shape
     null = call.key.new_zeros(rows, kv_heads, 1, width)
     return attend(replace(call, key=null, value=null, mask=None), experts, active)
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, otherwise ``dtype``."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _logits(call: Call, keys: Tensor) -> Tensor:
-    """``[rows, KV heads, query heads of each, tokens, keys]``: heads that share keys side by side, none is repeated.
+def _logits(call: AttentionCall, keys: Tensor) -> Tensor:
+    """Logits, ``[rows, KV heads, query heads per KV head, tokens, keys]``, computed without repeating keys.
 
     Args:
-        keys: ``[rows, KV heads, keys, width]``, in memory also heads first.
+        call: the call of the layer's attention.
+        keys: ``[rows, KV heads, keys, width]``; in memory, heads may come first.
     """
     rows, heads, tokens, width = call.query.shape
     kv_heads = keys.shape[1]
@@ -258,12 +265,12 @@ def _logits(call: Call, keys: Tensor) -> Tensor:
     return logits if call.softcap is None else call.softcap * torch.tanh(logits / call.softcap)
 
 
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """The sum of values, weighted: ``[rows, tokens, heads, width]``.
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """The weighted sum of values, ``[rows, tokens, heads, width]``.
 
     Args:
-        weights: as logits of `_logits`.
-        values: as its keys.
+        weights: shaped like the result of `_logits`.
+        values: shaped like its keys.
     """
     groups, tokens = weights.shape[2:4]
     output = _product(weights.flatten(2, 3), values).unflatten(2, (groups, tokens))
@@ -271,20 +278,20 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The matrix products of two tensors ``[rows, heads, ...]``, in the order that the right one has in memory.
+    """The batched matrix product of two tensors ``[rows, heads, ...]``, in the memory order of ``right``.
 
-    It is the larger one, and would be copied in the other order.
+    ``right`` is the larger tensor; in the other order, torch would copy it.
     """
     if right.stride(1) > right.stride(0):
         return (left.transpose(0, 1) @ right.transpose(0, 1)).transpose(0, 1)
     return left @ right
 
 
-def _additive(mask: Tensor | None, tokens: int, context: int, like: Tensor) -> Tensor:
-    """The mask as something to add to logits, finite, so that a padding token that sees nothing makes no NaN."""
-    least = torch.finfo(like.dtype).min / 2  # half, so that no logit beside it reaches minus infinity
+def _additive_mask(mask: Tensor | None, tokens: int, context: int, like: Tensor) -> Tensor:
+    """The mask as finite terms to add to logits, so that padding tokens that attend to nothing produce no NaN."""
+    least = torch.finfo(like.dtype).min / 2  # half, so that adding a logit does not reach minus infinity
     if mask is None:
-        # As transformers has it: without a mask one token sees everything, and several see what is not after them.
+        # The rule of transformers: without a mask, a single token attends to everything, several attend causally.
         mask = torch.ones(1, 1, tokens, context, dtype=torch.bool, device=like.device)
         if tokens > 1:
             mask = mask.tril()
@@ -294,14 +301,14 @@ def _additive(mask: Tensor | None, tokens: int, context: int, like: Tensor) -> T
     return mask.to(like.dtype).clamp_min(least)
 
 
-def _fused(call: Call, experts: LayerExperts, seen: Tensor, own: Tensor) -> Tensor:
-    """The same by a fused kernel over experts and context side by side."""
+def _fused(call: AttentionCall, experts: LayerExperts, seen: Tensor, mask: Tensor) -> Tensor:
+    """`attend` with a fused kernel, over the experts' and the context's keys joined."""
     rows, heads = call.query.shape[:2]
     repeat = heads // call.key.shape[1]
     keys = torch.cat([experts.keys.transpose(0, 1), call.key], 2).repeat_interleave(repeat, 1)
     values = torch.cat([experts.values.transpose(0, 1), call.value], 2).repeat_interleave(repeat, 1)
-    bias = seen.to(own.dtype).expand(-1, call.key.shape[1], repeat, -1, -1).flatten(1, 2)
-    both = torch.cat([bias, own.expand(rows, heads, -1, -1)], -1)
+    bias = seen.to(mask.dtype).expand(-1, call.key.shape[1], repeat, -1, -1).flatten(1, 2)
+    both = torch.cat([bias, mask.expand(rows, heads, -1, -1)], -1)
     scaling = call.scaling
     output = functional.scaled_dot_product_attention(call.query, keys, values, attn_mask=both, scale=scaling)
     return output.transpose(1, 2).contiguous()

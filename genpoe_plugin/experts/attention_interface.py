@@ -1,8 +1,8 @@
-"""The LLM's attention layers, reached through transformers' own extension point, the AttentionInterface.
+"""Access to the LLM's attention layers through transformers' extension point, the AttentionInterface.
 
-Any decoder whose attention goes through that interface can be listened to: inside `listening`, a function of ours is
-called in place of the layer's attention, with the rotated queries and keys, the values and the mask. The model itself
-is never changed; what it computes with is put back at the end.
+Any decoder whose attention goes through that interface is supported. Inside `intercept_attention`, a handler of ours
+replaces the layer's attention; it receives the rotated queries and keys, the values and the mask. The model's weights
+and code do not change, and its attention implementation is restored at the end.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Attention = Callable[..., Output]
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of a layer's attention, as transformers makes it.
+class AttentionCall:
+    """The arguments of one call of a layer's attention function by transformers.
 
     Attributes:
-        base: the name of what the model computes attention with: ``eager`` or ``sdpa``.
-        module: the layer's attention.
-        query: ``[rows, heads, tokens, width]``, rotated.
-        key, value: ``[rows, KV heads, context, width]``, those of the cache included; keys are rotated.
-        mask: what the model made for ``base``, of all rows, or None.
-        options: keyword arguments.
+        base: name of the model's attention implementation, ``eager`` or ``sdpa``.
+        module: the layer's attention module.
+        query: rotated queries, ``[rows, heads, tokens, width]``.
+        key, value: rotated keys and values, including those of the cache, ``[rows, KV heads, context, width]``.
+        mask: the mask that the model made for ``base``, for all rows, or None.
+        options: the other keyword arguments.
     """
 
     base: str
@@ -48,38 +48,40 @@ class Call:
 
     @property
     def layer(self) -> int:
+        """Index of the layer, from 0."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
     @property
     def scaling(self) -> float:
         """The factor on all logits."""
-        given = self.options.get("scaling")
-        return self.query.shape[-1] ** -0.5 if given is None else given
+        scaling = self.options.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
 
     @property
     def softcap(self) -> float | None:
-        """What the logits are capped at; transformers' sdpa does not cap them."""
+        """The cap on the logits, or None; transformers' sdpa does not cap them."""
         return None if self.base == "sdpa" else self.options.get("softcap")
 
     def plain(self) -> Output:
-        """What the model computes by itself."""
+        """The output of the model's own attention, without experts."""
         if self.base == "eager":
             attention = sys.modules[type(self.module).__module__].eager_attention_forward
         else:
             attention = ALL_ATTENTION_FUNCTIONS[self.base]
         return attention(self.module, self.query, self.key, self.value, self.mask, **self.options)
 
-    def rows(self, rows: Tensor) -> Call:
-        """The call for some of its rows."""
+    def rows(self, rows: Tensor) -> AttentionCall:
+        """The call restricted to some of its rows."""
         mask = self.mask
         if isinstance(mask, Tensor) and len(mask) > 1:
             mask = mask[rows]
         return replace(self, query=self.query[rows], key=self.key[rows], value=self.value[rows], mask=mask)
 
 
-Listener = Callable[[Call], Output]
+Handler = Callable[[AttentionCall], Output]
+"""Computes a layer's attention in place of the model."""
 
-_listener: ContextVar[tuple[Listener, tuple[int, ...]] | None] = ContextVar("genpoe_listener", default=None)
+_handler: ContextVar[tuple[Handler, tuple[int, ...]] | None] = ContextVar("genpoe_attention_handler", default=None)
 
 PREFIX = "genpoe_"
 BASES = ("eager", "sdpa")
@@ -89,10 +91,11 @@ def _implementation(base: str) -> Attention:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> Output:
-        call, listener = Call(base, module, query, key, value, attention_mask, options), _listener.get()
-        if listener is None or call.layer not in listener[1]:
+        call = AttentionCall(base, module, query, key, value, attention_mask, options)
+        current = _handler.get()
+        if current is None or call.layer not in current[1]:
             return call.plain()
-        return listener[0](call)
+        return current[0](call)
 
     return attention
 
@@ -103,19 +106,19 @@ for _base in BASES:
 
 
 @contextmanager
-def listening(model: PreTrainedModel, layers: Sequence[int], listener: Listener) -> Iterator[None]:
-    """Have ``listener`` called in place of the attention of ``layers`` in every forward pass inside the block.
+def intercept_attention(model: PreTrainedModel, layers: Sequence[int], handler: Handler) -> Iterator[None]:
+    """Call ``handler`` in place of the attention of ``layers`` in every forward pass inside the block.
 
-    A model that computes attention with another kernel (flash or flex attention) computes it with ``sdpa`` meanwhile,
-    or with ``eager`` where its logits are capped, which ``sdpa`` does not do. Flash attention tells nothing but its
-    result, flex attention the mass of its logits only in half precision.
+    A model with another kernel (flash or flex attention) uses ``sdpa`` inside the block, or ``eager`` if its logits
+    are capped, which ``sdpa`` does not support. Those kernels do not return what experts need: flash attention returns
+    only its result, and flex attention the log-sum-exp of its logits only in half precision.
 
     Raises:
-        InputError: a layer is not there, or has no attention that can be listened to.
+        InputError: the model has no such layer, or experts do not support its kind of attention.
     """
     modules = [find_attention(model, layer) for layer in layers]
     decoder, _ = find_decoder(model)
-    token = _listener.set((listener, tuple(layers)))
+    token = _handler.set((handler, tuple(layers)))
     try:
         with ExitStack() as changes:
             configs: dict[int, Any] = {id(module.config): module.config for module in (decoder, *modules)}
@@ -129,4 +132,4 @@ def listening(model: PreTrainedModel, layers: Sequence[int], listener: Listener)
                 config._attn_implementation = PREFIX + base
             yield
     finally:
-        _listener.reset(token)
+        _handler.reset(token)

@@ -1,4 +1,4 @@
-"""What a hypernetwork is made of: every number and name that its checkpoint needs to be built again."""
+"""The configuration of a hypernetwork: every value that is needed to rebuild it from its checkpoint."""
 
 from __future__ import annotations
 
@@ -43,53 +43,54 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 ATTENTION_ONLY = ("addition_rank", "query_rank", "window", "place", "layout")
-"""Fields that are used by the head ``attention`` alone."""
+"""Fields that only the head ``attention`` uses."""
 
 
 @dataclass(frozen=True)
 class HypernetworkConfig:
-    """Dimensions and forms of a hypernetwork and its experts.
+    """Configuration of a hypernetwork and its experts.
 
     Attributes:
-        hidden_size: width ``d`` of the LLM that the experts stand in.
-        layers: the decoder layers that have experts, counted from 0, in ascending order. Experts beside an MLP (every
-            head but ``attention``) stand in one layer.
+        hidden_size: hidden width ``d`` of the LLM.
+        layers: indices of the decoder layers with experts, from 0, in ascending order. Experts beside an MLP (every
+            head but ``attention``) are in one layer.
         expert_width: ``h``, the width of an expert's hidden layer.
         rank: ``r``, the inner width of a dense expert's two low-rank products.
         core_size: ``p``, the width of a factored expert's two cores.
         encoder: how a passage becomes a code: ``mean`` of its token states (the paper's form) or ``attention``
             pooling with learned queries.
-        num_queries: learned queries of the attention encoder; with the ``memory`` head also what an expert can hold.
-        value_size: width that a learned projection, the same for all queries, brings what they find to; None leaves it
-            at ``hidden_size``, and most of a small hypernetwork's parameters in the layer that joins it.
-        code_size: width of the code, which the ``memory`` head does without.
-        normalise: bring token states (attention) or their mean (mean) to unit root mean square first.
-        states: what the encoder reads of each token: the LLM's ``embeddings`` (the paper's form), or ``contextual``
-            hidden states that enter the layer of the experts while the LLM reads the passage.
-        head: how a code becomes an expert: ``dense`` generates all four matrices entry by entry (the paper's form),
-            ``factored`` two small cores between learned matrices that all experts share, ``memory`` such cores too,
-            but straight from what the queries found: as the keys of one core and the values of the other.
-            ``attention`` needs no code: the keys and values that the LLM's own attention computes for the passage's
-            tokens are the expert, and the fields from ``expert_width`` to ``states`` are not used.
-        base: ``random`` draws all that an expert starts from (the paper's form), ``silent`` makes the last part zero,
-            so that an untrained expert says nothing (a dense one next to nothing). What a dense head generates is added
-            to shared matrices that stay as drawn; the others learn theirs.
-        generator_gain: factor on all that is generated; below 1 it slows the generating layer, whose many inputs would
-            otherwise move an expert by more than its base in a few steps (the paper's form has 1).
-        num_heads, num_kv_heads, head_width: the LLM's query heads, key-value heads and their width; the ``attention``
-            head needs them.
-        kv_heads: for each of ``layers`` the key-value heads that experts have, in ascending order; None for all.
-        addition_rank: of what a trained ``attention`` head adds to keys and values, from the states that enter each of
-            the layers; None for an untrained one, which adds nothing and reads no states.
-        query_rank: of what a trained ``attention`` head adds to the queries of the tokens that its experts act on; None
-            for nothing.
-        window: so many consecutive tokens of a passage become one unit of an expert in the attention, pooled by
-            learned scores of the states that enter the layer.
-        layout: how a passage is laid out where the LLM reads it for the ``attention`` head. ``knowledge``: as in the
-            prompt of RAG, after the line ``Knowledge:``. ``paragraph``: by itself, with an empty line behind it.
+        num_queries: number of learned queries of the attention encoder; with the ``memory`` head also the number of
+            memories in an expert.
+        value_size: width to which a learned projection, shared by all queries, reduces each query's output. None keeps
+            ``hidden_size``; the layer that joins the outputs then holds most parameters of a small hypernetwork.
+        code_size: width of the code; the ``memory`` head has no code.
+        normalise: scale token states (attention) or their mean (mean) to unit root mean square first.
+        states: what the encoder reads for each token: the LLM's ``embeddings`` (the paper's form), or ``contextual``
+            hidden states, which enter the experts' layer while the LLM reads the passage.
+        head: how a code becomes an expert. ``dense`` generates every entry of four matrices (the paper's form).
+            ``factored`` generates two small cores between learned matrices that all experts share. ``memory`` fills
+            such cores with the queries' outputs, as keys of one core and values of the other. ``attention`` needs no
+            code: the expert is the keys and values that the LLM's own attention computes for the passage's tokens; the
+            fields from ``expert_width`` to ``states`` are not used.
+        base: initial values of an expert. ``random`` draws all of them (the paper's form). ``silent`` sets the last
+            factor to zero, so that an untrained expert outputs zero (a dense one almost zero). A dense head adds what
+            it generates to shared matrices that stay as drawn; the other heads learn their shared matrices.
+        generator_gain: factor on all generated values. Below 1 it slows the generating layer, whose many inputs would
+            otherwise change an expert by more than its base in a few steps (1 in the paper's form).
+        num_heads, num_kv_heads, head_width: number of query heads, number of key-value heads, and head width of the
+            LLM; required by the ``attention`` head.
+        kv_heads: the key-value heads with experts in each of ``layers``, in ascending order; None for all heads.
+        addition_rank: rank of the terms that a trained ``attention`` head adds to keys and values, computed from the
+            hidden states that enter each layer; None adds nothing.
+        query_rank: rank of the terms that a trained ``attention`` head adds to the queries of the tokens that its
+            experts act on; None adds nothing.
+        window: number of consecutive passage tokens in one unit of an expert in the attention. Learned scores of the
+            hidden states that enter the layer pool them.
+        layout: the text around a passage when the LLM reads it for the ``attention`` head. ``knowledge``: as in the
+            RAG prompt, after the line ``Knowledge:``. ``paragraph``: the passage alone, followed by an empty line.
         place: where experts of the ``attention`` head are read. ``attention``: in the softmax of each of ``layers``,
-            beside the own context. ``mlp``: beside the MLP of the layer below each of them, by that layer's own
-            attention weights, in a softmax with a null instead of the own context.
+            together with the context. ``mlp``: beside the MLP of the layer below each of ``layers``, with the
+            attention weights of that layer, in a softmax with a null in place of the context.
     """
 
     hidden_size: int
@@ -129,17 +130,19 @@ class HypernetworkConfig:
         if not _ascending(self.layers):
             raise InputError(f"hypernetwork layers is {self.layers!r}; it must be different layers, in ascending order")
         if self.head == "memory" and self.encoder != "attention":
-            raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose queries find what it keeps")
+            raise InputError("hypernetwork head 'memory' needs encoder 'attention', whose outputs it stores")
         if self.head == "attention":
             self._check_heads()
         elif wrong := [name for name in ATTENTION_ONLY if getattr(self, name) != _default(name)]:
-            raise InputError(f"hypernetwork {wrong[0]} is for head 'attention'; head {self.head!r} has none")
+            raise InputError(
+                f"hypernetwork {wrong[0]} is for head 'attention' only; head {self.head!r} does not use it"
+            )
         elif len(self.layers) > 1:
             raise InputError(f"hypernetwork layers is {self.layers!r}; head {self.head!r} has experts in one layer")
 
     def _check_heads(self) -> None:
         if not (self.num_heads and self.num_kv_heads and self.head_width):
-            raise InputError("hypernetwork head 'attention' needs num_heads, num_kv_heads and head_width, the LLM's")
+            raise InputError("hypernetwork head 'attention' needs num_heads, num_kv_heads and head_width of the LLM")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"hypernetwork num_heads {self.num_heads} is not a multiple of {self.num_kv_heads}")
         if self.place == "mlp" and self.layer == 0:
@@ -160,27 +163,32 @@ class HypernetworkConfig:
 
     @property
     def layer(self) -> int:
-        """The layer of experts beside an MLP, or the lowest of several."""
+        """The layer with experts, or the lowest of several."""
         return self.layers[0]
 
     @property
     def is_trained(self) -> bool:
-        """Whether experts in the attention have anything to learn but their biases."""
+        """Whether experts in the attention have trainable parameters besides their biases."""
         return self.addition_rank is not None or self.query_rank is not None or self.window > 1
 
     @property
     def reads_states(self) -> bool:
-        """Whether experts in the attention need the states that enter their layers, beside keys and values."""
+        """Whether experts in the attention need the hidden states that enter their layers, besides keys and values."""
         return self.addition_rank is not None or self.window > 1
 
     @classmethod
     def preset(cls, name: str, *, hidden_size: int, **changes: Any) -> HypernetworkConfig:
-        """A configuration of `PRESETS` for an LLM of width ``hidden_size``, but for ``changes`` to its fields.
+        """A configuration of `PRESETS` for an LLM of width ``hidden_size``, with some fields changed.
 
-        ``paper`` is the paper's form; its training also has passages as text alone, without titles. ``recommended``
-        is in the LLM's attention, with a unit for every four tokens of a passage, and is trained. ``attention`` is the
-        same with a unit for every token and without anything trained. ``memory`` stands beside the MLP of one layer,
-        as the paper's form does, and is small. ``layers`` is among the changes; ``layer`` names a single one.
+        ``paper`` is the paper's form; it is trained on passages without titles. ``recommended`` is trained experts in
+        the LLM's attention, with one unit per four tokens of a passage. ``attention`` is untrained experts in the
+        attention, with one unit per token. ``memory`` is a small form beside the MLP of one layer, where the paper's
+        form is.
+
+        Args:
+            name: name of the preset.
+            hidden_size: hidden width of the LLM.
+            changes: fields that differ from the preset. ``layers`` is required; ``layer=5`` means ``layers=(5,)``.
 
         Raises:
             InputError: there is no such preset, or a field is unknown or out of range.
@@ -197,8 +205,8 @@ class HypernetworkConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> HypernetworkConfig:
         """The inverse of :meth:`to_dict`.
 
-        A field that is missing has its default, which is what there was before there was the field. Checkpoints of
-        earlier versions have ``layer``, the single one, instead of ``layers``.
+        A missing field gets its default, which is how versions without the field behaved. Checkpoints of earlier
+        versions have a single ``layer`` instead of ``layers``.
 
         Raises:
             InputError: a field without default is missing, or one is unknown or out of range.
@@ -213,7 +221,9 @@ class HypernetworkConfig:
         if isinstance(values["layers"], list):
             values["layers"] = tuple(values["layers"])
         if isinstance(values.get("kv_heads"), list):
-            values["kv_heads"] = tuple(tuple(own) if isinstance(own, list) else own for own in values["kv_heads"])
+            values["kv_heads"] = tuple(
+                tuple(heads) if isinstance(heads, list) else heads for heads in values["kv_heads"]
+            )
         return cls(**values)
 
 
@@ -222,7 +232,7 @@ def _default(name: str) -> Any:
 
 
 def _ascending(numbers: Any) -> bool:
-    """Whether it is a tuple of different whole numbers from 0 on, in ascending order, and not empty."""
+    """Whether ``numbers`` is a tuple of at least one whole number from 0 on, strictly ascending."""
     return (
         isinstance(numbers, tuple)
         and bool(numbers)

@@ -1,4 +1,4 @@
-"""Where in a decoder LLM experts have their places, found by structure, so that any family will do."""
+"""Find the modules of a decoder LLM that experts attach to, by structure, so that it works for any family."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from transformers import PreTrainedModel
 from genpoe_plugin.errors import InputError
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
-PLAIN = {"input_layernorm", "post_attention_layernorm"}
-"""The norms of a layer that has one before its attention and one before its MLP."""
-SANDWICH = PLAIN | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
-"""Those of one that has another behind each of the two (Gemma 2 and 3)."""
+PRE_NORMS = {"input_layernorm", "post_attention_layernorm"}
+"""Names of the norms of a layer with one norm before its attention and one before its MLP."""
+SANDWICH_NORMS = PRE_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+"""Names of the norms of a layer that also has one after each of the two (Gemma 2 and 3)."""
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder of a language model and the list of its layers, by structure.
+    """The decoder of a language model and the list of its layers, found by structure.
 
     Raises:
-        InputError: nothing in the model looks like a stack of decoder layers.
+        InputError: the model contains no list of decoder layers.
     """
     depth = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return module, child
-    raise InputError(f"{type(model).__name__}: no list of {depth} decoder layers found, so experts have no place in it")
+    raise InputError(
+        f"{type(model).__name__}: no list of {depth} decoder layers found, so experts cannot be added to it"
+    )
 
 
 def find_layer(model: PreTrainedModel, layer: int) -> nn.Module:
-    """Decoder layer ``layer``, counted from 0.
+    """The decoder layer with index ``layer``, from 0.
 
     Raises:
         InputError: the model has no such layer.
@@ -43,9 +45,10 @@ def find_layer(model: PreTrainedModel, layer: int) -> nn.Module:
 
 
 def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The MLP of decoder layer ``layer``: the one child made of other modules that is not the attention.
+    """The MLP of decoder layer ``layer``: its only child, besides the attention, that contains other modules.
 
-    Modules and not weights are what tells: those of a quantised LLM may be packed, or no parameters at all.
+    The search looks at modules and not at weights, because a quantised LLM may pack its weights, or keep them outside
+    its parameters.
 
     Raises:
         InputError: the model has no such layer, or the layer has no MLP of its own.
@@ -63,56 +66,58 @@ def find_mlp(model: PreTrainedModel, layer: int) -> nn.Module:
 
 
 def find_attention(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The attention of decoder layer ``layer``: one with keys and values for each head, and rotary positions.
+    """The attention of decoder layer ``layer``, which must have keys and values for each head, and rotary positions.
 
     Raises:
-        InputError: the model has no such layer, or the layer has another attention or none.
+        InputError: the model has no such layer, or the layer has no attention of this kind.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     decoder, _ = find_decoder(model)
-    found = [
+    attentions = [
         child
         for key, child in find_layer(model, layer).named_children()
         if ("attn" in key.lower() or "attention" in key.lower()) and hasattr(child, "layer_idx")
     ]
     types = getattr(config, "layer_types", None)
     reason = None
-    if len(found) != 1 or (types and types[layer] not in ATTENTION_TYPES):
+    if len(attentions) != 1 or (types and types[layer] not in ATTENTION_TYPES):
         reason = "has no softmax attention (a state space or linear layer)"
-    elif hasattr(found[0], "sinks"):
+    elif hasattr(attentions[0], "sinks"):
         reason = "has learned sinks in its softmax, which experts cannot join yet"
     elif getattr(config, "kv_lora_rank", None):
         reason = "keeps latent states instead of keys and values"
-    elif not any(hasattr(module, "rotary_emb") for module in (model, decoder, *found)):
+    elif not any(hasattr(module, "rotary_emb") for module in (model, decoder, *attentions)):
         reason = "has no rotary positions"
     elif not getattr(model, "_supports_attention_backend", False):
         reason = "does not use transformers' AttentionInterface"
     if reason:
-        raise InputError(f"layer {layer} of {name} {reason}, so there is no place in it for attention experts")
-    return found[0]
+        raise InputError(f"layer {layer} of {name} {reason}, so attention experts cannot be added to it")
+    return attentions[0]
 
 
 def find_query_projection(model: PreTrainedModel, layer: int) -> nn.Module:
-    """What makes the queries of decoder layer ``layer``, and nothing else.
+    """The module of decoder layer ``layer`` that computes its queries, and nothing else.
 
     Raises:
-        InputError: the model has no such layer, or the layer makes queries, keys and values in one product.
+        InputError: the model has no such layer, or the layer computes queries, keys and values in one projection.
     """
     projection = getattr(find_attention(model, layer), "q_proj", None)
     if projection is None:
         raise InputError(
-            f"layer {layer} of {type(model).__name__} has no q_proj of its own, so nothing can be added to its queries"
+            f"layer {layer} of {type(model).__name__} has no separate q_proj, so nothing can be added to its queries"
         )
     return projection
 
 
 class BesideMLP(NamedTuple):
-    """The modules of two layers between which experts of tokens are read.
+    """The modules of two neighbouring layers that read attention experts beside an MLP.
 
     Attributes:
-        below: the layer whose MLP they stand beside.
-        before_mlp: its norm of what enters the MLP.
-        before_attention, attention, behind_attention: of the layer above; the last only where it has such a norm.
+        below: the layer whose MLP the experts stand beside.
+        before_mlp: the norm before the MLP of ``below``.
+        before_attention: the norm before the attention of the layer above.
+        attention: the attention of the layer above.
+        behind_attention: the norm after that attention; None if the layer has none.
     """
 
     below: nn.Module
@@ -123,26 +128,30 @@ class BesideMLP(NamedTuple):
 
 
 def find_beside_mlp(model: PreTrainedModel, layer: int) -> BesideMLP:
-    """What reads experts of tokens beside the MLP of the layer below ``layer``, which is at least 1.
+    """The modules that read attention experts beside the MLP of the layer below ``layer``.
+
+    Args:
+        layer: index of the layer whose attention reads the experts, from 1.
 
     Raises:
-        InputError: the model has no such layer, or one of the two is built otherwise than a norm and an attention, then
-            a norm and an MLP, so that the modules by themselves do not say what it computes.
+        InputError: the model has no such layer, or one of the two layers is not a norm and an attention, then a norm
+            and an MLP. What another layer computes cannot be derived from its modules.
     """
     attention, (decoder, layers) = find_attention(model, layer), find_decoder(model)
-    below, own = layers[layer - 1], layers[layer]
-    norms = [{name for name, _ in one.named_children() if "norm" in name} for one in (below, own)]
-    scaled = hasattr(own, "residual_multiplier")
-    if norms[0] != norms[1] or norms[0] not in (PLAIN, SANDWICH) or scaled or not hasattr(decoder, "rotary_emb"):
+    below, above = layers[layer - 1], layers[layer]
+    norms = [{name for name, _ in one.named_children() if "norm" in name} for one in (below, above)]
+    scaled = hasattr(above, "residual_multiplier")
+    known = norms[0] in (PRE_NORMS, SANDWICH_NORMS)
+    if norms[0] != norms[1] or not known or scaled or not hasattr(decoder, "rotary_emb"):
         raise InputError(
             f"layers {layer - 1} and {layer} of {type(model).__name__} are not each a norm and an attention, then a "
-            "norm and an MLP, so experts of tokens have no place beside an MLP"
+            "norm and an MLP, so attention experts cannot be read beside an MLP"
         )
-    sandwich = norms[0] == SANDWICH
+    sandwich = norms[0] == SANDWICH_NORMS
     return BesideMLP(
         below,
         below.get_submodule("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
-        own.get_submodule("input_layernorm"),
+        above.get_submodule("input_layernorm"),
         attention,
-        own.get_submodule("post_attention_layernorm") if sandwich else None,
+        above.get_submodule("post_attention_layernorm") if sandwich else None,
     )

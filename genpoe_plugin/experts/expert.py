@@ -1,6 +1,6 @@
-"""Experts as tensors that can be indexed, stacked and kept, and the maths of those beside an MLP.
+"""Experts as tensors that can be indexed, stacked and stored, and the maths of experts beside an MLP.
 
-Experts in the LLM's attention are in `genpoe_plugin.experts.attention`.
+The maths of experts in the LLM's attention is in `genpoe_plugin.experts.attention`.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ import torch
 from torch import Tensor
 
 Weights = tuple[Tensor, ...]
-"""Experts' own tensors, all with the experts along the first dimension."""
+"""The tensors of several experts, with the experts (or their units) along the first dimension."""
 
 
 class Mixture(Protocol):
-    """``Σ_k g_k · E_k(x)``, for every row its own experts."""
+    """``Σ_k g_k · E_k(x)``, with separate experts for every row."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[rows, tokens, d]`` to ``[rows, tokens, d]``, in the dtype of the experts."""
+        """Map ``[rows, tokens, d]`` to ``[rows, tokens, d]``, in the dtype of the experts."""
 
 
 class Experts(ABC):
-    """Experts of one form, with any leading dimensions in common.
+    """Several experts of one form, with the same leading dimensions.
 
-    ``weights`` are each expert's own and have the leading dimensions. What all experts of a hypernetwork share (such as
-    the factored form's learned matrices) has none of them: it stays one object however experts are indexed, stacked or
-    kept, and `nbytes` leaves it out.
+    ``weights`` belong to the single experts and have the leading dimensions. Tensors that all experts of a hypernetwork
+    share (such as the learned matrices of the factored form) do not: they remain one object when experts are indexed,
+    stacked or stored, and `nbytes` does not count them.
 
-    An expert beside an MLP is one entry of the leading dimensions. An expert in the attention is as many entries as
-    its passage has tokens, or windows of tokens; an entry of either kind is called a unit.
+    An entry of the leading dimensions is a unit. An expert beside an MLP is one unit. An expert in the attention has
+    one unit per token of its passage, or per window of tokens.
     """
 
     @property
     @abstractmethod
     def weights(self) -> tuple[Tensor, ...]:
-        """Each expert's own tensors, all with the same leading dimensions and dtype."""
+        """The tensors of the single experts, all with the same leading dimensions and dtype."""
 
     @abstractmethod
     def with_weights(self, *weights: Tensor) -> Experts:
-        """Experts of this form, and with what these share, whose own tensors are ``weights``."""
+        """Experts of this form with other ``weights`` and the same shared tensors."""
 
     def select(self, weights: Weights, index: Tensor) -> Experts:
-        """Experts of this form from some of many.
+        """Experts of this form with units selected from ``weights``.
 
         Args:
-            weights: of any number of such experts (units), along the first dimension.
-            index: which of them, of any shape, which becomes the leading dimensions.
+            weights: tensors with any number of units along the first dimension.
+            index: indices of the units; its shape becomes the leading dimensions.
         """
         return self.with_weights(*(weight[index] for weight in weights))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Experts:
-        """Experts whose own tensors are ``change`` of these."""
+        """Experts with ``change`` applied to each of the weights."""
         return self.with_weights(*(change(weight) for weight in self.weights))
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Experts(ABC):
         return self.map(lambda weight: weight[index])
 
     def unsqueeze(self, dim: int) -> Experts:
-        """With a leading dimension of one put in: ``unsqueeze(1)`` makes ``[rows]`` experts ``[rows, 1]``."""
+        """Insert a leading dimension of size one: ``unsqueeze(1)`` turns ``[rows]`` experts into ``[rows, 1]``."""
         return self.map(lambda weight: weight.unsqueeze(dim))
 
     def to(self, target: torch.device | torch.dtype) -> Experts:
@@ -72,36 +72,36 @@ class Experts(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of each expert's own tensors."""
+        """Bytes of all weights; shared tensors are not counted."""
         return sum(weight.nbytes for weight in self.weights)
 
     @staticmethod
     def stack(experts: Sequence[Experts]) -> Experts:
-        """Experts of equal shapes, and of one hypernetwork, along a new first dimension."""
-        own = zip(*(expert.weights for expert in experts), strict=True)
-        return experts[0].with_weights(*(torch.stack(weights) for weights in own))
+        """Stack experts of equal shapes and of one hypernetwork along a new first dimension."""
+        columns = zip(*(expert.weights for expert in experts), strict=True)
+        return experts[0].with_weights(*(torch.stack(weights) for weights in columns))
 
 
 class MLPExperts(Experts):
-    """Experts beside the MLP of one layer: functions of a token's state, which are added up."""
+    """Experts beside the MLP of one layer: functions of a token's state whose gated outputs are summed."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """``d``, the width of what goes in and what comes out."""
+        """Width ``d`` of the input and the output."""
 
     @abstractmethod
     def mixture(self, gates: Tensor) -> Mixture:
-        """The gated sum of each row's experts, laid out once for the many passes of a generation.
+        """The gated sum of each row's experts, prepared once for the many forward passes of a generation.
 
         The experts' leading dimensions must be ``[rows, K]``.
 
         Args:
-            gates: ``[rows, K]``; a gate of 0 on finite weights takes an expert out.
+            gates: the experts' gates, ``[rows, K]``; a gate of 0 removes an expert with finite weights.
         """
 
     def mix(self, x: Tensor, gates: Tensor) -> Tensor:
-        """``Σ_k g_k · E_k(x)``, for every row its own experts: as `mixture`, called once."""
+        """``Σ_k g_k · E_k(x)`` with separate experts for every row: one call of `mixture`."""
         return self.mixture(gates)(x)
 
 
@@ -109,13 +109,13 @@ class MLPExperts(Experts):
 class DenseExperts(MLPExperts):
     """The paper's form, ``E(x) = W4 · W3 · ReLU(W2 · W1 · x)``.
 
-    The weights are whole ones: the shared base is already added.
+    The weights include the shared base.
 
     Attributes:
-        w1: ``[..., r, d]``.
-        w2: ``[..., h, r]``.
-        w3: ``[..., r, h]``.
-        w4: ``[..., d, r]``.
+        w1: ``W1``, ``[..., r, d]``.
+        w2: ``W2``, ``[..., h, r]``.
+        w3: ``W3``, ``[..., r, h]``.
+        w4: ``W4``, ``[..., d, r]``.
     """
 
     w1: Tensor
@@ -136,7 +136,7 @@ class DenseExperts(MLPExperts):
 
     def mixture(self, gates: Tensor) -> Mixture:
         rows, count, rank, width = self.w1.shape
-        # The first and the last product have the tokens' width on one side, so all experts of a row share one product.
+        # The first and the last product have width d on one side, so one product serves all experts of a row.
         up = self.w1.reshape(rows, count * rank, width).mT
         down = self.w4.transpose(2, 3).reshape(rows, count * rank, width)
         gates = gates.to(self.w1.dtype)[:, :, None, None]
@@ -152,7 +152,7 @@ class DenseExperts(MLPExperts):
 
 
 class Factors(NamedTuple):
-    """What all factored experts of a hypernetwork share: learned matrices between full width and that of the cores."""
+    """Learned matrices between full width and core width, shared by all factored experts of a hypernetwork."""
 
     read_up: Tensor
     """``Q_u``, ``[p, d]``."""
@@ -166,10 +166,10 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FactoredExperts(MLPExperts):
-    """``E(x) = P_d · M_d · Q_d · ReLU(P_u · M_u · Q_u · x)``: two small cores each, everything of full width shared.
+    """``E(x) = P_d · M_d · Q_d · ReLU(P_u · M_u · Q_u · x)``: two small cores per expert; other matrices are shared.
 
     Attributes:
-        factors: shared by all, on the device and in the dtype of the cores.
+        factors: the shared matrices, on the device and in the dtype of the cores.
         core_up: ``M_u``, ``[..., p, p]``.
         core_down: ``M_d``, ``[..., p, p]``.
     """
@@ -195,7 +195,7 @@ class FactoredExperts(MLPExperts):
 
     def mixture(self, gates: Tensor) -> Mixture:
         rows, count, size, _ = self.core_up.shape
-        # Reading before the cores and writing after them is the same for all experts, so each is done once a token.
+        # All experts share the products before and after the cores, so each is computed once per token.
         up = self.core_up.reshape(rows, count * size, size).mT
         down = self.core_down.transpose(2, 3).reshape(rows, count * size, size)
         gates = gates.to(self.core_up.dtype)[:, None, :, None]

@@ -1,4 +1,4 @@
-"""The sizes of a hypernetwork and its experts, computed from the configuration."""
+"""Sizes of a hypernetwork and its experts, computed from the configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ class Footprint:
     """Sizes of a hypernetwork and its experts.
 
     Attributes:
-        parameters: numbers that are trained.
-        base_numbers: numbers that are saved with them but stay as drawn.
-        expert_bytes: of one expert's own weights; in the attention, of one of its units, which it has one of for each
-            window of tokens. What all experts share is among the parameters.
+        parameters: number of trained values, including those that all experts share.
+        base_numbers: number of values that are saved with the parameters but stay as drawn.
+        expert_bytes: bytes of one expert without shared tensors; for experts in the attention, bytes of one unit.
     """
 
     parameters: int
@@ -27,7 +26,7 @@ class Footprint:
 
 
 def footprint(config: HypernetworkConfig, dtype: torch.dtype = torch.float32) -> Footprint:
-    """The sizes of ``config``, with experts in ``dtype``; nothing of that size is allocated."""
+    """The sizes for ``config``, with experts in ``dtype``, computed without allocating the tensors."""
     with torch.device("meta"):
         hypernetwork = Hypernetwork(config)
         expert = hypernetwork(torch.empty(1, 1, *hypernetwork.state_shape), torch.ones(1, 1, dtype=torch.bool))[0]

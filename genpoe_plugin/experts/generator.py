@@ -1,4 +1,4 @@
-"""From passage strings to experts: tokenise, read the tokens' states off the LLM, generate in batches."""
+"""From passage strings to experts: tokenise, compute token states with the LLM, generate in batches."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from genpoe_plugin.experts.decoder import find_attention, find_beside_mlp, find_
 from genpoe_plugin.experts.expert import Experts, Weights
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, unit_mask
-from genpoe_plugin.experts.states import hidden_states, keys_and_values
+from genpoe_plugin.experts.llm_states import hidden_states, keys_and_values
 from genpoe_plugin.llm.language_model import embedding_table
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, cut_passages, knowledge_block, paragraph
 
-MOST = 128  # passages at a time
-MOST_READ_ON_CPU = 16  # by the LLM; what its layers compute for more leaves the CPU's caches
+MAX_BATCH = 128  # passages
+MAX_READ_BATCH_ON_CPU = 16  # passages that the LLM reads; activations of more do not fit the CPU's caches
 
 
 class ExpertGenerator:
-    """A hypernetwork together with the LLM whose token states it reads.
+    """A hypernetwork and the LLM whose token states it reads.
 
     Args:
-        hypernetwork: on the device of the LLM's embeddings.
-        model: the frozen LLM, in evaluation mode; its embedding table is used, or the layers below the experts.
-        tokenizer: the LLM's.
+        hypernetwork: the hypernetwork, on the device of the LLM's embeddings.
+        model: the frozen LLM, in evaluation mode. Only its embedding table, or its layers up to those with experts, is
+            used.
+        tokenizer: the LLM's tokenizer.
 
     Raises:
-        InputError: the LLM lacks the layer whose states are to be read.
+        InputError: the LLM has no such layer, or its dimensions or modules do not match the hypernetwork.
     """
 
     def __init__(self, hypernetwork: Hypernetwork, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.hypernetwork = hypernetwork
         self.model = model
         self.tokenizer = tokenizer
-        # Here, for what is trained in several processes is wrapped by something without it.
+        # Stored here because distributed training wraps the hypernetwork in a module without ``config``.
         self.config = config = hypernetwork.config
         self.attention = config.head == "attention"
         self.contextual = config.states == "contextual" and not self.attention
@@ -57,11 +58,11 @@ class ExpertGenerator:
     def embed(self, passages: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token states without gradients (see `Hypernetwork.forward`), and their mask ``[n, tokens]``.
 
-        The states are embeddings or hidden states (float32), or with the head ``attention`` the keys and values of all
-        its layers, and where it is trained the hidden states that enter them (in the LLM's dtype). Passages longer than
-        256 tokens are cut. No special tokens are added to what is only looked up; where the LLM reads a passage it
-        begins as the tokenizer begins any text, and the mask leaves those tokens out again. For experts in the
-        attention, the LLM reads a passage as it would stand in the prompt.
+        The states are embeddings or hidden states (float32). With the head ``attention`` they are the keys and values
+        of all layers with experts and, if the head needs them, the hidden states that enter these layers (in the LLM's
+        dtype). Passages are cut at 256 tokens. Embeddings are looked up without special tokens. If the LLM reads the
+        passage, the tokenizer adds its special tokens, and the mask excludes them. For experts in the attention, the
+        LLM reads the passage in its prompt layout (`HypernetworkConfig.layout`).
 
         Raises:
             InputError: a passage has no tokens.
@@ -76,8 +77,9 @@ class ExpertGenerator:
             return self.model.get_input_embeddings()(ids).float(), mask
 
     def units(self, passages: Sequence[str]) -> list[int]:
-        """How many units the expert of each passage has: one, or with the head ``attention`` one for each window of the
-        tokens that it has in the prompt.
+        """The number of units of each passage's expert.
+
+        It is one, or with the head ``attention`` one per window of the passage's tokens in its prompt layout.
 
         Raises:
             InputError: a passage has no tokens.
@@ -91,9 +93,9 @@ class ExpertGenerator:
     def _attention_states(self, ids: Tensor, real: Tensor) -> Tensor:
         config = self.config
         read = keys_and_values(self.model, config.layers, ids, real, hidden=config.reads_states)
-        # Each layer of a large LLM may be on a device of its own.
-        own = {layer: (states.keys.to(self.device), states.values.to(self.device)) for layer, states in read.items()}
-        units = AttentionShape.of(config).join(own)
+        # The layers of a large LLM may be on several devices.
+        here = {layer: (states.keys.to(self.device), states.values.to(self.device)) for layer, states in read.items()}
+        units = AttentionShape.of(config).join(here)
         if not config.reads_states:
             return units
         hidden = [states.hidden.to(self.device) for states in read.values() if states.hidden is not None]
@@ -104,7 +106,7 @@ class ExpertGenerator:
         texts, limit = list(passages), MAX_PASSAGE_TOKENS
         limit += self.tokenizer.num_special_tokens_to_add() if added else 0
         if self.attention:
-            # Cut before what the prompt puts around it.
+            # Cut the passage before the prompt layout adds text to it.
             laid_out = paragraph if self.config.layout == "paragraph" else lambda text: knowledge_block([text])
             texts = [laid_out(text) if text else "" for text in cut_passages(texts, self.tokenizer)]
         rows = self.tokenizer(
@@ -121,7 +123,7 @@ class ExpertGenerator:
         return rows
 
     def _tokens(self, passages: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, which of them are real, and which are of the passage, each ``[n, tokens]``."""
+        """Token ids, the mask of real tokens, and the mask of the passage's own tokens, each ``[n, tokens]``."""
         rows = self._tokenise(passages)
         real, special = self._padded(rows["attention_mask"], 0), self._padded(rows["special_tokens_mask"], 1)
         return self._padded(rows["input_ids"], 0), real, special == 0
@@ -131,18 +133,19 @@ class ExpertGenerator:
         return pad_sequence(tensors, batch_first=True, padding_value=value).to(self.device)
 
     def batch_size(self) -> int:
-        """How many passages at a time a quarter of the free memory has room for; more than `MOST` gain nothing."""
-        one = 2 * footprint(self.config).expert_bytes
+        """The number of passages per batch that fits a quarter of the free memory, at most `MAX_BATCH`."""
+        passage_bytes = 2 * footprint(self.config).expert_bytes
         if self.attention:
             read = 4 * math.prod(self.hypernetwork.state_shape) if self.config.reads_states else 0
-            one = MAX_PASSAGE_TOKENS * (one + read)
-        # States as they are and normalised; a layer of the LLM, with its MLP, has about 16 times as many numbers.
-        one += MAX_PASSAGE_TOKENS * self.config.hidden_size * 4 * (4 if not (self.contextual or self.attention) else 20)
-        most = MOST_READ_ON_CPU if self.attention and self.device.type == "cpu" else MOST
-        return max(1, min(most, available_memory(str(self.device)) // 4 // one))
+            passage_bytes = MAX_PASSAGE_TOKENS * (passage_bytes + read)
+        # Token states and their normalised copy; a layer of the LLM, with its MLP, has about 16 times as many values.
+        copies = 4 if not (self.contextual or self.attention) else 20
+        passage_bytes += MAX_PASSAGE_TOKENS * self.config.hidden_size * 4 * copies
+        limit = MAX_READ_BATCH_ON_CPU if self.attention and self.device.type == "cpu" else MAX_BATCH
+        return max(1, min(limit, available_memory(str(self.device)) // 4 // passage_bytes))
 
     def generate_units(self, passages: Sequence[str]) -> tuple[Experts, list[list[int]]]:
-        """The units of all experts, ``[units]`` in the hypernetwork's dtype, and which of them are each passage's."""
+        """The units of all experts, ``[units]`` in the hypernetwork's dtype, and the unit indices of each passage."""
         states, mask = self.embed(passages)
         experts = self.hypernetwork(states, mask)
         if not self.attention:
@@ -152,26 +155,24 @@ class ExpertGenerator:
         return experts[real], [list(range(*pair)) for pair in pairwise(ends)]
 
     def write(self, passages: Sequence[str], weights: Weights, rows: Tensor) -> None:
-        """Generate experts into ``rows`` of ``weights``: see `Hypernetwork.write`."""
+        """Generate experts into ``rows`` of ``weights``; see `Hypernetwork.write`."""
         self.hypernetwork.write(*self.embed(passages), weights, rows)
 
 
 def attention_dimensions(model: PreTrainedModel) -> dict[str, int]:
-    """The LLM's query heads, key-value heads and their width, as a configuration names them.
+    """``num_heads``, ``num_kv_heads`` and ``head_width`` of an LLM, as in `HypernetworkConfig`.
 
     Raises:
-        InputError: they are not the same in all layers.
+        InputError: the layers differ in these numbers.
     """
     config = model.config.get_text_config()
     try:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    except ValueError as error:  # of transformers, for an LLM whose layers differ in this
+    except ValueError as error:  # raised by transformers for an LLM whose layers differ
         name = type(model).__name__
-        raise InputError(
-            f"{name}: its layers have different heads, so attention experts have no place in it"
-        ) from error
+        raise InputError(f"{name}: its layers have different heads, so attention experts cannot be added") from error
     return {"num_heads": heads, "num_kv_heads": kv_heads, "head_width": width}
 
 
@@ -182,6 +183,6 @@ def _check_heads(model: PreTrainedModel, config: HypernetworkConfig) -> None:
             find_query_projection(model, layer)
         if config.place == "mlp":
             find_beside_mlp(model, layer)
-    for name, here in attention_dimensions(model).items():
-        if (there := getattr(config, name)) != here:
-            raise InputError(f"hypernetwork {name} is {there}, the LLM's is {here}")
+    for name, actual in attention_dimensions(model).items():
+        if (configured := getattr(config, name)) != actual:
+            raise InputError(f"hypernetwork {name} is {configured}, the LLM's is {actual}")

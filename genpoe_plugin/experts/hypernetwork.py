@@ -1,6 +1,7 @@
-"""The hypernetwork: token states of a passage -> a code, or what queries find -> the weights of an expert.
+"""The hypernetwork: token states of a passage -> encoder (a code, or the outputs of queries) -> head -> an expert.
 
-With the head ``attention`` the states are keys and values of the LLM's own attention, and they are the expert.
+With the head ``attention``, the token states are the keys and values of the LLM's own attention, and they are the
+expert.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts, Factors, Weights
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
-PART = 32_768  # entries of a generated expert at a time
+CPU_BLOCK = 32_768  # entries of an expert that a CPU generates at a time
 
 
 class MeanEncoder(nn.Module):
-    """The paper's encoder: the mean over a passage's tokens, then ``Linear -> ReLU``.
+    """The paper's encoder: the mean over a passage's token states, then ``Linear -> ReLU``.
 
-    Blind to word order, unless the token states know of it.
+    It ignores word order, unless the token states encode it.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
@@ -33,18 +34,19 @@ class MeanEncoder(nn.Module):
         self.project = nn.Linear(config.hidden_size, config.code_size)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Map ``[n, tokens, d]`` and the mask ``[n, tokens]`` to codes ``[n, code]``."""
         weights = mask.to(states.dtype)
-        # As a product, which makes no second copy of the states.
+        # A matrix product avoids a second copy of the states.
         mean = (weights.unsqueeze(1) @ states).squeeze(1) / weights.sum(1, keepdim=True)
         if self.normalise:
             mean = functional.rms_norm(mean, mean.shape[-1:])
         return torch.relu(self.project(mean))
 
 
-class Attention(nn.Module):
-    """Learned queries that each look for their own kind of token.
+class AttentionPooling(nn.Module):
+    """Attention pooling of token states with learned queries.
 
-    Each query is compared with the token states themselves: a projection of the keys could be folded into the query.
+    There is no key projection, because it could be folded into the queries.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
@@ -53,7 +55,7 @@ class Attention(nn.Module):
         self.queries = nn.Parameter(torch.randn(config.num_queries, config.hidden_size) / math.sqrt(config.hidden_size))
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """What each query finds, ``[n, queries, d]``: a mean of token states."""
+        """Pool states ``[n, tokens, d]`` with mask ``[n, tokens]`` to one mean per query, ``[n, queries, d]``."""
         if self.normalise:
             states = functional.rms_norm(states, states.shape[-1:])
         scores = states @ self.queries.mT  # [n, tokens, queries]
@@ -61,11 +63,10 @@ class Attention(nn.Module):
         return weights.mT @ states
 
 
-class AttentionEncoder(Attention):
-    """What the queries find is joined and projected.
+class AttentionEncoder(AttentionPooling):
+    """Attention pooling whose outputs are joined and projected to a code.
 
-    A projection of the values could be folded into the layer that follows, which without it has one of full width a
-    query.
+    The value projection could be folded into the next layer, but it reduces the width of each query's output there.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
@@ -75,11 +76,15 @@ class AttentionEncoder(Attention):
         self.project = nn.Linear(config.num_queries * (size or config.hidden_size), config.code_size)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Map ``[n, tokens, d]`` and the mask ``[n, tokens]`` to codes ``[n, code]``."""
         return torch.relu(self.project(self.values(super().forward(states, mask)).flatten(1)))
 
 
 class Generator(nn.Linear):
-    """The layer whose outputs are the entries of matrices: so large that a pass over them costs as the product does."""
+    """The linear layer that outputs the entries of an expert's matrices.
+
+    It is so large that another pass over its outputs would cost as much as the product itself.
+    """
 
     def forward(
         self,
@@ -89,38 +94,39 @@ class Generator(nn.Linear):
         weights: Weights = (),
         rows: Tensor | None = None,
     ) -> Tensor:
-        """``[n, code]`` to ``[n, entries]``; with ``bases``, without gradients, ``gain · layer + base`` into memory.
+        """Map ``[n, code]`` to ``[n, entries]``; with ``bases``, write ``gain · layer(code) + base`` to ``weights``.
 
-        What the layer is asked for is done here, and not by its owner, for sharded weights are whole only meanwhile.
+        Writing is part of ``forward`` because sharded weights are complete only during this call. It supports no
+        gradients and returns an empty tensor.
 
         Args:
-            code: ``[n, code]``.
-            gain: with ``bases``.
-            bases: matrices whose entries are, one after the other, those of the layer.
-            weights: for each of them ``[any number, *its shape]``, where the results go.
-            rows: ``[n]``, to which rows.
+            code: codes, ``[n, code]``.
+            gain: factor on the layer's output; used only with ``bases``.
+            bases: base matrices, in the order of the layer's outputs.
+            weights: target tensors, for each base ``[any number, *its shape]``.
+            rows: rows of ``weights`` to write to, ``[n]``.
         """
         if bases is None or rows is None:
             return super().forward(code)
         code, begin = (gain * code).to(self.weight.dtype), 0
         most = max(base.numel() for base in bases)
-        if code.device.type == "cpu":  # it lays out the matrix anew for its product: by parts, which stay in its cache
-            most = min(PART, most)
+        if code.device.type == "cpu":  # a CPU copies the matrix to another layout first: blocks stay in its cache
+            most = min(CPU_BLOCK, most)
         result = code.new_empty(len(code) * most)
-        for base, kept in zip(bases, weights, strict=True):
-            base, kept = base.to(self.weight.dtype).flatten(), kept.view(len(kept), base.numel())
-            for place in range(0, len(base), most):
-                some = base[place : place + most]
-                own = slice(begin + place, begin + place + len(some))
-                part = result[: len(code) * len(some)].view(len(code), len(some))
-                torch.addmm(torch.add(some, self.bias[own], alpha=gain), code, self.weight[own].mT, out=part)
-                kept[:, place : place + most].index_copy_(0, rows, part.to(kept.dtype))
+        for base, target in zip(bases, weights, strict=True):
+            base, target = base.to(self.weight.dtype).flatten(), target.view(len(target), base.numel())
+            for offset in range(0, len(base), most):
+                block = base[offset : offset + most]
+                entries = slice(begin + offset, begin + offset + len(block))
+                part = result[: len(code) * len(block)].view(len(code), len(block))
+                torch.addmm(torch.add(block, self.bias[entries], alpha=gain), code, self.weight[entries].mT, out=part)
+                target[:, offset : offset + most].index_copy_(0, rows, part.to(target.dtype))
             begin += len(base)
         return code.new_empty(0)
 
 
 class DenseHead(nn.Module):
-    """The paper's generator: one linear layer whose output is every entry of the four matrices."""
+    """The paper's head: one linear layer that outputs every entry of the four matrices."""
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
@@ -133,10 +139,11 @@ class DenseHead(nn.Module):
             nn.init.kaiming_uniform_(base, a=math.sqrt(5))
             if config.base == "silent" and number == len(self.shapes):
                 base.zero_()
-            # A buffer, not a seed: another torch or device would draw another base, and so another model.
+            # Saved as a buffer: from a seed, another torch version or device would draw another base.
             self.register_buffer(f"base{number}", base)
 
     def forward(self, code: Tensor) -> DenseExperts:
+        """Generate ``[n]`` experts from codes ``[n, code]``."""
         if not torch.is_grad_enabled():
             weights = tuple(code.new_empty(len(code), *shape) for shape in self.shapes)
             self.write(code, weights, torch.arange(len(code), device=code.device))
@@ -148,7 +155,7 @@ class DenseHead(nn.Module):
         )
 
     def write(self, code: Tensor, weights: Weights, rows: Tensor) -> None:
-        """As `Hypernetwork.write`, from codes."""
+        """Generate experts from codes ``[n, code]``, like `Hypernetwork.write`."""
         self.generate(code, self.gain, self._bases(), weights, rows)
 
     def _bases(self) -> list[Tensor]:
@@ -156,14 +163,17 @@ class DenseHead(nn.Module):
 
 
 class FactoredHead(nn.Module):
-    """Generates two cores of an expert, each the identity at first, between learned matrices that all experts share."""
+    """Generates the two cores of an expert between learned matrices that all experts share.
+
+    The cores start close to the identity.
+    """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         d, h, self.size = config.hidden_size, config.expert_width, config.core_size
         self.generate = nn.Linear(config.code_size, 2 * self.size**2)
         self.gain = config.generator_gain
-        # Of a scale that keeps that of what they read.
+        # These scales preserve the scale of the input.
         self.read_up = nn.Parameter(torch.randn(self.size, d) / math.sqrt(d))
         self.write_up = nn.Parameter(torch.randn(h, self.size) / math.sqrt(self.size))
         self.read_down = nn.Parameter(torch.randn(self.size, h) / math.sqrt(h))
@@ -173,6 +183,7 @@ class FactoredHead(nn.Module):
         )
 
     def forward(self, code: Tensor) -> FactoredExperts:
+        """Generate ``[n]`` experts from codes ``[n, code]``."""
         generated = (self.gain * self.generate(code)).unflatten(-1, (2, self.size, self.size))
         cores = generated + torch.eye(self.size, dtype=code.dtype, device=code.device)
         factors = Factors(self.read_up, self.write_up, self.read_down, self.write_down)
@@ -180,18 +191,18 @@ class FactoredHead(nn.Module):
 
 
 class MemoryHead(nn.Module):
-    """Writes what each query found into an expert as a memory: a key to be asked with, and a value to be answered.
+    """Stores each query's output in an expert as a memory: a key and a value.
 
-    With ``f_q`` what query ``q`` found, and the addresses ``a_q`` and ``b_q`` its own, the same for all passages, the
-    cores are sums of outer products, as in fast weights (Schmidhuber, 1992; Schlag et al., 2021)::
+    ``f_q`` is the output of query ``q``; its addresses ``a_q`` and ``b_q`` are learned and the same for all passages.
+    The cores are sums of outer products, as in fast weights (Schmidhuber, 1992; Schlag et al., 2021)::
 
-        M_u = I + g · Σ_q a_q ⊗ (K f_q)        what the LLM asks about is compared with what was found
-        M_d =     g · Σ_q (V f_q) ⊗ b_q        what was found is said where the address is called
+        M_u = I + g · Σ_q a_q ⊗ (K f_q)        keys: compared with the LLM's state
+        M_d =     g · Σ_q (V f_q) ⊗ b_q        values: added to the output if the address is active
 
-    ``K`` and the matrix that reads the LLM's states start as the same orthonormal rows, and so do ``V`` and the one
-    that writes: so a memory says from the start what was found, and only when to say it is left to learn. No code in
-    between has to hold the passage, and no layer has to learn to spell it out again, which takes the other heads most
-    of their training; this one also has no layer of ``p^2`` outputs.
+    ``K`` and the matrix that reads the LLM's states start with the same orthonormal rows, and so do ``V`` and the
+    matrix that writes. So a memory reproduces the query's output from the start, and only when to do so must be
+    learned. There is no code that must hold the whole passage, no layer that must learn to decode it (which takes most
+    of the other heads' training), and no layer with ``p^2`` outputs.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
@@ -210,29 +221,30 @@ class MemoryHead(nn.Module):
         self.read_down = nn.Parameter(torch.randn(self.size, h) / math.sqrt(h))
         self.write_down = nn.Parameter(self.values.detach().mT.clone(memory_format=torch.contiguous_format))
 
-    def forward(self, found: Tensor) -> FactoredExperts:
-        up = torch.eye(self.size, dtype=found.dtype, device=found.device)
-        up = up + self.gain * self.address_up.mT @ (found @ self.keys.mT)
-        down = self.gain * (found @ self.values.mT).mT @ self.address_down
+    def forward(self, pooled: Tensor) -> FactoredExperts:
+        """Generate ``[n]`` experts from the queries' outputs ``[n, queries, d]``."""
+        up = torch.eye(self.size, dtype=pooled.dtype, device=pooled.device)
+        up = up + self.gain * self.address_up.mT @ (pooled @ self.keys.mT)
+        down = self.gain * (pooled @ self.values.mT).mT @ self.address_down
         return FactoredExperts(Factors(self.read_up, self.write_up, self.read_down, self.write_down), up, down)
 
 
 class AttentionHead(nn.Module):
-    """What the LLM's attention keeps of a passage's tokens is the expert; untrained, there is nothing to generate.
+    """Turns the LLM's keys and values of a passage's tokens into an expert; untrained, it returns them unchanged.
 
-    What is learned starts as nothing: a bias for each query head on the logits of all units, additions to the keys,
-    values and queries of each layer, and scores by which the tokens of a window are pooled into one unit. Additions and
-    scores come from the states that enter the layer, brought to unit root mean square, for the scales of LLMs differ
-    widely. Keys are rotated already; what is added to them stands for no position. Queries are those of the tokens that
-    the experts act on, before they are rotated.
+    Its trained parts have no effect at first: additions to the keys, values and queries of each layer, and scores that
+    pool the tokens of a window into one unit (equal at first). Each query head also has a bias on the logits of all
+    units. Additions and scores are computed from the hidden states that enter the layer, scaled to unit root mean
+    square, because the scales of LLMs differ widely. Additions to keys come after the rotation, so they encode no
+    position. Additions to queries come before the rotation, and apply to the tokens that the experts act on.
     """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
         self.shape = AttentionShape.of(config)
         self.window, self.width, self.reads_states = config.window, config.hidden_size, config.reads_states
-        # A unit stands for the tokens of a window, and begins with as much of the softmax as so many alike have. Beside
-        # an MLP, a whole passage begins with as much of it as the null, whose logit is 0.
+        # A unit stands for a window of tokens, so it starts with the mass of so many equal tokens. Beside an MLP, a
+        # whole passage starts with the same mass as the null, whose logit is 0.
         bias = math.log(self.window) - (math.log(MAX_PASSAGE_TOKENS) if config.place == "mlp" else 0)
         self.bias = nn.Parameter(torch.full((len(self.shape.layers), self.shape.num_heads), bias))
         self.adders = nn.ModuleList(LayerAddition(config, len(heads)) for heads in self.shape.kv_heads)
@@ -245,31 +257,35 @@ class AttentionHead(nn.Module):
 
     @property
     def queries(self) -> tuple[QueryAddition, ...]:
-        """What is added to the queries of each layer; empty for nothing."""
+        """The additions to the queries of each layer; empty if there are none."""
         if self.query_read is None or self.query_write is None:
             return ()
         return tuple(map(QueryAddition, self.query_read, self.query_write))
 
     def forward(self, states: Tensor, mask: Tensor) -> AttentionExperts:
-        """Units ``[n, windows]`` of states ``[n, tokens, ...]`` (see `Hypernetwork.state_shape`)."""
+        """Map states ``[n, tokens, *state_shape]`` and the mask ``[n, tokens]`` to units ``[n, windows]``.
+
+        See `Hypernetwork.state_shape`.
+        """
         if not self.reads_states:
             return replace(AttentionExperts.of(self.shape, self.bias, states), queries=self.queries)
-        kept = self.shape.vectors * self.shape.head_width
-        units, *hidden = states.split([kept, *[self.width] * len(self.adders)], -1)
+        numbers = self.shape.vectors * self.shape.head_width
+        units, *hidden = states.split([numbers, *[self.width] * len(self.adders)], -1)
         parts = units.unflatten(-1, (self.shape.vectors, self.shape.head_width)).split(self.shape.heads, -2)
         windows, inside = into_windows(mask, self.window)
-        found: list[Tensor] = []
+        pooled: list[Tensor] = []
         for number, (adder, state) in enumerate(zip(self.adders, hidden, strict=True)):
             keys, values = parts[2 * number : 2 * number + 2]
-            found += adder(keys, values, functional.rms_norm(state, state.shape[-1:]), windows, inside)
-        return AttentionExperts(self.shape, self.bias, tuple(found), self.queries)
+            pooled += adder(keys, values, functional.rms_norm(state, state.shape[-1:]), windows, inside)
+        return AttentionExperts(self.shape, self.bias, tuple(pooled), self.queries)
 
 
 class LayerAddition(nn.Module):
-    """Pools the tokens of each window, and adds to the keys and values of one layer.
+    """Pools the tokens of each window and adds learned low-rank terms to the keys and values of one layer.
 
     Args:
-        heads: key-value heads that experts have in the layer.
+        config: the hypernetwork's configuration.
+        heads: number of key-value heads with experts in the layer.
     """
 
     def __init__(self, config: HypernetworkConfig, heads: int) -> None:
@@ -285,12 +301,12 @@ class LayerAddition(nn.Module):
     def forward(
         self, keys: Tensor, values: Tensor, state: Tensor, windows: Tensor, inside: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of units, ``[n, windows, heads, width]``.
+        """Keys and values of units, each ``[n, windows, heads, width]``.
 
         Args:
-            keys, values: ``[n, tokens, heads, width]``.
-            state: ``[n, tokens, d]``.
-            windows, inside: of `into_windows`.
+            keys, values: keys and values of tokens, ``[n, tokens, heads, width]``.
+            state: normalised hidden states that enter the layer, ``[n, tokens, d]``.
+            windows, inside: the result of `into_windows`.
         """
         added = None if self.read is None else state @ self.read.mT
         if self.scores is None:
@@ -298,7 +314,7 @@ class LayerAddition(nn.Module):
         else:
             scores = gather_windows(state @ self.scores.mT, windows)
             weights = scores.masked_fill(~inside.unsqueeze(-1), -math.inf)
-            # A window without tokens is padding; it has to stay finite.
+            # A window without tokens is padding; its weights must stay finite.
             weights = weights.masked_fill(~inside.any(-1)[..., None, None], 0).softmax(2)
             keys = torch.einsum("nwth,nwthd->nwhd", weights, gather_windows(keys, windows))
             values = torch.einsum("nwth,nwthd->nwhd", weights, gather_windows(values, windows))
@@ -310,37 +326,37 @@ class LayerAddition(nn.Module):
 
 
 def into_windows(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which tokens stand in which window.
+    """Assign the real tokens of each passage to windows.
 
     Args:
         mask: ``[n, tokens]``, true on real tokens.
-        size: tokens of a window; the last of a passage may have fewer.
+        size: tokens per window; the last window of a passage may have fewer.
 
     Returns:
-        Places of tokens, ``[n, windows, size]``, and whether they are real.
+        Token indices ``[n, windows, size]``, and the mask of real tokens among them, of the same shape.
     """
     counts = mask.sum(1)
     known = counts.numel() and counts.device.type != "meta"
     most = max(1, -(-int(counts.max()) // size)) if known else 1
-    order = (~mask.bool()).long().argsort(dim=1, stable=True)  # real ones first, as they stand
+    order = (~mask.bool()).long().argsort(dim=1, stable=True)  # real tokens first, in their order
     order = functional.pad(order, (0, max(0, most * size - mask.shape[1])))[:, : most * size]
     inside = torch.arange(most * size, device=mask.device) < counts.unsqueeze(1)
     return order.unflatten(1, (most, size)), inside.unflatten(1, (most, size))
 
 
 def unit_mask(mask: Tensor, window: int) -> Tensor:
-    """Which of the units that a `Hypernetwork` with the head ``attention`` makes are of a passage, ``[n, windows]``."""
+    """The mask of real units that a `Hypernetwork` with the head ``attention`` returns, ``[n, windows]``."""
     return mask if window == 1 else into_windows(mask, window)[1].any(-1)
 
 
 def gather_windows(tokens: Tensor, windows: Tensor) -> Tensor:
-    """``[n, tokens, ...]`` as ``[n, windows, size, ...]``."""
+    """Gather ``[n, tokens, ...]`` into ``[n, windows, size, ...]``; ``windows`` is the result of `into_windows`."""
     rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
     return tokens[rows, windows]
 
 
-class AsItIs(nn.Module):
-    """No encoder: states stay as they are, those of padding as well."""
+class NoEncoder(nn.Module):
+    """Returns the token states unchanged, including those of padding."""
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         return states
@@ -351,14 +367,18 @@ HEADS = {"dense": DenseHead, "factored": FactoredHead, "memory": MemoryHead, "at
 
 def _encoder(config: HypernetworkConfig) -> nn.Module:
     if config.head == "attention":
-        return AsItIs()
+        return NoEncoder()
     if config.head == "memory":
-        return Attention(config)
+        return AttentionPooling(config)
     return MeanEncoder(config) if config.encoder == "mean" else AttentionEncoder(config)
 
 
 class Hypernetwork(nn.Module):
-    """Generates one expert a passage."""
+    """Generates one expert per passage.
+
+    Args:
+        config: dimensions, encoder and head.
+    """
 
     def __init__(self, config: HypernetworkConfig) -> None:
         super().__init__()
@@ -370,52 +390,53 @@ class Hypernetwork(nn.Module):
         """Generate experts.
 
         Args:
-            states: ``[n, tokens, *state_shape]``, what the LLM has for each token of ``n`` passages.
-            mask: ``[n, tokens]``, true on real tokens; at least one a passage.
+            states: the LLM's token states of ``n`` passages, ``[n, tokens, *state_shape]``.
+            mask: ``[n, tokens]``, true on real tokens; at least one per passage.
 
         Returns:
-            ``[n]`` experts; with the head ``attention``, units ``[n, windows]``, arbitrary where there is padding.
+            ``[n]`` experts; with the head ``attention``, units ``[n, windows]``, arbitrary at padding.
         """
         code = self.encoder(states, mask).to(self.head_dtype)
         return self.head(code, mask) if isinstance(self.head, AttentionHead) else self.head(code)
 
     @torch.no_grad()
     def write(self, states: Tensor, mask: Tensor, weights: Weights, rows: Tensor) -> None:
-        """Generate experts, without gradients, straight into memory that has room for many.
+        """Generate experts without gradients, directly into existing memory.
 
-        New memory of an expert's size takes a CPU as long to get as the expert takes to generate.
+        On a CPU, allocating memory for an expert takes as long as generating it.
 
         Args:
-            states, mask: as of `forward`.
-            weights: tensors as those of the experts, ``[any number, ...]``, of any dtype.
-            rows: which rows of them the experts become, ``[n]``, or ``[all units]`` with the head ``attention``; no
-                two are the same.
+            states, mask: as in `forward`.
+            weights: target tensors, shaped like the experts' weights, ``[any number, ...]``, of any dtype.
+            rows: distinct rows of ``weights`` to write to, ``[n]``, or ``[all units]`` with the head ``attention``.
         """
         if self.config.head == "attention":
             units = unit_mask(mask, self.config.window)
-            for kept, part in zip(weights, self(states, mask).weights, strict=True):
-                kept.index_copy_(0, rows, part[units].to(kept.dtype))
+            for target, part in zip(weights, self(states, mask).weights, strict=True):
+                target.index_copy_(0, rows, part[units].to(target.dtype))
             return
         code = self.encoder(states, mask).to(self.head_dtype)
         if isinstance(self.head, DenseHead):
             self.head.write(code, weights, rows)
         else:
-            for kept, weight in zip(weights, self.head(code).weights, strict=True):
-                kept.index_copy_(0, rows, weight.to(kept.dtype))
+            for target, weight in zip(weights, self.head(code).weights, strict=True):
+                target.index_copy_(0, rows, weight.to(target.dtype))
 
     @torch.no_grad()
     def none(self) -> Experts:
-        """No experts, and what all of them share."""
-        some = next(self.parameters())
-        states = some.new_zeros(0, 1, *self.state_shape)
-        experts = self(states, torch.ones(0, 1, dtype=torch.bool, device=some.device))
+        """Zero experts (``[0]``), with the tensors that all experts share."""
+        parameter = next(self.parameters())
+        states = parameter.new_zeros(0, 1, *self.state_shape)
+        experts = self(states, torch.ones(0, 1, dtype=torch.bool, device=parameter.device))
         return experts[:, 0] if self.config.head == "attention" else experts
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """What it reads of each token: a hidden state ``[d]``, or the keys and values of all layers with experts.
+        """Shape of one token's states.
 
-        Where such experts are trained, keys and values side by side, and after them the states that enter the layers.
+        It is ``(d,)`` for experts beside an MLP. With the head ``attention`` it is ``(vectors, head width)``, the keys
+        and values of all layers with experts. If the head also reads hidden states, it is one dimension: the keys and
+        values, followed by the hidden states that enter the layers.
         """
         if isinstance(self.head, AttentionHead):
             shape = self.head.shape
@@ -426,9 +447,10 @@ class Hypernetwork(nn.Module):
 
     @property
     def head_dtype(self) -> torch.dtype:
+        """The dtype that the head computes in."""
         return next(self.head.parameters()).dtype
 
     def lower_head(self, dtype: torch.dtype) -> None:
-        """Have a dense head, whose product is bound by reading its weights, compute in the dtype of its experts."""
+        """Convert a dense head to the dtype of its experts, because reading its weights bounds its speed."""
         if self.config.head == "dense":
             self.head.to(dtype)

@@ -1,8 +1,9 @@
-"""The branch: a batch's experts inside a frozen LLM, beside the MLP of one layer or in the attention of several.
+"""The branch: the computation that adds a batch's experts to a frozen LLM.
 
-Hooks put it there and take it away, so the model itself is never changed and any decoder family will do. The mask is
-decided by absolute positions alone (not by string lengths, not by the shape of a step), so the same rule holds for
-left and right padding, cached decoding, chunked prefill and static caches.
+It runs beside the MLP of one layer or in the attention of several. Hooks attach it and remove it again, so the model
+itself does not change and any decoder family is supported. The mask depends only on absolute positions (not on string
+lengths, not on the shape of a step), so the same rule holds for left and right padding, cached decoding, chunked
+prefill and static caches.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts, LayerExperts, attend, attend_with_null, unit_mass
-from genpoe_plugin.experts.attention_interface import Call, Output, listening
+from genpoe_plugin.experts.attention_interface import AttentionCall, Output, intercept_attention
 from genpoe_plugin.experts.beside_mlp import read_beside_mlp
 from genpoe_plugin.experts.decoder import find_decoder, find_mlp, find_query_projection
 from genpoe_plugin.experts.expert import Experts, Mixture, MLPExperts
 
-# Else a model that was compiled (which transformers does by itself with a static cache) runs on without a look at the
-# hooks: of the batch that it was compiled with, or none.
+# Otherwise a compiled model (transformers compiles by itself with a static cache) ignores the current hooks: it keeps
+# running those it was compiled with, or none.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 CACHES = ("past_key_values", "cache")
-"""Names of a decoder's cache: transformers has the second from 5.24 on, and takes the first too."""
+"""Names of a decoder's cache argument. transformers 5.24 introduced the second and still accepts the first."""
 
 _router: ContextVar[dict[int, Tensor] | None] = ContextVar("genpoe_router", default=None)
 _off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
@@ -39,14 +40,14 @@ _off: ContextVar[bool] = ContextVar("genpoe_branch_off", default=False)
 
 @dataclass(frozen=True)
 class RowExperts:
-    """What a batch needs, a row for each of its prompts.
+    """The experts of a batch, one row per prompt.
 
     Attributes:
-        experts: weights with leading dimensions ``[served, K]``; where a row has fewer experts, any finite
-            ones. With experts in the attention, K counts units: the tokens of all passages of a row, side by side.
-        gates: ``[served, K]``, 0 where there is no expert.
-        start: ``[rows]``, the first position (of real tokens, padding not counted) that the experts act on.
-        served: ``[served]``, the rows that have experts, in ascending order; None where all of them have.
+        experts: experts with leading dimensions ``[served, K]``. Rows with fewer than K experts are padded with any
+            finite weights. For experts in the attention, K counts units: the units of all passages of a row, joined.
+        gates: the experts' gates, ``[served, K]``; 0 at padding.
+        start: the first position (padding not counted) that the experts act on, ``[rows]``.
+        served: indices of the rows that have experts, ``[served]``, in ascending order; None if all rows have experts.
     """
 
     experts: Experts
@@ -59,7 +60,7 @@ class RowExperts:
         return RowExperts(self.experts.to(device), self.gates.to(device), self.start.to(device), served)
 
     def repeat(self, times: int) -> RowExperts:
-        """Every row ``times`` times in a row, as beam search lays out its batch."""
+        """Repeat each row ``times`` times, next to each other, as beam search lays out its batch."""
         if times == 1:
             return self
         device = self.start.device
@@ -72,7 +73,7 @@ class RowExperts:
 
 
 def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, tokens: int) -> Tensor:
-    """``[rows, tokens]``: whether each token of a forward pass is real and at or after its row's start."""
+    """``[rows, tokens]``: whether each token of a forward pass is real and stands at or after its row's start."""
     device = start.device
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     if not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -90,21 +91,21 @@ def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, token
 
 
 def _tokens_in_cache(arguments: dict[str, Any]) -> int:
-    """How many tokens the cache holds that is among a decoder's arguments; 0 without one.
+    """The number of tokens in the cache among a decoder's arguments; 0 without a cache.
 
     Raises:
-        InputError: there is a cache whose tokens cannot be counted, so nothing says where experts begin.
+        InputError: the cache's tokens cannot be counted, so the positions of this pass are unknown.
     """
     for name, value in arguments.items():
         counts = hasattr(value, "get_seq_length")
         if name in CACHES and value is not None and not counts:
             raise InputError(f"{name} is a {type(value).__name__}; experts need one of transformers' Cache classes")
-        # use_cache, cache_position and their like are flags, numbers and tensors.
+        # Arguments such as use_cache and cache_position are flags, numbers and tensors, not caches.
         named = ("cache" in name or "past" in name) and not isinstance(value, bool | int | str | Tensor | None)
         if name not in CACHES and (counts or named):
-            raise InputError(f"a cache is given as {name}; experts know it as {' or '.join(CACHES)} alone")
-    given = [arguments[name] for name in CACHES if arguments.get(name) is not None]
-    return given[0].get_seq_length() if given else 0
+            raise InputError(f"unknown cache argument {name}; with experts, pass the cache as {' or '.join(CACHES)}")
+    caches = [arguments[name] for name in CACHES if arguments.get(name) is not None]
+    return caches[0].get_seq_length() if caches else 0
 
 
 @contextmanager
@@ -119,11 +120,11 @@ def branch_off() -> Iterator[None]:
 
 @contextmanager
 def observe_router() -> Iterator[dict[int, Tensor]]:
-    """What the router does in the first pass inside the block, for experts in the attention.
+    """Record the router's mass in the first forward pass inside the block, for experts in the attention.
 
     Yields:
-        For each layer, filled by the pass: ``[served, units]``, the share of the softmax that each unit has for the
-        last token, a mean over heads.
+        A dict that the pass fills: for each layer, the share of the softmax that each unit gets from the last token,
+        as a mean over heads, ``[served, units]``.
     """
     masses: dict[int, Tensor] = {}
     token = _router.set(masses)
@@ -137,15 +138,17 @@ def observe_router() -> Iterator[dict[int, Tensor]]:
 def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts | None) -> Iterator[None]:
     """Add a batch's experts to every forward pass inside the block.
 
-    Experts beside an MLP add ``mask ⊙ Σ_k g_k · E_k(x)`` to that of the one layer; experts in the attention join the
-    softmax of every layer given. A forward batch may be a multiple of the rows (beams); row ``i`` then serves that many
-    neighbours. With ``rows`` None the model runs untouched.
+    Experts beside an MLP add ``mask ⊙ Σ_k g_k · E_k(x)`` to the MLP's output in one layer. Experts in the attention
+    join the softmax in each of ``layers``. The batch of a forward pass may be a multiple of the rows (beam search);
+    each row's experts then serve that many neighbouring sequences.
 
     Args:
-        layers: one layer, or several (for experts in the attention: some or all of those that they are for).
+        model: the LLM.
+        layers: one layer, or several for experts in the attention: some or all of the layers that the experts are for.
+        rows: the batch's experts; None runs the model without experts.
 
     Raises:
-        InputError: the model has no such layer, or its dimensions are not the experts'.
+        InputError: the model has no such layer, or its dimensions do not match the experts'.
     """
     if rows is None:
         yield
@@ -155,20 +158,20 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
     signature = inspect.signature(decoder.forward)
     branch = _branch(rows)
 
-    def note_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _off.get():
             return
         arguments = signature.bind_partial(*args, **kwargs).arguments
-        # Asked before the layers run, since each of them adds this pass's tokens to the cache.
+        # Count the cache before the layers run: each of them adds this pass's tokens to it.
         branch.begin({**arguments, "past": _tokens_in_cache({**kwargs, **arguments})})
 
     with ExitStack() as hooks:
-        hooks.callback(decoder.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
+        hooks.callback(decoder.register_forward_pre_hook(start_pass, with_kwargs=True).remove)
         if isinstance(branch, _MLPBranch):
             (layer,) = layers
             hooks.callback(find_mlp(model, layer).register_forward_hook(branch.beside_mlp).remove)
         else:
-            hooks.enter_context(listening(model, layers, branch.attended))
+            hooks.enter_context(intercept_attention(model, layers, branch.attended))
             for layer in layers if branch.adds_to_queries else ():
                 projection = find_query_projection(model, layer)
                 hooks.callback(projection.register_forward_hook(branch.add_to_queries(layer)).remove)
@@ -179,42 +182,42 @@ def inject(model: PreTrainedModel, layers: int | Sequence[int], rows: RowExperts
 
 
 class _Branch:
-    """The rows of one batch, laid out for the passes to come, and the arguments of the pass under way."""
+    """The rows of one batch, prepared for many forward passes, and the arguments of the current pass."""
 
     def __init__(self, rows: RowExperts) -> None:
-        self.given = rows
+        self.batch_rows = rows
         self._arguments: dict[str, Any] = {}
         self._active: dict[torch.device, Tensor] = {}
         self._batch = 0
         self._rows: dict[torch.device, RowExperts] = {}
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        """A pass begins, with these arguments of the decoder."""
+        """Start a forward pass with these arguments of the decoder."""
         self._arguments = arguments
         self._active.clear()
 
     def active(self, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """``[rows, tokens]``: which tokens of the pass under way the experts act on; the same for all layers."""
+        """``[rows, tokens]``: which tokens of the current pass the experts act on; the same for all layers."""
         if device not in self._active:
             start = self.rows_for(batch, device).start
             self._active[device] = _active_positions(start, self._arguments, batch, tokens)
         return self._active[device]
 
     def rows_for(self, batch: int, device: torch.device) -> RowExperts:
-        """The rows of a batch of this size there: repeated once a generation, and again where the size changes."""
+        """The rows of a batch of this size on this device; they are repeated anew only when the batch size changes."""
         if batch != self._batch:
             self._rows.clear()
             self.forget()
             self._batch = batch
-        if device not in self._rows:  # the layers of a model may be on several
-            count = len(self.given.start)
+        if device not in self._rows:  # a model's layers may be on several devices
+            count = len(self.batch_rows.start)
             if batch % count:
-                raise InputError(f"a batch of {batch} cannot be shared by the experts of {count} rows")
-            self._rows[device] = self.given.to(device).repeat(batch // count)
+                raise InputError(f"a batch of {batch} is not a multiple of the {count} rows of experts")
+            self._rows[device] = self.batch_rows.to(device).repeat(batch // count)
         return self._rows[device]
 
     def forget(self) -> None:
-        """Drop what was laid out for batches of another size."""
+        """Drop what was prepared for another batch size."""
         raise NotImplementedError
 
 
@@ -222,7 +225,7 @@ class _MLPBranch(_Branch):
     mixture: Mixture | None = None
 
     def beside_mlp(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """``output``, and what the experts make of the MLP's input."""
+        """A forward hook of the MLP: ``output`` plus the experts' output for the MLP's input."""
         if _off.get():
             return output
         x = args[0]
@@ -237,7 +240,7 @@ class _MLPBranch(_Branch):
         if rows.served is None:
             return output + self.mixture(x).to(x.dtype) * active.unsqueeze(-1).to(x.dtype)
         mixed = self.mixture(x[rows.served]).to(x.dtype) * active[rows.served].unsqueeze(-1).to(x.dtype)
-        return output.index_add(0, rows.served, mixed.to(output.dtype))  # which autocast may have made another
+        return output.index_add(0, rows.served, mixed.to(output.dtype))  # autocast may change the dtype
 
     def forget(self) -> None:
         self.mixture = None
@@ -255,7 +258,7 @@ class _AttentionBranch(_Branch):
         return bool(self._shared.queries)
 
     def add_to_queries(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """A forward hook of what makes the queries of ``layer``."""
+        """A forward hook for the query projection of ``layer``."""
         shared = self._shared
         addition = shared.queries[shared.shape.layers.index(layer)]
 
@@ -271,7 +274,7 @@ class _AttentionBranch(_Branch):
 
     @property
     def reading_now(self) -> bool:
-        """Whether the layer under way attends to experts."""
+        """Whether the current layer attends to experts."""
         return not _off.get()
 
     def _served(self, batch: int, tokens: int, device: torch.device) -> Tensor:
@@ -281,23 +284,23 @@ class _AttentionBranch(_Branch):
             return active
         return active & torch.zeros_like(active).index_fill(0, rows.served, True)
 
-    def attended(self, call: Call) -> Output:
-        """What the layer attends to with the experts in its softmax."""
+    def attended(self, call: AttentionCall) -> Output:
+        """The layer's attention with the experts in its softmax."""
         if _off.get():
             return call.plain()
         rows, active, experts = self._for(call)
         if (router := _router.get()) is not None and call.layer not in router:
-            own = call if rows.served is None else call.rows(rows.served)
-            router[call.layer] = unit_mass(own, experts, active if rows.served is None else active[rows.served])
+            served = call if rows.served is None else call.rows(rows.served)
+            router[call.layer] = unit_mass(served, experts, active if rows.served is None else active[rows.served])
         if rows.served is None:
             return attend(call, experts, active), None
-        # Rows without experts stay as the model computes them.
+        # Rows without experts keep the model's own output.
         output = call.plain()[0].clone()
         output[rows.served] = attend(call.rows(rows.served), experts, active[rows.served])
         return output, None
 
-    def _for(self, call: Call) -> tuple[RowExperts, Tensor, LayerExperts]:
-        """The rows of a call, which of its tokens are active, and the experts of its layer."""
+    def _for(self, call: AttentionCall) -> tuple[RowExperts, Tensor, LayerExperts]:
+        """The rows of a call, its active tokens, and the experts of its layer."""
         batch, _, tokens, _ = call.query.shape
         device = call.query.device
         rows, active = self.rows_for(batch, device), self.active(batch, tokens, device)
@@ -305,29 +308,30 @@ class _AttentionBranch(_Branch):
             self.layers[call.layer] = self._of_layer(call, rows)
         return rows, active, self.layers[call.layer]
 
-    def _of_layer(self, call: Call, rows: RowExperts) -> LayerExperts:
+    def _of_layer(self, call: AttentionCall, rows: RowExperts) -> LayerExperts:
         experts = rows.experts
         assert isinstance(experts, AttentionExperts)
         shape = experts.shape
-        ours = shape.num_heads, shape.num_kv_heads, shape.head_width
-        theirs = call.query.shape[1], call.key.shape[1], call.key.shape[3]
+        expert_sizes = shape.num_heads, shape.num_kv_heads, shape.head_width
+        layer_sizes = call.query.shape[1], call.key.shape[1], call.key.shape[3]
         if call.layer not in shape.layers:
             raise InputError(f"the experts have no keys and values for layer {call.layer}, only for {shape.layers}")
-        if ours != theirs:
+        if expert_sizes != layer_sizes:
+            described = "{} heads, {} key-value heads and head width {}"
             raise InputError(
-                f"experts for {ours[0]} heads, {ours[1]} of keys and values of width {ours[2]}; "
-                f"layer {call.layer} has {theirs[0]}, {theirs[1]} and {theirs[2]}"
+                f"the experts have {described.format(*expert_sizes)}; "
+                f"layer {call.layer} has {described.format(*layer_sizes)}"
             )
-        own = experts.layer(call.layer, rows.gates)
-        dtype = call.query.dtype  # experts may be kept in fewer bits
-        return LayerExperts(own.keys.to(dtype), own.values.to(dtype), own.bias.to(dtype))
+        layer = experts.layer(call.layer, rows.gates)
+        dtype = call.query.dtype  # experts may be stored in a lower precision
+        return LayerExperts(layer.keys.to(dtype), layer.values.to(dtype), layer.bias.to(dtype))
 
     def forget(self) -> None:
         self.layers.clear()
 
 
 class _BesideMLPBranch(_AttentionBranch):
-    """Experts of tokens beside an MLP; the layers' own passes over the context stay as they are."""
+    """Attention experts that are read beside an MLP; the layers' own attention to the context does not change."""
 
     _reads = False
 
@@ -336,21 +340,21 @@ class _BesideMLPBranch(_AttentionBranch):
         return _off.get()
 
     def reading(self, attention: Callable[[], Tensor]) -> Tensor:
-        """What ``attention`` returns where it attends to the experts alone, and zeros for tokens that have none."""
+        """The output of ``attention`` over the experts alone; zeros for tokens without experts."""
         self._reads = True
         try:
-            found = attention()
+            output = attention()
         finally:
             self._reads = False
-        # Where nothing is attended to, an output projection with a bias returns that.
-        batch, tokens = found.shape[:2]
-        return found * self._served(batch, tokens, found.device).unsqueeze(-1)
+        # An output projection with a bias would return the bias for tokens without experts.
+        batch, tokens = output.shape[:2]
+        return output * self._served(batch, tokens, output.device).unsqueeze(-1)
 
     @property
     def reading_now(self) -> bool:
         return self._reads
 
-    def attended(self, call: Call) -> Output:
+    def attended(self, call: AttentionCall) -> Output:
         if not self._reads:
             return call.plain()
         rows, active, experts = self._for(call)

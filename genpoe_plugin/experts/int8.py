@@ -1,4 +1,4 @@
-"""Experts in the attention in eight bits: a quarter of the bytes of float32, a scale for each vector."""
+"""Experts in the attention in eight bits with one scale per vector: about a quarter of the bytes of float32."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ LARGEST = 127
 
 
 def unit_bytes(vectors: int, width: int) -> int:
-    """Bytes of a unit of so many vectors: a number a byte, and a scale of four for each vector."""
+    """Bytes of a unit of ``vectors`` vectors of ``width`` values: one per value, and four for each vector's scale."""
     return vectors * (width + 4)
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Experts(Experts):
-    """`AttentionExperts` as they are kept; `select` gives them back.
+    """`AttentionExperts` in their stored form; `select` dequantises them.
 
     Attributes:
-        shape, bias, queries: as of `AttentionExperts`.
-        dtype: of what `select` gives back.
-        parts: for each of the parts of `AttentionExperts` its codes, ``[units, heads, head width]`` in int8, and then
-            the scales that they are multiplied with, ``[units, heads, 1]`` in float32.
+        shape, bias, queries: as in `AttentionExperts`.
+        dtype: dtype of the experts that `select` returns.
+        parts: for each part of `AttentionExperts`, its codes, ``[units, heads, head width]`` in int8, and then their
+            scales, ``[units, heads, 1]`` in float32.
     """
 
     shape: AttentionShape
@@ -37,7 +37,7 @@ class Int8Experts(Experts):
 
     @classmethod
     def of(cls, experts: AttentionExperts) -> Int8Experts:
-        """Every vector of keys or values is rounded to 255 steps of its own largest number."""
+        """Quantise every key or value vector to 255 steps, scaled by its largest absolute value."""
         parts: list[Tensor] = []
         for part in experts.parts:
             scale = part.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
@@ -50,13 +50,14 @@ class Int8Experts(Experts):
 
     @property
     def unit_bytes(self) -> int:
+        """Bytes of one unit."""
         return unit_bytes(self.shape.vectors, self.shape.head_width)
 
     def with_weights(self, *weights: Tensor) -> Int8Experts:
         return replace(self, parts=weights)
 
     def to(self, target: torch.device | torch.dtype) -> Int8Experts:
-        """On a device, or to be given back in a dtype."""
+        """Move to a device, or set the dtype that `select` returns."""
         bias, queries = self.bias.to(target), tuple(query.to(target) for query in self.queries)
         if isinstance(target, torch.dtype):
             return replace(self, bias=bias, queries=queries, dtype=target)

@@ -1,4 +1,4 @@
-"""Passes that differ in the upper layers alone: what the lower layers returned is kept, and they do not run again."""
+"""Record what the lower decoder layers return, and reuse it in passes that differ only in the upper layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from genpoe_plugin.experts.decoder import find_decoder
 
 @contextmanager
 def recording(model: PreTrainedModel) -> Iterator[list[Any]]:
-    """Keep what each decoder layer returns in the one pass that is run meanwhile, the lowest layer's first."""
+    """Record what each decoder layer returns in the one forward pass inside the block.
+
+    Yields:
+        The outputs, the lowest layer's first; the pass fills the list.
+    """
     _, layers = find_decoder(model)
     outputs: list[Any] = []
 
-    def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def record(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         outputs.append(output)
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield outputs
     finally:
@@ -31,12 +35,13 @@ def recording(model: PreTrainedModel) -> Iterator[list[Any]]:
 
 @contextmanager
 def replaying(model: PreTrainedModel, outputs: Sequence[Any], below: int) -> Iterator[None]:
-    """Let the decoder layers under ``below`` return what they did before, without running.
+    """Make the decoder layers below layer ``below`` return recorded outputs instead of running.
 
-    The pass must be of the same inputs, and nothing in it may differ under that layer.
+    The pass must have the same inputs as the recorded one, and must not differ from it below that layer.
 
     Args:
-        outputs: of `recording`.
+        outputs: the outputs of all layers, from `recording`.
+        below: index of the first layer that runs, from 0.
     """
     _, layers = find_decoder(model)
     with ExitStack() as stack:
@@ -47,7 +52,7 @@ def replaying(model: PreTrainedModel, outputs: Sequence[Any], below: int) -> Ite
 
 @contextmanager
 def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
-    # Tools such as accelerate set the attribute on the module as well.
+    # Tools such as accelerate also set ``forward`` on the module itself.
     before = layer.__dict__.get("forward")
     layer.forward = lambda *_, **__: output
     try:

@@ -1,4 +1,4 @@
-"""Passages in, experts out: each unique passage becomes an expert once and is kept while there is room."""
+"""The store of experts: each unique passage becomes an expert once and is cached while there is room."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts
 from genpoe_plugin.experts.expert import Experts, MLPExperts, Weights
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
 from genpoe_plugin.experts.int8 import Int8Experts
 from genpoe_plugin.experts.keeping import ON_DEVICE, ON_HOST
-from genpoe_plugin.experts.slab import Slab
+from genpoe_plugin.experts.unit_pool import UnitPool
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 
-MAX_EXPERT_UNITS = 2 * MAX_PASSAGE_TOKENS  # of one expert in the attention, what the prompt puts around it included
+MAX_EXPERT_UNITS = 2 * MAX_PASSAGE_TOKENS  # units of one expert in the attention, including text of the prompt layout
 
 
 class ExpertStore:
-    """Experts of passages in the LLM's dtype, least recently used ones dropped beyond a byte budget.
+    """A cache of experts within a budget of bytes; the least recently used experts are dropped first.
 
     Args:
-        hypernetwork: generates what the store lacks; on the device of the LLM's embeddings.
-        model, tokenizer: the LLM that the experts are for; of it, what the hypernetwork reads passages with is enough.
-        dtype: of the experts; without it, the LLM's. In ``torch.int8`` those in the attention are kept in eight bits,
-            and given back in the LLM's dtype.
-        device_bytes: budget for the experts kept beside the LLM; what all of them share is there once and not counted.
-        host_bytes: budget for those that are in memory beyond it, where the LLM is on an accelerator.
-        files: where experts of earlier runs are, and those of this one go.
-        batch_size: passages a generation step; as memory allows without it.
+        hypernetwork: generates missing experts; on the device of the LLM's embeddings.
+        model, tokenizer: the LLM that the experts are for. The part of it that the hypernetwork reads is enough.
+        dtype: dtype of the experts; the LLM's by default. With ``torch.int8``, experts in the attention are stored in
+            eight bits and returned in the LLM's dtype.
+        device_bytes: budget for experts on the device of the LLM; shared tensors are not counted.
+        host_bytes: budget for further experts in the host's memory, if the LLM is on an accelerator.
+        files: folder to read experts of earlier runs from, and to write new ones to.
+        batch_size: passages per generation step; by default as many as memory allows.
+
+    Raises:
+        InputError: ``torch.int8`` with experts beside an MLP, or an LLM that does not match the hypernetwork.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ExpertStore:
         hypernetwork.lower_head(self.dtype)
         config = hypernetwork.config
         if self._int8 and config.head != "attention":
-            raise InputError("experts beside an MLP cannot be kept in int8; those in the attention can")
+            raise InputError("experts beside an MLP cannot be stored in int8; experts in the attention can")
         self.config = config
         self.tokenizer = tokenizer
         self.layers = config.layers
@@ -64,48 +67,55 @@ class ExpertStore:
         self._batch_size = batch_size
         device = self._generator.device
         self._form: Experts = hypernetwork.none().to(self.dtype)
-        one = footprint(config, self.dtype).expert_bytes
+        unit_bytes = footprint(config, self.dtype).expert_bytes
         if self._int8:
             assert isinstance(self._form, AttentionExperts)
             self._form = Int8Experts.of(self._form)
-            one = self._form.unit_bytes
+            unit_bytes = self._form.unit_bytes
         form = self._form.weights
-        least = MAX_EXPERT_UNITS if config.head == "attention" else 1
+        min_units = MAX_EXPERT_UNITS if config.head == "attention" else 1
         self._units: dict[str, int] = {}
-        self._slab = Slab(max(least, device_bytes // one), form, device)
-        self._host = Slab(0 if device.type == "cpu" else host_bytes // one, form, torch.device("cpu"))
+        self._device_pool = UnitPool(max(min_units, device_bytes // unit_bytes), form, device)
+        self._host_pool = UnitPool(0 if device.type == "cpu" else host_bytes // unit_bytes, form, torch.device("cpu"))
 
     @property
     def batch_size(self) -> int:
-        """Passages a generation step."""
+        """Passages per generation step."""
         if self._batch_size is None:
             self._batch_size = self._generator.batch_size()
         return self._batch_size
 
     def prepare(self, passages: Iterable[str], *, progress: bool = True) -> None:
-        """Make the experts of ``passages`` ready ahead of their use, as many as the budget holds."""
-        wanted = self._that_fit(list(dict.fromkeys(passages)))
-        # What is there already counts as used, or making room for the rest might drop it.
-        self._host.use(wanted)
-        self._slab.use(wanted)
-        missing = [passage for passage in wanted if passage not in self._slab and passage not in self._host]
-        missing.sort(key=len)  # for tight batches
+        """Generate or load the experts of ``passages`` ahead of their use, as many as the budget holds.
+
+        Args:
+            passages: passage strings; duplicates are ignored.
+            progress: whether to show a progress bar.
+        """
+        fitting = self._that_fit(list(dict.fromkeys(passages)))
+        # Mark cached experts as used first, or making room for the others might drop them.
+        self._host_pool.use(fitting)
+        self._device_pool.use(fitting)
+        missing = [
+            passage for passage in fitting if passage not in self._device_pool and passage not in self._host_pool
+        ]
+        missing.sort(key=len)  # less padding
         with tqdm(total=len(missing), desc="Generating experts", disable=not progress or not missing) as bar:
-            self._slab.reserve(self._slab.used + sum(self.units(missing)))
-            for batch in self._bring(missing):
+            self._device_pool.reserve(self._device_pool.used + sum(self.units(missing)))
+            for batch in self._load(missing):
                 bar.update(len(batch))
 
     def experts(self, passages: Sequence[Sequence[str]]) -> list[Experts]:
-        """The experts of each of several groups of passages, with one leading dimension: the units of the group."""
+        """The experts of several groups of passages, each with one leading dimension: the units of the group."""
         unique = list(dict.fromkeys(passage for group in passages for passage in group))
-        weights, places = self._fetch(unique)
-        place = dict(zip(unique, places, strict=True))
-        found: list[Experts] = []
+        weights, unique_slots = self._fetch(unique)
+        slots_of = dict(zip(unique, unique_slots, strict=True))
+        groups: list[Experts] = []
         for group in passages:
-            slots = [slot for passage in group for slot in place[passage]]
+            slots = [slot for passage in group for slot in slots_of[passage]]
             index = torch.tensor(slots, device=self._generator.device)
-            found.append(self._form.with_weights(*(weight[index] for weight in weights)))
-        return found
+            groups.append(self._form.with_weights(*(weight[index] for weight in weights)))
+        return groups
 
     def rows(
         self, passages: Sequence[Sequence[str]], gates: Sequence[Sequence[float]], start: Sequence[int]
@@ -113,39 +123,39 @@ class ExpertStore:
         """The experts of one batch.
 
         Args:
-            passages: the passages of each row, any number of them.
-            gates: a gate for each passage of each row.
-            start: for each row the first position that its experts act on.
+            passages: the passages of each row, any number per row.
+            gates: one gate per passage of each row.
+            start: for each row, the first position that its experts act on.
 
         Returns:
-            Experts ``[served, K]`` with K the largest number of passages (of units with experts in the attention), or
-            None if no row has any. Where a row has fewer, those beside an MLP are zeros, and all have a gate of 0.
+            Experts ``[served, K]``, with K the largest number of passages of a row (of units for experts in the
+            attention); None if no row has passages. Padding of shorter rows has gate 0, and is zero beside an MLP.
         """
         served = [number for number, row in enumerate(passages) if row]
         if not served:
             return None
         unique = list(dict.fromkeys(passage for row in passages for passage in row))
-        weights, places = self._fetch(unique)
-        place = dict(zip(unique, places, strict=True))
-        slots = [[slot for passage in passages[row] for slot in place[passage]] for row in served]
-        gated = [
-            [gate for passage, gate in zip(passages[row], gates[row], strict=True) for _ in place[passage]]
+        weights, unique_slots = self._fetch(unique)
+        slots_of = dict(zip(unique, unique_slots, strict=True))
+        slots = [[slot for passage in passages[row] for slot in slots_of[passage]] for row in served]
+        unit_gates = [
+            [gate for passage, gate in zip(passages[row], gates[row], strict=True) for _ in slots_of[passage]]
             for row in served
         ]
-        most = max(map(len, slots))
-        index = torch.zeros(len(served), most, dtype=torch.long)
-        gate = torch.zeros(len(served), most)
-        none = torch.ones(len(served), most, dtype=torch.bool)
-        for number, (own, own_gates) in enumerate(zip(slots, gated, strict=True)):
-            index[number] = own[0]  # beyond its own units any finite ones, without a gate
-            index[number, : len(own)] = torch.tensor(own)
-            gate[number, : len(own)] = torch.tensor(own_gates, dtype=torch.float32)
-            none[number, : len(own)] = False
+        max_units = max(map(len, slots))
+        index = torch.zeros(len(served), max_units, dtype=torch.long)
+        gate = torch.zeros(len(served), max_units)
+        padding = torch.ones(len(served), max_units, dtype=torch.bool)
+        for number, (row_slots, row_gates) in enumerate(zip(slots, unit_gates, strict=True)):
+            index[number] = row_slots[0]  # padding: any unit with finite weights, with gate 0
+            index[number, : len(row_slots)] = torch.tensor(row_slots)
+            gate[number, : len(row_slots)] = torch.tensor(row_gates, dtype=torch.float32)
+            padding[number, : len(row_slots)] = False
         device = self._generator.device
         experts = self._form.select(weights, index.to(device))
-        if isinstance(experts, MLPExperts) and none.any():
-            for weight in experts.weights:  # experts of zeros add nothing whatever they are fed
-                weight[none.to(device)] = 0
+        if isinstance(experts, MLPExperts) and padding.any():
+            for weight in experts.weights:  # an expert of zeros outputs zero for every input
+                weight[padding.to(device)] = 0
         return RowExperts(
             experts,
             gate.to(device),
@@ -154,14 +164,14 @@ class ExpertStore:
         )
 
     def units(self, passages: Sequence[str]) -> list[int]:
-        """How many units the expert of each passage has."""
+        """The number of units of each passage's expert."""
         if new := [passage for passage in passages if passage not in self._units]:
             self._units.update(zip(new, self._generator.units(new), strict=True))
         return [self._units[passage] for passage in passages]
 
     def _that_fit(self, passages: Sequence[str]) -> list[str]:
-        """As many of the first passages as the budget holds."""
-        room, fitting = self._slab.capacity + self._host.capacity, []
+        """The longest prefix of ``passages`` whose experts fit the budget."""
+        room, fitting = self._device_pool.capacity + self._host_pool.capacity, []
         for passage, units in zip(passages, self.units(passages), strict=True):
             room -= units
             if room < 0:
@@ -170,53 +180,54 @@ class ExpertStore:
         return fitting
 
     def _fetch(self, unique: Sequence[str]) -> tuple[Weights, list[list[int]]]:
-        """Tensors with the units of distinct passages' experts, and where in them those of each are."""
-        self._slab.use(unique)
-        kept = [passage for passage in unique if passage in self._slab]
-        missing = [passage for passage in unique if passage not in self._slab]
-        if sum(self.units(unique)) <= self._slab.capacity:
-            for _ in self._bring(missing):
+        """Tensors with the units of distinct passages, and the slots of each passage in them."""
+        self._device_pool.use(unique)
+        cached = [passage for passage in unique if passage in self._device_pool]
+        missing = [passage for passage in unique if passage not in self._device_pool]
+        if sum(self.units(unique)) <= self._device_pool.capacity:
+            for _ in self._load(missing):
                 pass
-            self._slab.use(unique)
-            return self._slab.weights, self._slab.slots(unique)
-        # More than the budget keeps: they are put together for this once.
-        parts = [(kept, self._slab.select(kept))] if kept else []
-        parts += [(batch, self._slab.select(batch)) for batch in self._bring(missing)]
+            self._device_pool.use(unique)
+            return self._device_pool.weights, self._device_pool.slots(unique)
+        # More than the budget holds: join copies for this call only.
+        parts = [(cached, self._device_pool.select(cached))] if cached else []
+        parts += [(batch, self._device_pool.select(batch)) for batch in self._load(missing)]
         names = [passage for batch, _ in parts for passage in batch]
-        place, first = {}, 0
+        slots_of, first = {}, 0
         for passage, units in zip(names, self.units(names), strict=True):
-            place[passage] = list(range(first, first + units))
+            slots_of[passage] = list(range(first, first + units))
             first += units
         columns = zip(*(weights for _, weights in parts), strict=True)
-        return tuple(map(torch.cat, columns)), [place[passage] for passage in unique]
+        return tuple(map(torch.cat, columns)), [slots_of[passage] for passage in unique]
 
     def _batches(self, passages: Sequence[str]) -> Iterator[list[str]]:
-        """At most `batch_size` passages at a time, and no more units than the device's budget."""
+        """Batches of at most `batch_size` passages, with no more units than the device's budget."""
         batch: list[str] = []
-        room = self._slab.capacity
+        room = self._device_pool.capacity
         for passage, units in zip(passages, self.units(passages), strict=True):
             if batch and (len(batch) == self.batch_size or units > room):
                 yield batch
-                batch, room = [], self._slab.capacity
+                batch, room = [], self._device_pool.capacity
             batch.append(passage)
             room -= units
         if batch:
             yield batch
 
-    def _bring(self, passages: Sequence[str]) -> Iterator[list[str]]:
-        """Put the experts of distinct passages on the device, from wherever they come soonest; yield them by batches.
+    def _load(self, passages: Sequence[str]) -> Iterator[list[str]]:
+        """Put the experts of distinct passages on the device and yield the passages in batches.
 
-        A batch is there until the next one is asked for.
+        Experts come from the host's memory, else from files, else they are generated. A batch stays on the device at
+        least until the next one is requested.
         """
         device = self._generator.device
         for batch in self._batches(passages):
             rest = batch
-            if on_host := [passage for passage in rest if passage in self._host]:
-                self._keep(on_host, tuple(weight.to(device) for weight in self._host.select(on_host)))
-                rest = [passage for passage in rest if passage not in self._slab]
+            if on_host := [passage for passage in rest if passage in self._host_pool]:
+                self._put(on_host, tuple(weight.to(device) for weight in self._host_pool.select(on_host)))
+                rest = [passage for passage in rest if passage not in self._device_pool]
             if self._files is not None and (on_disk := [passage for passage in rest if passage in self._files]):
-                self._keep(on_disk, self._files.read(on_disk))
-                rest = [passage for passage in rest if passage not in self._slab]
+                self._put(on_disk, self._files.read(on_disk))
+                rest = [passage for passage in rest if passage not in self._device_pool]
             if rest:
                 self._generate(rest)
             yield batch
@@ -224,23 +235,25 @@ class ExpertStore:
     def _generate(self, passages: list[str]) -> None:
         units = self.units(passages)
         self._spill(sum(units))
-        with self._slab.filling(passages, units) as slots, torch.inference_mode():
+        with self._device_pool.filling(passages, units) as slots, torch.inference_mode():
             if self._int8:
                 experts, _ = self._generator.generate_units(passages)
                 assert isinstance(experts, AttentionExperts)
-                for kept, weight in zip(self._slab.weights, Int8Experts.of(experts).weights, strict=True):
-                    kept.index_copy_(0, slots, weight)
+                for target, weight in zip(self._device_pool.weights, Int8Experts.of(experts).weights, strict=True):
+                    target.index_copy_(0, slots, weight)
             else:
-                self._generator.write(passages, self._slab.weights, slots)
+                self._generator.write(passages, self._device_pool.weights, slots)
         if self._files is not None:
-            self._files.write(passages, self._slab.select(passages), units)
+            self._files.write(passages, self._device_pool.select(passages), units)
 
-    def _keep(self, passages: list[str], weights: Weights) -> None:
+    def _put(self, passages: list[str], weights: Weights) -> None:
         units = self.units(passages)
         self._spill(sum(units))
-        self._slab.put(passages, weights, units)
+        self._device_pool.put(passages, weights, units)
 
     def _spill(self, units: int) -> None:
-        """What has no room on the device once so many others come goes to the host."""
-        if self._host.capacity and (leaving := [name for name in self._slab.oldest(units) if name not in self._host]):
-            self._host.put(leaving, self._slab.select(leaving), self.units(leaving))
+        """Copy the experts that ``units`` new units will evict from the device to the host's memory."""
+        if not self._host_pool.capacity:
+            return
+        if evicted := [name for name in self._device_pool.oldest(units) if name not in self._host_pool]:
+            self._host_pool.put(evicted, self._device_pool.select(evicted), self.units(evicted))

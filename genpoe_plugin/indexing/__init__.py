@@ -1,1 +1,1 @@
-"""What is made ahead of retrieval: encoded passages in shards, and the index that is built from them."""
+"""Indexing: encode passages into shards, and build an index from the shards."""

@@ -1,12 +1,12 @@
-"""Building an index from shards: trained on a sample, filled a chunk at a time, and resumed after any interruption.
+"""Build an index from shards: train it on a sample, fill it chunk by chunk, and resume after any interruption.
 
-All that is not finished is in a directory beside the index, ``NAME.building``:
+Unfinished work is in a directory beside the index, ``NAME.building``:
 
-- ``build.json``: what is being built;
-- ``trained.faiss``: the index, trained and empty;
-- ``filled.faiss``: what has been filled of it, where that takes long;
-- ``index``: the files of the finished index, each complete, as far as they are there;
-- ``shards``: the shards, where they are made for this index alone.
+- ``build.json``: the settings of the build;
+- ``trained.faiss``: the trained, empty index;
+- ``filled.faiss``: the partly filled index, if filling takes long;
+- ``index``: the finished files of the index;
+- ``shards``: the shards, if they are temporary.
 """
 
 from __future__ import annotations
@@ -56,34 +56,41 @@ TRAINING_SEED = 0
 SECONDS_BETWEEN_SAVES = 600
 MAX_PARTS = 1000
 RECALL = 0.95
-KEPT = "what is finished is kept, and the same command goes on"
+RESUME_ADVICE = "finished work is saved; rerun the same command to resume"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Question vectors to tune an index by, float32 [n, dimension], and what they are, for people."""
+    """Question vectors to tune an index with.
+
+    Attributes:
+        vectors: the vectors, float32 ``[n, dimension]``.
+        name: source of the questions, for the manifest.
+    """
 
     vectors: np.ndarray
     name: str
 
 
 def building_directory(directory: str | Path) -> Path:
-    """Where the unfinished parts of the index in ``directory`` are."""
+    """The directory with unfinished work for the index in ``directory``."""
     directory = Path(directory).resolve()
     return directory.with_name(f"{directory.name}.building")
 
 
 def check_directory(directory: str | Path) -> None:
-    """Raise an ``InputError`` where ``directory`` holds something that is not an index."""
-    check_replaceable(Path(directory), lambda found: (found / MANIFEST).is_file(), "an index")
+    """Raise an `InputError` if ``directory`` holds something that is not an index."""
+    check_replaceable(Path(directory), lambda path: (path / MANIFEST).is_file(), "an index")
 
 
 @contextmanager
 def shards_directory(directory: str | Path, folder: Path | None = None) -> Iterator[Path]:
-    """Where to encode the shards for an index: ``folder``, or, if it is None, a folder that goes when the index is
-    there. An error before the first shard leaves nothing behind there."""
+    """Yield the folder for the shards of an index: ``folder``, or by default a temporary folder.
+
+    The temporary folder is deleted when the index is finished, or after an error before the first shard.
+    """
     work = building_directory(directory)
     try:
         yield folder or work / SHARDS
@@ -103,14 +110,14 @@ def already_built(
     recall: float,
     queries: Path | None,
 ) -> bool:
-    """Whether ``directory`` has an index of just this file of passages, built with just these arguments."""
+    """Whether ``directory`` has an index of the same file of passages, built with the same arguments."""
     try:
         manifest = PassageIndex.load(directory).manifest
     except InputError:
         return False
-    asked = _asked(factory, memory, recall, None if queries is None else str(queries.resolve()))
-    known = {"source": source_of(passages), "fingerprint": encoder.fingerprint, "asked": asked}
-    return known["source"] is not None and all(manifest[name] == value for name, value in known.items())
+    requested = _requested(factory, memory, recall, None if queries is None else str(queries.resolve()))
+    expected = {"source": source_of(passages), "fingerprint": encoder.fingerprint, "asked": requested}
+    return expected["source"] is not None and all(manifest[name] == value for name, value in expected.items())
 
 
 def build_index(
@@ -123,38 +130,43 @@ def build_index(
     queries: Queries | None = None,
     progress: bool = True,
 ) -> PassageIndex:
-    """Build an index of all passages of complete shards, or go on where an earlier process was stopped.
+    """Build an index from complete shards, or resume an interrupted build.
 
-    At a fixed number of threads, and for all index types but those that FAISS itself makes at random, an interrupted
-    build ends in the same bytes as one that was not.
+    With the same number of threads, a resumed build yields the same bytes as an uninterrupted one, except for index
+    types that FAISS builds with random numbers.
 
     Args:
-        factory: FAISS factory string; chosen by `choose_factory` if it is not given.
-        memory: bytes that the process may take. An index of a given type that does not fit is built in parts. If it is
-            not given: what is free, to choose by; any, for a type that is given.
-        recall: of exact search's results among the best 20, for which an approximate index is tuned.
-        queries: to tune it by; without them, passages that are changed a little.
+        shards: the encoded passages; all shards must exist.
+        directory: directory of the index; an existing index is replaced.
+        factory: FAISS factory string; by default `choose_factory` chooses it.
+        memory: memory limit of the process, in bytes. An index of a given type that does not fit is built in parts. By
+            default the free memory for choosing a type, and no limit for a given type.
+        recall: target recall@20 against exact search, to which an approximate index is tuned.
+        queries: question vectors for tuning; by default perturbed passages.
+        progress: whether to show progress bars.
+
+    Returns:
+        The opened index.
 
     Raises:
-        InputError: shards are missing; FAISS cannot make the index, or has too few passages to train it; it takes
-            more memory than there is; the disk is full. What is finished is kept.
+        InputError: shards are missing, FAISS cannot build the index, there are too few passages to train it, or memory
+            or disk space is insufficient. Finished work is saved.
     """
     directory = Path(directory).resolve()
     check_directory(directory)
     if missing := shards.missing():
         raise InputError(
-            f"{shards.directory}: {len(missing):,} of {len(shards):,} shards are missing; `genpoe index encode` goes on"
+            f"{shards.directory}: {len(missing):,} of {len(shards):,} shards are missing; rerun `genpoe index encode`"
         )
     build = _Build(shards, building_directory(directory), factory, memory, progress)
-    build.begin()
-    with writing(build.work, KEPT):
+    build.prepare()
+    with writing(build.work, RESUME_ADVICE):
         for number, name in enumerate(build.names):
             if not (build.finished / name).exists():
                 build.fill(number, build.finished / name)
         write_passages(shards, build.finished, progress=progress)
         search = tuned([build.finished / name for name in build.names], shards, recall, queries, progress=progress)
-        asked = _asked(factory, memory, recall, None if queries is None else queries.name)
-        build.describe(search, asked)
+        build.write_manifest(search, _requested(factory, memory, recall, None if queries is None else queries.name))
     PassageIndex.load(build.finished)
     replace_directory(build.finished, directory)
     shutil.rmtree(build.work)
@@ -164,15 +176,22 @@ def build_index(
 def retune(
     index: PassageIndex, shards: Shards, recall: float, queries: Queries | None = None, *, progress: bool = True
 ) -> PassageIndex:
-    """Tune an index for another recall, or by other questions, and open it anew.
+    """Tune an index again, for another recall or with other questions, and reopen it.
+
+    Args:
+        index: the index; its manifest is rewritten.
+        shards: the shards that the index was built from.
+        recall: target recall@20 against exact search.
+        queries: question vectors for tuning; by default perturbed passages.
+        progress: whether to show progress bars.
 
     Raises:
-        InputError: the shards are not those that it was built from.
+        InputError: the index was not built from these shards.
     """
     if shards.manifest["digest"] != index.manifest["digest"] or shards.encoder_fingerprint != index.encoder_fingerprint:
         raise InputError(
-            f"{shards.directory}: shards of other passages or of another encoder ({shards.encoder_name}) than the index"
-            f" in {index.directory}"
+            f"{shards.directory}: these shards have other passages or another encoder ({shards.encoder_name}) than the"
+            f" index in {index.directory}"
         )
     paths = [index.directory / name for name in index.manifest["vectors"]]
     search = tuned(paths, shards, recall, queries, progress=progress)
@@ -182,6 +201,8 @@ def retune(
 
 
 class _Build:
+    """A build in progress, with its settings and files."""
+
     def __init__(self, shards: Shards, work: Path, factory: str | None, memory: int | None, progress: bool) -> None:
         self.shards, self.work, self.memory, self.progress = shards, work, memory, progress
         self.finished = work / INDEX
@@ -197,53 +218,54 @@ class _Build:
     def _choose(self, factory: str | None) -> Choice:
         count, dimension = self.shards.count, self.shards.dimension
         if factory is None and self.memory is None:
-            # What is free differs from time to time, and a build that was begun goes on as it was begun.
-            begun = _read_json(self.work / BUILD)
-            if not isinstance(begun, dict) or begun.get("shards") != self.identity:
-                from genpoe_plugin.device_memory import available_memory  # here, for it loads torch
+            # The free memory varies, so a resumed build keeps its first choice.
+            earlier = _read_json(self.work / BUILD)
+            if not isinstance(earlier, dict) or earlier.get("shards") != self.identity:
+                from genpoe_plugin.device_memory import available_memory  # here, because it imports torch
 
                 return choose_factory(count, dimension, available_memory("cpu"))
-            factory = str(begun["factory"])
+            factory = str(earlier["factory"])
         if factory is None:
             return choose_factory(count, dimension, self.memory)
         return describe_factory(factory, count, dimension)
 
-    def begin(self) -> None:
-        """Make the directory, keep what an earlier process has made of the same, and delete what it made of other."""
-        wanted = {
+    def prepare(self) -> None:
+        """Create the working directory; keep the files of an earlier build with the same settings, delete others."""
+        settings = {
             "shards": self.identity,
             "factory": self.choice.factory,
             "part_rows": self.part_rows,
             "training_rows": self.training_rows,
             "faiss": faiss.__version__,
         }
-        with writing(self.work, KEPT):
+        with writing(self.work, RESUME_ADVICE):
             self.finished.mkdir(parents=True, exist_ok=True)
-            if _read_json(self.work / BUILD) != wanted:
+            if _read_json(self.work / BUILD) != settings:
                 for path in (self.work / TRAINED, self.work / FILLED):
                     path.unlink(missing_ok=True)
                 shutil.rmtree(self.finished)
                 self.finished.mkdir()
-                _write_json(self.work / BUILD, wanted)
-            for left_over in (*self.work.glob(".*"), *self.finished.glob(".*")):  # by a process that was killed
-                left_over.unlink()
+                _write_json(self.work / BUILD, settings)
+            for temporary in (*self.work.glob(".*"), *self.finished.glob(".*")):  # of a killed process
+                temporary.unlink()
         self._check_disk()
         if self.progress:
-            in_parts = f"; in {len(self.names)} parts, to stay within {gigabytes(self.memory or 0)}"
+            in_parts = f"; in {len(self.names)} parts, because of the limit of {gigabytes(self.memory or 0)}"
             reason = f"{self.choice.reason}{in_parts if len(self.names) > 1 else ''}"
             tqdm.write(f"{self.choice.factory}: {reason}", sys.stderr)
 
     def _check_disk(self) -> None:
         passages = sum(self.shards.passages_file(number).stat().st_size for number in self.shards.numbers)
         needed = self.choice.bytes + passages + 16 * self.shards.count
-        there = sum(path.stat().st_size for path in self.finished.iterdir())
-        if (free := shutil.disk_usage(self.work).free) < needed - there:
+        existing = sum(path.stat().st_size for path in self.finished.iterdir())
+        if (free := shutil.disk_usage(self.work).free) < needed - existing:
             raise InputError(
-                f"{self.work}: {gigabytes(needed - there)} are needed on the disk, {gigabytes(free)} are free; {KEPT}"
+                f"{self.work}: {gigabytes(needed - existing)} are needed on the disk, {gigabytes(free)} are free; "
+                f"{RESUME_ADVICE}"
             )
 
     def trained(self) -> Any:
-        """The trained, empty index, from the file where it is there."""
+        """The trained, empty index, from its file if it exists."""
         path = self.work / TRAINED
         if not path.exists():
             rows = self.training_rows
@@ -257,13 +279,13 @@ class _Build:
         return _read(path)
 
     def fill(self, number: int, path: Path) -> None:
-        """Write the part of the index that has the rows from ``number`` times ``part_rows`` on."""
+        """Fill part ``number`` of the index and write it to ``path``."""
         start = number * self.part_rows
         stop = min(start + self.part_rows, self.shards.count)
         index = self.trained()
         try:
-            # What refines is a plain array, filled as fast as it is read. So only the rest is saved on the way, and in
-            # one file of both nothing is in memory twice.
+            # The refining vectors are a plain array, filled as fast as they are read, so only the base index is saved
+            # in between. Writing both to one file at the end avoids a second copy in memory.
             if type(index) in (faiss.IndexRefine, faiss.IndexRefineFlat):
                 base = self._add_saving(faiss.downcast_index(index.base_index), start, stop)
                 refine = faiss.downcast_index(index.refine_index)
@@ -278,8 +300,10 @@ class _Build:
         (self.work / FILLED).unlink(missing_ok=True)
 
     def _add_saving(self, index: Any, start: int, stop: int) -> Any:
-        """Add rows, those that are not in the saved index yet; graphs cannot be saved on the way, since FAISS does not
-        write where their random numbers are."""
+        """Add the rows that are not in the saved index yet, and save in between.
+
+        Graphs cannot be saved in between, because FAISS does not save the state of their random numbers.
+        """
         path = self.work / FILLED
         resumable = faiss.try_extract_index_ivf(index) is not None
         if path.exists():
@@ -289,7 +313,7 @@ class _Build:
 
     def _add(self, index: Any, start: int, stop: int, what: str, save_to: Path | None = None) -> None:
         if isinstance(index, faiss.IndexFlatCodes) and not isinstance(index, faiss.IndexFastScan):
-            # Else the array would grow by doubling, and be there twice while it does.
+            # Otherwise the array would grow by doubling, with a second copy in memory.
             index.codes.resize((stop - start) * index.code_size)
             index.codes.resize(0)
         saved = time.monotonic()
@@ -304,8 +328,8 @@ class _Build:
         if save_to is not None and start < stop:
             _write(index, save_to)
 
-    def describe(self, search: dict[str, Any], asked: dict[str, Any]) -> None:
-        """Write the description of the index, which makes it one."""
+    def write_manifest(self, search: dict[str, Any], requested: dict[str, Any]) -> None:
+        """Write the manifest, which completes the index."""
         files = {}
         for name in [*self.names, PASSAGES, IDS]:
             path = self.finished / name
@@ -319,7 +343,7 @@ class _Build:
             "training_rows": self.training_rows,
             "vectors": self.names,
             "search": search,
-            "asked": asked,
+            "asked": requested,
             "files": files,
             "faiss": faiss.__version__,
         }
@@ -329,7 +353,7 @@ class _Build:
 def tuned(
     paths: Sequence[Path], shards: Shards, recall: float, queries: Queries | None = None, *, progress: bool = True
 ) -> dict[str, Any]:
-    """How the index in some FAISS files is to be searched, for its description."""
+    """Tune the index in some FAISS files; return the search settings for its manifest."""
     index = open_vectors(paths)
     if isinstance(parts(index)[0], faiss.IndexFlat):
         return {"parameters": {}, "recall": 1.0, "queries": "none, for the search is exact"}
@@ -337,7 +361,7 @@ def tuned(
     tuning = tune(index, vectors, nearest(shards, vectors, progress=progress), recall, progress=progress)
     if tuning.recall < recall:
         _log.warning(
-            "recall@%d of this index is %.3f at most, not %g; a type that keeps more of the vectors finds more",
+            "recall@%d of this index is at most %.3f, below the target %g; an index type with larger codes has more",
             tuning.at,
             tuning.recall,
             recall,
@@ -351,12 +375,12 @@ def tuned(
     }
 
 
-def _asked(factory: str | None, memory: int | None, recall: float, queries: str | None) -> dict[str, Any]:
+def _requested(factory: str | None, memory: int | None, recall: float, queries: str | None) -> dict[str, Any]:
     return {"factory": factory, "memory": memory, "recall": recall, "queries": queries}
 
 
 def _part_rows(index: Any, count: int, memory: int | None) -> int:
-    """The rows of a part of the index, so that it fits into memory; all, where they do."""
+    """The number of rows in each part of the index, so that a part fits into memory; all rows if they fit."""
     for number in range(1, MAX_PARTS + 1):
         rows = -(-count // number)
         if memory is None or filling_bytes(index, rows) <= memory:
@@ -365,20 +389,22 @@ def _part_rows(index: Any, count: int, memory: int | None) -> int:
     raise InputError(f"{gigabytes(memory or 0)} of memory: too little even in parts; give {gigabytes(least)} or more")
 
 
-def _check_training(factory: str, wanted: int, rows: int, count: int) -> None:
-    why = f"{rows:,} passages to train on" + (", which is what memory allows" if rows < count else "")
-    advised = f"{POINTS_PER_CENTROID * wanted:,} are what FAISS asks for"
-    if rows < wanted:
+def _check_training(factory: str, needed: int, rows: int, count: int) -> None:
+    available = f"{rows:,} passages to train on" + (" (all that memory allows)" if rows < count else "")
+    advised = f"FAISS advises {POINTS_PER_CENTROID * needed:,}"
+    if rows < needed:
         raise InputError(
-            f"factory {factory!r}: {wanted:,} centroids take more than {why}; {advised}; take fewer lists, or Flat"
+            f"factory {factory!r}: {needed:,} centroids need more than {available}; {advised}; use fewer lists, or Flat"
         )
-    if rows < POINTS_PER_CENTROID * wanted:
-        _log.warning("factory %r: %s for %d centroids, and %s; it may find less", factory, why, wanted, advised)
+    if rows < POINTS_PER_CENTROID * needed:
+        _log.warning(
+            "factory %r: only %s for %d centroids; %s; recall may be lower", factory, available, needed, advised
+        )
 
 
 def _write(index: Any, path: Path) -> None:
-    with writing(path, KEPT), atomic_file(path) as temporary, temporary.open("wb") as file:
-        # Through Python's file, for FAISS's own writer does not notice when the last bytes find the disk full.
+    with writing(path, RESUME_ADVICE), atomic_file(path) as temporary, temporary.open("wb") as file:
+        # Written through a Python file, because FAISS's own writer may not notice a full disk at the last bytes.
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
@@ -386,9 +412,7 @@ def _read(path: Path) -> Any:
     try:
         return faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
-        raise InputError(
-            f"{path}: damaged ({faiss_reason(error)}); delete it and run the same command again"
-        ) from error
+        raise InputError(f"{path}: damaged ({faiss_reason(error)}); delete it and rerun the same command") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

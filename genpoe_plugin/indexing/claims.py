@@ -1,12 +1,12 @@
-"""Claims: files by which one of many processes, on any number of machines, makes a piece of work its own.
+"""Claims: lock files with which one of many processes, on any number of machines, reserves a piece of work.
 
-What is guaranteed, on a local disk and on NFS alike (version 3 and later): a claim that is there is never made a second
-time, because it comes into being as a hard link to a file that is whole already, and linking is exclusive on both.
+An existing claim is never created a second time, on local disks and on NFS (version 3 and later): a claim is created as
+a hard link to a complete file, and linking is exclusive on both.
 
-Whether its owner is still alive is known on the owner's machine, by the lock that the kernel holds on the file for as
-long as the process lives; so what a killed process left behind is taken over there at once, after a reboot too. Nothing
-is concluded about other machines, which are told apart by host name: their claims stay until their owner, another
-process of that machine, or the user removes them. Where a file system has no locks, they stay on this machine too.
+The owner of a claim locks the file. The kernel holds the lock as long as the process lives, so on the owner's machine
+another process can take over the claim of a killed process at once, also after a reboot. Claims of other machines
+(distinguished by host name) are never taken over: their owner, another process on that machine, or the user must remove
+them. On file systems without locks, claims of this machine are not taken over either.
 """
 
 from __future__ import annotations
@@ -25,20 +25,29 @@ from genpoe_plugin.files import atomic_file
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim of this process, until it is released or the process ends."""
+    """A claim of this process, until it is released or the process ends.
+
+    Attributes:
+        path: path of the claim.
+        file: the open, locked file.
+    """
 
     path: Path
     file: BinaryIO
 
     def release(self) -> None:
+        """Delete the claim, unless another process has replaced it."""
         if _is_at(self.path, self.file):
             self.path.unlink()
         self.file.close()
 
 
 def claim(path: Path) -> Claim | None:
-    """Make the file ``path``, which names this process, or take it over from one that has ended; None if another has
-    it, or had it just now."""
+    """Create the claim ``path`` for this process, or take it over from a process that has ended.
+
+    Returns:
+        The claim; None if another process has it, or has just released it.
+    """
     ended = None
     if path.exists() and (ended := _open_abandoned(path)) is None:
         return None
@@ -49,14 +58,14 @@ def claim(path: Path) -> Claim | None:
                 file.write(json.dumps(_this_process()).encode())
                 file.flush()
                 _lock(file)
-        except (FileExistsError, FileNotFoundError):  # another was faster, or tidies up, for all work is done
+        except (FileExistsError, FileNotFoundError):  # another process was faster, or cleans up after all work
             return None
         opened.pop_all()
     return Claim(path, file)
 
 
 def can_be_claimed(path: Path) -> bool:
-    """Whether nobody has the claim, so that it is worth trying."""
+    """Whether no living process seems to have the claim, so that it is worth trying to claim it."""
     if not path.exists():
         return True
     if (ended := _open_abandoned(path)) is None:
@@ -66,23 +75,26 @@ def can_be_claimed(path: Path) -> bool:
 
 
 def owner(path: Path) -> str:
-    """Who has a claim, for people."""
+    """The owner of a claim, as text."""
     try:
-        found = _parse(path.read_bytes())
+        record = _parse(path.read_bytes())
     except OSError:
-        found = None
-    return f"process {found['pid']} on {found['host']}" if found else "an unknown process"
+        record = None
+    return f"process {record['pid']} on {record['host']}" if record else "an unknown process"
 
 
 def _open_abandoned(path: Path) -> BinaryIO | None:
-    """The file of a claim whose owner has ended, locked while it is open, so that no other takes it over as well."""
+    """Open the claim of a process that has ended; None if its owner may be alive.
+
+    The file is locked while it is open, so that no other process takes over the claim as well.
+    """
     with ExitStack() as opened:
         try:
             file = opened.enter_context(path.open("r+b"))
         except OSError:
             return None
-        found, here = _parse(file.read()), _this_process()
-        on_this_machine = found is not None and any(found[key] == here[key] for key in ("boot", "host"))
+        record, here = _parse(file.read()), _this_process()
+        on_this_machine = record is not None and any(record[key] == here[key] for key in ("boot", "host"))
         if not (on_this_machine and _lock(file) and _is_at(path, file)):
             return None
         opened.pop_all()
@@ -98,7 +110,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether the open file still has this name: another may have been made meanwhile."""
+    """Whether the open file is still at ``path``: another process may have replaced it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -107,10 +119,10 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 def _parse(content: bytes) -> dict[str, str | int] | None:
     try:
-        found = json.loads(content)
+        record = json.loads(content)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and found.keys() >= _this_process().keys() else None
+    return record if isinstance(record, dict) and record.keys() >= _this_process().keys() else None
 
 
 def _this_process() -> dict[str, str | int]:

@@ -1,4 +1,4 @@
-"""The look through a whole corpus before the long work on it: how many passages, which, and whether ids are unique."""
+"""Check a corpus before it is encoded: count and hash its passages, and check that ids are unique."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from tqdm import tqdm
 from genpoe_plugin.data.passages import Passage, located_passages
 from genpoe_plugin.errors import InputError
 
-CANDIDATES = 1000  # repeated hashes looked into; one is enough to find two equal ids
+CANDIDATES = 1000  # number of repeated hashes to check; one is enough to find equal ids
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """``digest`` is the sha256 over id, title and text of all passages: a file and its ``.gz`` have the same."""
+    """The result of checking a corpus.
+
+    Attributes:
+        count: number of passages.
+        digest: SHA-256 of id, title and text of all passages; the same for a file and its ``.gz``.
+    """
 
     count: int
     digest: str
 
 
 def check_corpus(passages: str | Path | Iterable[Passage], *, progress: bool = False) -> Corpus:
-    """Read all passages of a file, or of an iterable that can be read again, once; 16 bytes a passage stay in memory.
+    """Read all passages once and check them, with 16 bytes of memory per passage.
+
+    Args:
+        passages: a file, or an iterable that can be read again.
+        progress: whether to show a progress bar.
 
     Raises:
-        InputError: a line is malformed, as `read_passages` says; two passages have one id; or there are no passages.
+        InputError: a passage is malformed (see `read_passages`), two passages have the same id, or there are none.
     """
     digest, hashes = hashlib.sha256(), array("q")
     for passage, _ in tqdm(_located(passages), desc="checking passages", unit="passage", disable=not progress):
@@ -42,12 +51,12 @@ def check_corpus(passages: str | Path | Iterable[Passage], *, progress: bool = F
         seen: dict[str, str] = {}
         for passage, where in _located(passages):
             if hash(passage.id) in repeated and (first := seen.setdefault(passage.id, where)) != where:
-                raise InputError(f"{where}: id {passage.id!r} is also that of {first}; ids have to be unique")
+                raise InputError(f"{where}: id {passage.id!r} is also the id of {first}; ids must be unique")
     return Corpus(len(hashes), digest.hexdigest())
 
 
 def _repeated(hashes: array[int]) -> set[int]:
-    """Some of the hashes that come more than once."""
+    """Hashes that occur more than once, at most `CANDIDATES`."""
     values = np.sort(np.frombuffer(hashes, np.int64))
     return set(values[1:][values[1:] == values[:-1]][:CANDIDATES].tolist())
 
@@ -61,7 +70,7 @@ def _located(passages: str | Path | Iterable[Passage]) -> Iterator[tuple[Passage
 
 
 def source_of(passages: str | Path | Iterable[Passage]) -> dict[str, Any] | None:
-    """What tells that a file is still the same; None for what is not a file."""
+    """Path, size and modification time of a file, to detect changes; None for other passages."""
     if not isinstance(passages, str | Path) or not Path(passages).is_file():
         return None
     status = Path(passages).stat()

@@ -1,4 +1,4 @@
-"""Encoding a corpus into shards: by one process or by many on many machines, and resumed after any interruption."""
+"""Encode a corpus into shards, with one process or many on many machines; resumable after any interruption."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from genpoe_plugin.files import writing
 from genpoe_plugin.indexing.building import build_index, check_directory, shards_directory
 from genpoe_plugin.indexing.claims import Claim, can_be_claimed, claim, owner
 from genpoe_plugin.indexing.corpus import Corpus, check_corpus, source_of
-from genpoe_plugin.indexing.shards import KEPT, MANIFEST, SHARD_SIZE, Shards
+from genpoe_plugin.indexing.shards import MANIFEST, RESUME_ADVICE, SHARD_SIZE, Shards
 from genpoe_plugin.retrieval.encoder import Encoder
 from genpoe_plugin.retrieval.faiss_setup import make_index
 from genpoe_plugin.retrieval.index import PassageIndex
 
-SLICE = 512  # passages encoded between two steps of the progress bar
-PAUSE = 2  # seconds between two looks at what other processes have done
+SLICE = 512  # passages between updates of the progress bar
+PAUSE = 2  # seconds between checks for the shards of other processes
 
 
 def encode_shards(
@@ -39,31 +39,34 @@ def encode_shards(
     dtype: str = "float16",
     progress: bool = True,
 ) -> Shards:
-    """Encode all passages into a folder of shards, those that it has not yet, and return it when it is complete.
+    """Encode the missing shards of a folder, and return the folder when it is complete.
 
-    Any number of processes may do this at once, in one folder that all see: the ranks of ``accelerate launch``, and
-    others started by hand, now or later. Every shard is encoded by the one that claims it (see `claims`, also for what
-    that needs of the file system). A rank begins with the shards whose number, divided by the number of ranks, leaves
-    its own; then it takes what is left over, also what an ended process on its machine had claimed. All return when
-    the last shard is there.
+    Any number of processes may share the work if they see the same folder: the ranks of ``accelerate launch``, and
+    others that are started separately at any time. The process that claims a shard encodes it (`claims` describes the
+    requirements on the file system). A rank starts with the shards whose number modulo the number of ranks is its rank;
+    then it takes other shards, including those claimed by processes on its machine that have ended. All processes
+    return when the last shard exists.
 
-    A shard's vectors do not depend on the other shards nor on who encodes it, so at a fixed number of threads, on the
-    same hardware, an interrupted run ends in the same bytes as one that was not.
+    A shard's vectors do not depend on the other shards or on the process, so with the same number of threads and the
+    same hardware, a resumed run yields the same bytes as an uninterrupted one.
 
     Args:
-        passages: a file of `read_passages`, or an iterable that can be read again, such as a list. It is read through
-            before the encoding begins, so that what is wrong with it shows at once; not again if the folder was begun
-            with the same file, by path, size and time of its last change.
-        shard_size: passages a shard; one shard of them is in memory.
-        dtype: of the vectors on disk, "float16" or "float32".
+        passages: a file for `read_passages`, or an iterable that can be read again, such as a list. It is checked
+            before the encoding, unless an earlier process has checked the same file (path, size, modification time).
+        encoder: the encoder.
+        directory: the folder.
+        shard_size: passages per shard; one shard at a time is in memory.
+        dtype: dtype of the vectors on disk, "float16" or "float32".
+        progress: whether to show progress bars.
 
     Raises:
-        InputError: the passages are malformed, or their file changes meanwhile; the folder was begun otherwise, or is
-            damaged; the disk is full; the encoder makes vectors that are not finite. What has been encoded is kept.
+        InputError: the passages are malformed, or their file changes meanwhile; the folder has other settings or is
+            damaged; the disk is full; or a vector is not finite. Finished shards are saved.
+        KeyboardInterrupt: interrupted; the message says how many shards are saved.
     """
-    # Read from the environment, on GPUs too: no process group, which would give up on the slower ranks after a while.
-    place, source = get_cpu_distributed_information(), source_of(passages)
-    progress = progress and place.local_rank == 0
+    # Read from the environment, also on GPUs: a process group would time out while it waits for slower ranks.
+    process, source = get_cpu_distributed_information(), source_of(passages)
+    progress = progress and process.local_rank == 0
     shards = _begin(passages, source, encoder, Path(directory).resolve(), shard_size, dtype, progress)
     try:
         with tqdm(
@@ -71,18 +74,19 @@ def encode_shards(
             total=shards.count,
             initial=_encoded(shards),
             unit="passage",
-            smoothing=0,  # a shard begins with its longest passages, so only the rate over all says what is left
+            smoothing=0,  # a shard begins with its longest passages, so only the overall rate predicts the end
             disable=not progress,
         ) as bar:
-            _Encoding(passages, source, encoder, shards, bar).run(place.rank, place.world_size)
+            _Encoding(passages, source, encoder, shards, bar).run(process.rank, process.world_size)
     except KeyboardInterrupt as error:
         done = len(shards) - len(shards.missing())
         raise KeyboardInterrupt(
-            f"stopped; {done:,} of {len(shards):,} shards are in {shards.directory}, and the same command goes on"
+            f"stopped; {done:,} of {len(shards):,} shards are saved in {shards.directory}; rerun the same command to "
+            "resume"
         ) from error
     except torch.OutOfMemoryError as error:
-        raise InputError("the device has too little memory for batches of this size; give a smaller one") from error
-    _tidy(shards.directory)
+        raise InputError("the device has too little memory; give a smaller batch size") from error
+    _clean_up(shards.directory)
     return Shards.open(shards.directory)
 
 
@@ -95,12 +99,12 @@ def _begin(
     dtype: str,
     progress: bool,
 ) -> Shards:
-    """Look through the passages, unless they are known, and begin the folder, unless it was."""
+    """Check the passages, unless the folder has recorded the same file, and create or open the folder."""
     corpus = None
     if (directory / MANIFEST).is_file():
-        begun = Shards.open(directory)
-        if source is not None and begun.manifest.get("source") == source:
-            corpus = Corpus(begun.count, begun.manifest["digest"])
+        existing = Shards.open(directory)
+        if source is not None and existing.manifest.get("source") == source:
+            corpus = Corpus(existing.count, existing.manifest["digest"])
     if corpus is None:
         corpus = check_corpus(passages, progress=progress)
     return Shards.create(
@@ -115,7 +119,7 @@ def _begin(
 
 
 class _Encoding:
-    """What one of the processes does."""
+    """The work of one process."""
 
     def __init__(
         self,
@@ -129,55 +133,55 @@ class _Encoding:
         self.encoder, self.shards, self.bar = encoder, shards, bar
 
     def run(self, rank: int, ranks: int) -> None:
-        """Encode this rank's share of what is missing, then whatever is left, until nothing is."""
-        wanted, waiting_for = {number for number in self.shards.missing() if number % ranks == rank}, None
+        """Encode this rank's share of the missing shards, then other missing shards, until all exist."""
+        selected, waiting_for = {number for number in self.shards.missing() if number % ranks == rank}, None
         while True:
-            if wanted:
-                self._encode(wanted)
+            if selected:
+                self._encode(selected)
             self.bar.update(_encoded(self.shards) - self.bar.n)
             if not (missing := self.shards.missing()):
                 return
-            wanted = {number for number in missing if can_be_claimed(self._claim_path(number))}
-            if not wanted:
+            selected = {number for number in missing if can_be_claimed(self._claim_path(number))}
+            if not selected:
                 path = self._claim_path(missing[0])
                 if waiting_for != missing[0] and not self.bar.disable:
                     self.bar.write(
-                        f"{path.stem}: {owner(path)} encodes it; if that has ended, delete {path}", sys.stderr
+                        f"{path.stem}: waiting for {owner(path)}; if that process has ended, delete {path}", sys.stderr
                     )
                 waiting_for = missing[0]
                 time.sleep(PAUSE)
 
-    def _encode(self, wanted: set[int]) -> None:
-        """Go through the passages, and encode those shards of ``wanted`` that nobody else has."""
+    def _encode(self, selected: set[int]) -> None:
+        """Read the passages once, and encode those of the selected shards that no other process has claimed."""
         rows = iter(read_passages(self.passages) if isinstance(self.passages, str | Path) else self.passages)
-        for number in range(max(wanted) + 1):
-            claimed = self._claim(number) if number in wanted else None
+        for number in range(max(selected) + 1):
+            claimed = self._claim(number) if number in selected else None
             if claimed is None:
                 deque(islice(rows, self.shards.rows(number)), maxlen=0)
                 continue
             try:
                 block = list(islice(rows, self.shards.rows(number)))
-                if number in self.shards.missing():  # else another process was faster
+                if number in self.shards.missing():  # otherwise another process was faster
                     self._encode_shard(number, block)
             finally:
                 claimed.release()
 
     def _encode_shard(self, number: int, block: list[Passage]) -> None:
         vectors = np.empty((len(block), self.shards.dimension), np.float32)
-        # Sorted over the whole shard, so that little is padding.
+        # Sorted by length over the whole shard, to reduce padding.
         order = sorted(range(len(block)), key=lambda row: len(block[row].title) + len(block[row].text), reverse=True)
         for start in range(0, len(order), SLICE):
             rows = order[start : start + SLICE]
             vectors[rows] = self.encoder.encode_passages([block[row] for row in rows])
             self.bar.update(len(rows))
         if len(block) != self.shards.rows(number) or source_of(self.passages) != self.source:
-            raise InputError(f"{self.passages}: changed while it was encoded; begin anew in another directory")
+            raise InputError(f"{self.passages}: changed during the encoding; start over in another directory")
         self.shards.write(number, block, vectors)
-        self.bar.update(_encoded(self.shards) - self.bar.n)  # what others have done meanwhile
+        self.bar.update(_encoded(self.shards) - self.bar.n)  # includes the shards of other processes
 
     def _claim(self, number: int) -> Claim | None:
         path = self._claim_path(number)
-        with writing(path, KEPT):
+        with writing(path, RESUME_ADVICE):
             return claim(path)
 
     def _claim_path(self, number: int) -> Path:
@@ -185,12 +189,12 @@ class _Encoding:
 
 
 def _encoded(shards: Shards) -> int:
-    """How many passages are in the shards that are there."""
+    """The number of passages in existing shards."""
     return shards.count - sum(map(shards.rows, shards.missing()))
 
 
-def _tidy(directory: Path) -> None:
-    """Remove what killed processes have left in a complete folder."""
+def _clean_up(directory: Path) -> None:
+    """Delete files of killed processes from a complete folder."""
     for path in directory.glob("shard-*.claim"):
         if (claimed := claim(path)) is not None:
             claimed.release()
@@ -206,11 +210,18 @@ def index_passages(
     factory: str = "Flat",
     progress: bool = True,
 ) -> PassageIndex:
-    """Encode passages and build an index of them, as ``genpoe index build`` does it in steps.
+    """Encode passages and build an index, like ``genpoe index build``; an existing index is replaced.
+
+    Args:
+        passages: the passages.
+        encoder: the encoder.
+        directory: directory of the index.
+        factory: FAISS factory string.
+        progress: whether to show progress bars.
 
     Raises:
-        InputError: there are no passages, an id comes twice, FAISS cannot make the index, or ``directory`` holds
-            something that is not an index. An index that is there already is replaced.
+        InputError: there are no passages, two have the same id, FAISS cannot build the index, or ``directory`` holds
+            something that is not an index.
     """
     check_directory(directory)
     make_index(factory, encoder.dimension)

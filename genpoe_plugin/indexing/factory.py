@@ -1,4 +1,4 @@
-"""Which FAISS index type for how many passages and how much memory, by arithmetic on bytes."""
+"""Choose the FAISS index type for a number of passages and an amount of memory, by computing sizes in bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, make_index
 
-EXACT_UP_TO = 300_000  # passages that are searched one by one in milliseconds
-# Inverted lists, and from how many passages on; fewer where training them would not fit.
+EXACT_UP_TO = 300_000  # passages; exact search over them takes milliseconds
+# Inverted lists, each with its smallest number of passages; fewer lists if training them would exceed the memory.
 INVERTED_LISTS = (
     (10_000_000, "IVF65536_HNSW32"),
     (5_000_000, "IVF16384_HNSW32"),
@@ -20,23 +20,29 @@ INVERTED_LISTS = (
     (40_000, "IVF1024"),
     (10_000, "IVF256"),
 )
-# What the best of the first, coarse look are compared by, best first, with what it is called.
+# Vectors for the second, finer comparison of the best results, best first, each with its description.
 REFINEMENTS = (
     ("SQfp16", "16-bit vectors"),
     ("SQ8", "8-bit vectors"),
     ("SQ6", "6-bit vectors"),
     ("SQ4", "4-bit vectors"),
 )
-POINTS_PER_CENTROID = 39  # FAISS's own minimum for k-means; with fewer it warns
-MIN_TRAINING_ROWS = 2**16  # what OPQ looks at, at most
+POINTS_PER_CENTROID = 39  # FAISS's own minimum for k-means; it warns below
+MIN_TRAINING_ROWS = 2**16  # largest number of rows that OPQ uses
 CHUNK = 2**14  # rows that are converted, added and searched at a time
-PROCESS = 800_000_000  # Python with its libraries, after an encoder has run in it
+PROCESS = 800_000_000  # bytes of Python with its libraries, after an encoder has run
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A FAISS factory string with the ``bytes`` of its files and the ``peak`` bytes of memory of the process that
-    builds and tunes it, and the ``reason`` for it in one line."""
+    """A chosen index type.
+
+    Attributes:
+        factory: FAISS factory string.
+        bytes: size of the index files.
+        peak: peak memory in bytes of the process that builds and tunes the index.
+        reason: the reason for the choice, in one line.
+    """
 
     factory: str
     bytes: int
@@ -45,11 +51,15 @@ class Choice:
 
 
 def choose_factory(count: int, dimension: int, memory: int | None = None) -> Choice:
-    """The index type for ``count`` vectors of ``dimension`` numbers, compared by inner product: the one that finds
-    most of those that can be built and searched within ``memory`` bytes (None: any).
+    """Choose the index type with the highest recall that can be built and searched within ``memory``.
+
+    Args:
+        count: number of vectors.
+        dimension: dimension of the vectors, which are compared by inner product.
+        memory: memory limit in bytes; None for no limit.
 
     Raises:
-        InputError: none can.
+        InputError: no index type fits the memory.
     """
     least = None
     for factory, kind in _candidates(count, dimension):
@@ -59,45 +69,52 @@ def choose_factory(count: int, dimension: int, memory: int | None = None) -> Cho
         least = choice if least is None or choice.peak < least.peak else least
     assert memory is not None and least is not None
     raise InputError(
-        f"{gigabytes(memory)} of memory: too little for {count:,} passages of {dimension:,} numbers; {least.factory}"
-        f" takes {gigabytes(least.peak)}; give more memory, or --factory {least.factory} with this much, which is built"
-        " in parts, slower to search"
+        f"{gigabytes(memory)} of memory: too little for {count:,} passages (dimension {dimension:,}); {least.factory}"
+        f" needs {gigabytes(least.peak)}; give more memory, or --factory {least.factory} with this memory, which is"
+        " built in parts and slower to search"
     )
 
 
 def describe_factory(factory: str, count: int, dimension: int, kind: str = "as given") -> Choice:
-    """What an index type takes; ``kind`` says in the reason what it is.
+    """The sizes of a given index type.
+
+    Args:
+        factory: FAISS factory string.
+        count: number of vectors.
+        dimension: dimension of the vectors.
+        kind: description of the type, for the reason.
 
     Raises:
-        InputError: FAISS cannot make it.
+        InputError: FAISS does not accept the factory string.
     """
     index = make_index(factory, dimension)
     size = _size(index, count)
     peak = max(filling_bytes(index, count), PROCESS + _training_bytes(index, training_rows(index, count)))
     reason = (
-        f"{count:,} passages of {dimension:,} numbers, {kind}: {gigabytes(size.disk)}, and"
-        f" {gigabytes(peak)} of memory at most"
+        f"{count:,} passages (dimension {dimension:,}), {kind}: {gigabytes(size.disk)} on disk, at most"
+        f" {gigabytes(peak)} of memory"
     )
     return Choice(factory, size.disk, peak, reason)
 
 
 def index_bytes(factory: str, count: int, dimension: int) -> int:
-    """The bytes of the FAISS file of an index with ``count`` vectors, to about a percent for large ones; the lists of
-    types with 4-bit codes end in blocks of 32, which is counted as half a block a list.
+    """Estimated bytes of the FAISS file of an index with ``count`` vectors, within about one percent for large indexes.
+
+    Lists with 4-bit codes end in blocks of 32; the estimate counts half a block per list.
 
     Raises:
-        InputError: FAISS cannot make such an index.
+        InputError: FAISS does not accept the factory string.
     """
     return _size(make_index(factory, dimension), count).disk
 
 
 def filling_bytes(index: Any, count: int) -> int:
-    """The memory of the process that fills an index with ``count`` vectors, and searches it."""
+    """Memory in bytes of a process that fills an index with ``count`` vectors and searches it."""
     return PROCESS + _size(index, count).memory + CHUNK * 12 * index.d
 
 
 def training_rows(index: Any, count: int, memory: int | None = None) -> int:
-    """How many of ``count`` vectors an index is trained on: what its k-means needs, as far as ``memory`` goes."""
+    """The number of ``count`` vectors to train an index on: as many as its k-means needs and ``memory`` allows."""
     rows = max(MIN_TRAINING_ROWS, POINTS_PER_CENTROID * centroids(index))
     if memory is not None:
         fixed, each = _training_bytes(index, 0), _training_bytes(index, 1) - _training_bytes(index, 0)
@@ -106,7 +123,7 @@ def training_rows(index: Any, count: int, memory: int | None = None) -> int:
 
 
 def centroids(index: Any) -> int:
-    """The largest number of centroids that any k-means in an index looks for; 0 if there is none."""
+    """The largest number of centroids of any k-means in an index; 0 without k-means."""
     counts = [0]
     for part in _parts(index):
         if hasattr(part, "pq"):
@@ -117,16 +134,21 @@ def centroids(index: Any) -> int:
 
 
 def train(factory: str, index: Any, vectors: np.ndarray) -> None:
-    """Train an index of `make_index` on float32 [n, dimension], on GPUs where FAISS has any.
+    """Train an index on vectors, float32 ``[n, dimension]``, with FAISS's GPUs if there are any.
 
-    An OPQ rotation is learned for the codes that follow it. FAISS's factory has it learned for codes of 8 bits, which
-    takes longer and, before codes of 4 bits, finds far less: alone 0.70 of the best 20, this way 0.84 (200,000 vectors
-    of 768, OPQ96_384,IVF1024,PQ96x4fs, all lists).
+    An OPQ rotation is trained for the codes that follow it. FAISS's factory would train it for 8-bit codes, which takes
+    longer and is worse for 4-bit codes: recall@20 is 0.70 instead of 0.84 (200,000 vectors of dimension 768,
+    OPQ96_384,IVF1024,PQ96x4fs, all lists).
+
+    Args:
+        factory: FAISS factory string, for error messages.
+        index: an index of `make_index`.
+        vectors: training vectors.
 
     Raises:
-        InputError: FAISS cannot.
+        InputError: FAISS cannot train the index.
     """
-    rotations, clusterings = [], []  # with what FAISS points to and does not keep alive
+    rotations, clusterings = [], []  # keeps objects alive that FAISS only points to
     for part in _parts(index):
         if isinstance(part, faiss.IndexPreTransform):
             transforms = [faiss.downcast_VectorTransform(part.chain.at(i)) for i in range(part.chain.size())]
@@ -139,7 +161,7 @@ def train(factory: str, index: Any, vectors: np.ndarray) -> None:
             part.clustering_index = clusterings[-1][1]
         for learner in [part, *([part.pq] if hasattr(part, "pq") else [])]:
             if hasattr(learner, "cp"):
-                learner.cp.min_points_per_centroid = 1  # else it says again and again on how few it is trained
+                learner.cp.min_points_per_centroid = 1  # silences repeated warnings about few training vectors
     for rotation, codes_of_rotation in rotations:
         codes_of_rotation.cp.min_points_per_centroid = 1
         rotation.pq = codes_of_rotation
@@ -155,16 +177,17 @@ def train(factory: str, index: Any, vectors: np.ndarray) -> None:
 
 
 def gigabytes(size: int) -> str:
+    """A number of bytes as text, in gigabytes."""
     return f"{size / 1e9:.1f} GB"
 
 
 def _candidates(count: int, dimension: int) -> Iterator[tuple[str, str]]:
-    """Factory strings with what they are called, best first."""
+    """Factory strings with their descriptions, best first."""
     if count <= EXACT_UP_TO or dimension < 8:
         yield "Flat", "exact search"
     if dimension < 8:
         return
-    # Codes of 4 bits for 4 numbers each, after a rotation that keeps what matters most of wide vectors.
+    # 4-bit codes for 4 dimensions each, after a rotation that reduces wide vectors to their most important dimensions.
     rotated = min(dimension, max(384, dimension // 2)) // 8 * 8
     codes = rotated // 4
     lists = [name for least, name in INVERTED_LISTS if least <= count]
@@ -183,12 +206,12 @@ class _Size:
 
 
 def _size(index: Any, count: int) -> _Size:
-    """Bytes of an index of ``count`` vectors.
+    """Bytes of an index with ``count`` vectors.
 
-    Lists and graphs grow by doubling, so they may take twice their size in memory. So do lists of 4-bit codes when they
-    are searched: FAISS does not map them from the file, but reads them.
+    Lists and graphs grow by doubling, so they may need twice their size in memory. So do lists of 4-bit codes during
+    search, because FAISS reads them instead of memory-mapping them.
     """
-    part = faiss.downcast_index(index)  # which does not keep its argument alive
+    part = faiss.downcast_index(index)  # does not keep its argument alive
     if isinstance(part, faiss.IndexPreTransform):
         inner = _size(part.index, count)
         for i in range(part.chain.size()):
@@ -211,14 +234,14 @@ def _size(index: Any, count: int) -> _Size:
         disk = round(count * (4 * links + 8 + 4))
         storage = _size(part.storage, count)
         return _Size(storage.disk + disk, 2 * (storage.disk + disk))
-    # What is left holds a code for each vector: as such, rounded up to blocks, or at least counted as if it did.
+    # All other types have one code per vector, possibly padded to blocks; unknown types are counted as float32.
     code_size = part.code_size if hasattr(part, "code_size") else 4 * part.d
     rows = -(-count // part.bbs) * part.bbs if isinstance(part, faiss.IndexFastScan) else count
     return _exactly(rows * code_size + _tables(part))
 
 
 def _tables(index: Any) -> int:
-    """What product and scalar quantisers of an index have learned."""
+    """Bytes of the tables of product and scalar quantisers in an index."""
     return 4 * index.d * (index.pq.ksub if hasattr(index, "pq") else 2 if hasattr(index, "sq") else 0)
 
 
@@ -227,7 +250,7 @@ def _exactly(size: int) -> _Size:
 
 
 def _training_bytes(index: Any, rows: int) -> int:
-    """Float32 vectors before and after each transformation, and what OPQ computes with."""
+    """Bytes for training: float32 vectors before and after each transformation, and the buffers of OPQ."""
     widths, opq = [index.d], 0
     for part in _parts(index):
         if isinstance(part, faiss.IndexPreTransform):
@@ -238,8 +261,8 @@ def _training_bytes(index: Any, rows: int) -> int:
 
 
 def _parts(index: Any) -> Iterator[Any]:
-    """An index and all that it is made of."""
-    part = faiss.downcast_index(index)  # which does not keep its argument alive
+    """An index and all its component indexes."""
+    part = faiss.downcast_index(index)  # does not keep its argument alive
     yield part
     for name in ("index", "base_index", "refine_index", "quantizer", "storage"):
         if isinstance(inner := getattr(part, name, None), faiss.Index):

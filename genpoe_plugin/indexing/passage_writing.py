@@ -1,4 +1,4 @@
-"""The passages of an index, written from those of its shards."""
+"""Write the passages of an index from the passages of its shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genpoe_plugin.retrieval.passage_store import BLOCK, IDS, PASSAGES, SCHEMA, 
 
 
 def write_passages(shards: Shards, directory: Path, *, progress: bool = False) -> None:
-    """Write the files of a `PassageStore` from those of all shards; what is there already is left as it is."""
+    """Write the files of a `PassageStore` from the passages of all shards; existing files are kept."""
     if not (directory / PASSAGES).exists():
         with (
             tqdm(desc="storing passages", total=shards.count, unit="passage", disable=not progress) as bar,
@@ -44,7 +44,7 @@ def write_passages(shards: Shards, directory: Path, *, progress: bool = False) -
 
 
 def _blocks(shards: Shards) -> Iterator[pa.RecordBatch]:
-    """All passages in record batches of `BLOCK`, wherever the shards end; the last batch may be smaller."""
+    """All passages in record batches of `BLOCK` passages, across shards; the last batch may be smaller."""
     waiting: list[pa.RecordBatch] = []
     for number in shards.numbers:
         path = shards.passages_file(number)
@@ -58,6 +58,6 @@ def _blocks(shards: Shards) -> Iterator[pa.RecordBatch]:
                         waiting = table.slice(BLOCK).to_batches()
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{path}: cannot be read ({reason}); delete it and run the same command again") from error
+            raise InputError(f"{path}: cannot be read ({reason}); delete it and rerun the same command") from error
     if waiting:
         yield pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]

@@ -1,9 +1,9 @@
-"""A folder of shards: the passages of a corpus and their vectors, encoded once, for any index to be built from.
+"""A folder of shards: the passages of a corpus and their vectors, encoded once for any number of indexes.
 
-- ``shards.json``: what all shards share: the encoder, the numbers' type, how many passages, and a digest of them;
-- ``shard-00000.npy``: the vectors of the first ``shard_size`` passages, [rows, dimension], and so on;
-- ``shard-00000.arrow``: the same passages, in the same order, an Arrow file in record batches of `BLOCK`;
-- ``shard-00000.json``: rows, sizes and sha256 of both. It is written last: without it, there is no shard.
+- ``shards.json``, the manifest: the encoder, the vectors' dtype, the number of passages, and their digest;
+- ``shard-00000.npy`` and so on: the vectors of the first ``shard_size`` passages, ``[rows, dimension]``;
+- ``shard-00000.arrow``: the same passages in the same order, an Arrow file with record batches of `BLOCK` passages;
+- ``shard-00000.json``: rows, sizes and SHA-256 of both files. It is written last, so a shard without it is incomplete.
 """
 
 from __future__ import annotations
@@ -42,11 +42,16 @@ FIELDS = {
     "digest": str,
 }
 PARTS = (".npy", ".arrow")
-KEPT = "the shards that are there are whole, and the same command goes on with the others"
+RESUME_ADVICE = "finished shards are saved; rerun the same command to resume"
 
 
 class Shards:
-    """A folder of shards, whole or on the way to be; shards count from 0, in the order of the passages."""
+    """A folder of shards, complete or not. Shards are numbered from 0, in the order of the passages.
+
+    Args:
+        directory: the folder.
+        manifest: content of ``shards.json``.
+    """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory, self.manifest = directory, manifest
@@ -63,22 +68,26 @@ class Shards:
         dtype: str = "float16",
         source: dict[str, Any] | None = None,
     ) -> Shards:
-        """Begin a folder of shards, or open one that was begun in the same way, by this process or another.
+        """Create a folder of shards, or open one that this or another process has created with the same settings.
 
         Args:
-            count: of all passages.
-            digest: stands for all passages, as that of `check_corpus`.
-            dtype: of the numbers on disk, "float16" or "float32".
-            source: of the passages, for people and for `encode_shards`; not compared.
+            directory: the folder.
+            encoder: encoder of the passages.
+            count: number of passages.
+            digest: digest of the passages, from `check_corpus`.
+            shard_size: passages per shard.
+            dtype: dtype of the vectors on disk, "float16" or "float32".
+            source: source of the passages, for information and for `encode_shards`; it is not compared.
 
         Raises:
-            InputError: there is a folder of other shards, or something else; as `open`.
+            InputError: a setting is out of range, the folder has shards with other settings or something else, or see
+                `open`.
         """
         directory = Path(directory).resolve()
         if shard_size < 1 or dtype not in DTYPES or count < 1:
             raise InputError(
-                f"{directory}: {count:,} passages in shards of {shard_size:,} in {dtype}; at least one passage is"
-                f" needed, at least one a shard, and {' or '.join(DTYPES)}"
+                f"{directory}: count is {count:,}, shard_size is {shard_size:,}, dtype is {dtype}; count and shard_size"
+                f" must be at least 1, and dtype {' or '.join(DTYPES)}"
             )
         manifest = {
             "format": FORMAT,
@@ -95,37 +104,41 @@ class Shards:
             "source": source,
         }
         refuse_pickles(directory)
-        # A process that begins the same folder right now, or was killed at that, may have left a temporary file.
-        check_replaceable(directory, lambda found: any(found.glob(f"*{MANIFEST}*")), "a folder of shards")
+        # Another process that creates the same folder now, or was killed meanwhile, may have a temporary file there.
+        check_replaceable(directory, lambda path: any(path.glob(f"*{MANIFEST}*")), "a folder of shards")
         if not (directory / MANIFEST).exists():
             with (
-                writing(directory / MANIFEST, KEPT),
+                writing(directory / MANIFEST, RESUME_ADVICE),
                 suppress(FileExistsError),  # another process was faster
                 _durable_file(directory / MANIFEST, replace=False) as file,
             ):
                 file.write(_json(manifest))
         shards = cls.open(directory)
         if changes := _changes(shards.manifest, manifest):
-            raise InputError(f"{directory}: begun with {'; '.join(changes)}; go on as begun, or give another directory")
+            raise InputError(
+                f"{directory}: created with {'; '.join(changes)}; use the earlier settings, or another directory"
+            )
         return shards
 
     @classmethod
     def open(cls, directory: str | Path) -> Shards:
-        """Open a folder of shards; descriptions and file sizes are checked, which takes no time at any size.
+        """Open a folder of shards and check its descriptions and file sizes.
 
         Raises:
-            InputError: it is none, or a shard of it is damaged.
+            InputError: it is not a folder of shards, or a shard is damaged.
         """
         directory = Path(directory).resolve()
         refuse_pickles(directory)
         path = directory / MANIFEST
         if not path.is_file():
-            raise InputError(f"{directory}: not a folder of shards (no {MANIFEST}); `genpoe index build` makes one")
-        manifest = _read_json(path, "begin anew in another directory")
+            raise InputError(
+                f"{directory}: not a folder of shards (no {MANIFEST}); create one with `genpoe index encode`"
+            )
+        manifest = _read_json(path, "start over in another directory")
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-            raise InputError(f"{path}: not the description of shards of version {VERSION}; give another directory")
+            raise InputError(f"{path}: not a manifest of shards of version {VERSION}; give another directory")
         if not all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items()):
-            raise InputError(f"{path}: damaged (fields are missing); begin anew in another directory")
+            raise InputError(f"{path}: damaged (fields are missing); start over in another directory")
         shards = cls(directory, manifest)
         for number in shards.numbers:
             shards._check_size(number)
@@ -133,40 +146,44 @@ class Shards:
 
     @property
     def count(self) -> int:
-        """Of all passages, encoded or not yet."""
+        """Number of passages, including those that are not encoded yet."""
         return self.manifest["count"]
 
     @property
     def dimension(self) -> int:
+        """Dimension of the vectors."""
         return self.manifest["dimension"]
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the vectors on disk, float16 or float32."""
+        """Dtype of the vectors on disk, float16 or float32."""
         return np.dtype(self.manifest["dtype"])
 
     @property
     def encoder_name(self) -> str:
+        """Name or path of the encoder."""
         return self.manifest["encoder"]
 
     @property
     def encoder_fingerprint(self) -> str:
+        """Fingerprint of the encoder."""
         return self.manifest["fingerprint"]
 
     def __len__(self) -> int:
-        """How many shards there are when all are encoded."""
+        """Number of shards of the complete folder."""
         return -(-self.count // self.manifest["shard_size"])
 
     @property
     def numbers(self) -> range:
+        """Numbers of all shards."""
         return range(len(self))
 
     def rows(self, number: int) -> int:
-        """How many passages a shard has: ``shard_size``, but for the last one."""
+        """Number of passages in a shard: ``shard_size``, except for the last shard."""
         return min(self.manifest["shard_size"], self.count - number * self.manifest["shard_size"])
 
     def vectors(self, number: int) -> np.memmap:
-        """[rows, dimension] of ``dtype``, memory-mapped.
+        """The vectors of a shard, ``[rows, dimension]`` in ``dtype``, memory-mapped.
 
         Raises:
             InputError: the shard is missing or damaged.
@@ -175,50 +192,60 @@ class Shards:
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise self._damaged(path, "not whole vectors") from error
+            raise self._damaged(path, "incomplete vectors") from error
         if vectors.shape != (self.rows(number), self.dimension) or vectors.dtype != self.dtype:
             raise self._damaged(path, f"vectors of shape {vectors.shape} in {vectors.dtype}")
         return vectors
 
     def passages_file(self, number: int) -> Path:
-        """Where the Arrow file of a shard's passages is."""
+        """Path of the Arrow file with a shard's passages."""
         return self.path(number, ".arrow")
 
     def path(self, number: int, suffix: str) -> Path:
+        """Path of a shard's file with the given suffix."""
         return self.directory / f"shard-{number:05d}{suffix}"
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet, as of now; a shard without one of its files is not there."""
+        """Numbers of the shards that are missing or incomplete at this moment."""
         names = set(os.listdir(self.directory))
         return [n for n in self.numbers if not names.issuperset(self.path(n, s).name for s in (".json", *PARTS))]
 
     @property
     def is_complete(self) -> bool:
+        """Whether all shards exist."""
         return not self.missing()
 
     def write(self, number: int, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        """Write a shard: [rows, dimension] of any float type, and the passages in the same order.
+        """Write a shard.
+
+        Args:
+            number: number of the shard.
+            passages: its passages.
+            vectors: their vectors in the same order, ``[rows, dimension]`` of any float dtype.
 
         Raises:
-            InputError: a vector is not finite in ``dtype``, or the files cannot be written; nothing is lost by that.
+            InputError: the shapes are wrong, a vector is not finite in ``dtype``, or the files cannot be written. Other
+                shards are not affected.
         """
         expected = (self.rows(number), self.dimension)
         if vectors.shape != expected or len(passages) != expected[0]:
             raise InputError(
-                f"{self.path(number, '')}: {len(passages):,} passages and vectors of shape {vectors.shape} where"
-                f" {expected} was announced"
+                f"{self.path(number, '')}: {len(passages):,} passages and vectors of shape {vectors.shape}, expected"
+                f" {expected}"
             )
-        with np.errstate(over="ignore"):  # what overflows is infinite, and that is looked for
+        with np.errstate(over="ignore"):  # overflows become infinite and are detected below
             vectors = np.ascontiguousarray(vectors, self.dtype)
         if not (finite := np.isfinite(vectors).all(axis=1)).all():
             bad = passages[int(np.flatnonzero(~finite)[0])]
-            advice = "store them in float32, or use another encoder" if self.dtype == "float16" else "use another one"
+            advice = (
+                "store vectors in float32, or use another encoder" if self.dtype == "float16" else "use another encoder"
+            )
             raise InputError(
                 f"{self.encoder_name}: the vector of passage {bad.id!r} is not finite in {self.dtype}; {advice}"
             )
         description = self.path(number, ".json")
-        with writing(self.path(number, ""), KEPT):
-            # A shard that lost a file and is made again must not be taken for whole in between.
+        with writing(self.path(number, ""), RESUME_ADVICE):
+            # While a damaged shard is written again, it must not count as complete.
             description.unlink(missing_ok=True)
             with _durable_file(self.path(number, ".npy")) as file:
                 np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(vectors))
@@ -234,7 +261,11 @@ class Shards:
                 file.write(_json({"rows": len(passages), "files": files}))
 
     def verify(self) -> None:
-        """Read every byte of the shards that are there; an ``InputError`` names the first damaged file."""
+        """Compare the SHA-256 of all existing shards with their descriptions.
+
+        Raises:
+            InputError: a file is damaged; the message names it.
+        """
         missing = set(self.missing())
         for number in self.numbers:
             if number not in missing:
@@ -243,46 +274,45 @@ class Shards:
                         raise self._damaged(self.directory / name, "sha256 differs")
 
     def _check_size(self, number: int) -> dict[str, Any]:
-        """What is known of the files of a shard; nothing, if it is missing."""
+        """The recorded sizes and hashes of a shard's files, after checking the sizes; empty if the shard is missing."""
         description, parts = self.path(number, ".json"), [self.path(number, suffix) for suffix in PARTS]
         if not all(path.is_file() for path in (description, *parts)):
             return {}
-        found = _read_json(description, "delete it and run the same command again, which encodes this shard again")
+        record = _read_json(description, "delete it and rerun the same command to encode this shard again")
         try:
-            sizes = [found["files"][part.name]["bytes"] for part in parts]
-            if found["rows"] != self.rows(number):
-                raise self._damaged(description, f"{found['rows']} rows where {self.rows(number)} belong")
+            sizes = [record["files"][part.name]["bytes"] for part in parts]
+            if record["rows"] != self.rows(number):
+                raise self._damaged(description, f"{record['rows']} rows instead of {self.rows(number)}")
         except (KeyError, TypeError) as error:
             raise self._damaged(description, "fields are missing") from error
         for part, size in zip(parts, sizes, strict=True):
             if (actual := part.stat().st_size) != size:
                 raise self._damaged(part, f"{actual:,} bytes where {size:,} were written")
-        return found["files"]
+        return record["files"]
 
     def _damaged(self, path: Path, reason: str) -> InputError:
         return InputError(
-            f"{path}: damaged or missing ({reason}); delete it and run the same command again, which encodes this"
-            " shard again"
+            f"{path}: damaged or missing ({reason}); delete it and rerun the same command to encode this shard again"
         )
 
 
-def _changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, for people."""
+def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences between two manifests, as text."""
     described = {
         "fingerprint": lambda m: f"encoder {m['encoder']} ({m['fingerprint'][:12]})",
         "pooling": lambda m: f"pooling {m['pooling']}",
         "precision": lambda m: f"an encoder in {m['precision']}",
         "dimension": lambda m: f"{m['dimension']} dimensions",
         "dtype": lambda m: f"vectors in {m['dtype']}",
-        "shard_size": lambda m: f"{m['shard_size']:,} passages a shard",
+        "shard_size": lambda m: f"{m['shard_size']:,} passages per shard",
         "digest": lambda m: f"{m['count']:,} passages of digest {m['digest'][:12]}",
     }
-    return [f"{say(begun)}, not {say(now)}" for field, say in described.items() if begun[field] != now[field]]
+    return [f"{say(earlier)}, not {say(now)}" for field, say in described.items() if earlier[field] != now[field]]
 
 
 @contextmanager
 def _durable_file(target: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """As `atomic_file`, open, and on the disk before it gets its name: a crash of the machine leaves no half shard."""
+    """As `atomic_file`, but opened, and synced to disk before it is renamed: a crash leaves no partial shard."""
     with atomic_file(target, replace=replace) as temporary, temporary.open("wb") as file:
         yield file
         file.flush()

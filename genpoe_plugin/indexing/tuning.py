@@ -19,17 +19,23 @@ RECALL_AT = 20
 QUERIES = 1000
 NOISE = 0.5
 SEED = 1
-# FAISS's names of what can be set after an index is built.
+# FAISS's names of search parameters.
 PROBES, BREADTH, COARSE_BREADTH, REFINED = "nprobe", "efSearch", "quantizer_efSearch", "k_factor_rf"
-# What a step costs in bytes read, by measurement: the next vector of a list 0.1 ns a byte, one to be refined, anywhere
-# in memory, 0.6 to 0.9.
-ANYWHERE = 8
-SEEN = 20  # vectors that a graph looks at for each that it keeps in view
+# Cost of random access relative to sequential access, by measurement: 0.6 to 0.9 ns per byte for a vector that is
+# refined, 0.1 ns per byte for the next vector of a list.
+RANDOM_ACCESS = 8
+GRAPH_COMPARISONS = 20  # vectors that a graph search compares per unit of its breadth
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """``parameters`` of FAISS's ``ParameterSpace``, and the recall@``at`` that was measured with them."""
+    """Search parameters and their measured recall.
+
+    Attributes:
+        parameters: names and values in FAISS's ``ParameterSpace``.
+        recall: measured recall@``at``.
+        at: number of results for the recall.
+    """
 
     parameters: dict[str, float]
     recall: float
@@ -37,10 +43,10 @@ class Tuning:
 
 
 def query_vectors(shards: Shards, number: int = QUERIES) -> np.ndarray:
-    """Vectors that are like passages but are none: float32 [number, dimension], fewer where there are few passages.
+    """Artificial queries, float32 ``[number, dimension]``: perturbed passage vectors; fewer for small corpora.
 
-    Each is a passage's vector, moved half as far as two passages are from each other, in a direction in which they
-    do differ: noise in all directions alike would hardly change which vectors are near.
+    Each passage vector is moved by half the typical distance of two passages, along the difference of two other
+    passages. Isotropic noise would hardly change which vectors are nearest.
     """
     number = min(number, shards.count)
     passages, some, others = (
@@ -51,8 +57,8 @@ def query_vectors(shards: Shards, number: int = QUERIES) -> np.ndarray:
 
 
 def nearest(shards: Shards, queries: np.ndarray, at: int = RECALL_AT, *, progress: bool = False) -> list[set[int]]:
-    """The rows that exact search finds among the best ``at`` of each query, and those that tie with the last."""
-    # Not above, because FAISS has to be loaded by `faiss_setup`.
+    """The best ``at`` rows of each query by exact search, and rows that tie with the last of them."""
+    # Imported here, because `faiss_setup` must load FAISS first.
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
     at = min(at, shards.count)
@@ -65,7 +71,10 @@ def nearest(shards: Shards, queries: np.ndarray, at: int = RECALL_AT, *, progres
 
         further = min(2 * at, shards.count)
         scores, rows = knn_ground_truth(queries, counted(), further, faiss.METRIC_INNER_PRODUCT)
-    return [set(found[line >= line[at - 1]].tolist()) for line, found in zip(scores, rows, strict=True)]
+    return [
+        set(query_rows[query_scores >= query_scores[at - 1]].tolist())
+        for query_scores, query_rows in zip(scores, rows, strict=True)
+    ]
 
 
 def tune(
@@ -77,31 +86,34 @@ def tune(
     at: int = RECALL_AT,
     progress: bool = False,
 ) -> Tuning:
-    """The cheapest parameters with which ``index`` reaches a recall, or, if none do, those that reach most.
+    """Find the cheapest search parameters that reach a target recall, or else those with the highest recall.
 
-    Recall@``at`` is the mean over queries of the share of ``relevant`` rows among the ``at`` found. Cost is counted,
-    not timed, so the choice repeats.
+    Recall@``at`` is the mean over queries of the number of relevant rows among the ``at`` results, divided by ``at``.
+    Cost is computed and not timed, so the choice is reproducible.
 
     Args:
-        index: of FAISS; its parameters are changed.
-        queries: float32 [n, dimension].
-        relevant: of each query, as of `nearest`.
+        index: a FAISS index; its parameters are changed.
+        queries: query vectors, float32 ``[n, dimension]``.
+        relevant: the relevant rows of each query, from `nearest`.
+        recall: target recall.
+        at: number of results for the recall.
+        progress: whether to show a progress bar.
     """
     at = min(at, index.ntotal)
-    knobs = _Knobs(index, at)
+    space = _SearchSpace(index, at)
     best: tuple[float, Tuning] | None = None
     most: Tuning | None = None
     with tqdm(desc="tuning", unit="setting", disable=not progress) as bar:
         least = 0
-        for breadth in knobs.breadths:
+        for breadth in space.breadths:
             position = least
-            # Less refinement, or a narrower look at the centroids, needs as many probes or more: so walk along the
-            # border of what reaches the recall.
-            for refined in knobs.refinements:
+            # With less refinement, or a narrower search for centroids, as many probes or more are needed. So the search
+            # follows the border of the settings that reach the recall.
+            for refined in space.refinements:
                 reached = False
-                while position < len(knobs.probes) and not reached:
-                    parameters = knobs.parameters(knobs.probes[position], refined, breadth)
-                    cost = knobs.cost(parameters)
+                while position < len(space.probes) and not reached:
+                    parameters = space.parameters(space.probes[position], refined, breadth)
+                    cost = space.cost(parameters)
                     if best is not None and cost >= best[0]:
                         break
                     set_parameters(index, parameters)
@@ -113,21 +125,21 @@ def tune(
                         most = tuning
                     if reached := measured >= recall:
                         best = cost, tuning
-                        least = position if refined == knobs.refinements[0] else least
+                        least = position if refined == space.refinements[0] else least
                     else:
                         position += 1
     assert most is not None
     return best[1] if best is not None else most
 
 
-class _Knobs:
-    """What can be set in an index, from little to much, and what it costs."""
+class _SearchSpace:
+    """The search parameters of an index: their values (probes ascending, the others descending) and their cost."""
 
     def __init__(self, index: Any, at: int) -> None:
         first = parts(index)[0]
-        space = faiss.ParameterSpace()
-        space.initialize(first)
-        names = {space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())}
+        known = faiss.ParameterSpace()
+        known.initialize(first)
+        names = {known.parameter_ranges.at(i).name for i in range(known.parameter_ranges.size())}
         self.at = at
         self.count, self.dimension = index.ntotal, index.d
         self.lists = faiss.try_extract_index_ivf(first)
@@ -142,6 +154,7 @@ class _Knobs:
         self.refined_bytes = first.refine_index.sa_code_size() if isinstance(first, faiss.IndexRefine) else 0
 
     def parameters(self, probes: int | None, refined: int | None, breadth: int | None) -> dict[str, float]:
+        """Values as FAISS parameters; None leaves a parameter out."""
         parameters: dict[str, float] = {}
         if self.name is not None and probes is not None:
             parameters[self.name] = probes
@@ -152,16 +165,16 @@ class _Knobs:
         return parameters
 
     def cost(self, parameters: Mapping[str, float]) -> float:
-        """Bytes read in searching one question, each weighed by what it takes to get it."""
-        cost = ANYWHERE * self.refined_bytes * parameters.get(REFINED, 0) * self.at
+        """Bytes read per query, weighted by the time to access them."""
+        cost = RANDOM_ACCESS * self.refined_bytes * parameters.get(REFINED, 0) * self.at
         if self.lists is not None:
             cost += parameters[PROBES] * self.count / self.lists.nlist * self.lists.code_size
-            cost += SEEN * parameters.get(COARSE_BREADTH, 0) * 4 * self.lists.d
-        return cost + SEEN * parameters.get(BREADTH, 0) * 4 * self.dimension * ANYWHERE
+            cost += GRAPH_COMPARISONS * parameters.get(COARSE_BREADTH, 0) * 4 * self.lists.d
+        return cost + GRAPH_COMPARISONS * parameters.get(BREADTH, 0) * 4 * self.dimension * RANDOM_ACCESS
 
 
 def _steps(least: int, most: int) -> Iterator[int]:
-    """Powers of two, and the numbers half way between them."""
+    """Powers of two and the numbers halfway between them, from ``least`` to ``most``."""
     step = least
     while step <= most:
         yield step
@@ -170,5 +183,5 @@ def _steps(least: int, most: int) -> Iterator[int]:
         step *= 2
 
 
-def _recall(found: np.ndarray, relevant: Sequence[set[int]], at: int) -> float:
-    return float(np.mean([len(rows & set(line.tolist())) / at for rows, line in zip(relevant, found, strict=True)]))
+def _recall(results: np.ndarray, relevant: Sequence[set[int]], at: int) -> float:
+    return float(np.mean([len(rows & set(line.tolist())) / at for rows, line in zip(relevant, results, strict=True)]))

@@ -1,4 +1,4 @@
-"""Reading the vectors of shards without holding them in memory."""
+"""Read the vectors of shards without loading all of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from genpoe_plugin.indexing.shards import Shards
 
 
 def chunks(shards: Shards, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-    """Rows ``start`` to ``stop`` in order, float32 [size, dimension] each; the last may have fewer rows."""
+    """Yield the vectors of rows ``start`` to ``stop`` in chunks, float32 ``[size, dimension]``; the last is shorter."""
     for first in range(start, stop, size):
         yield gathered(shards, np.arange(first, min(first + size, stop)))
 
 
 def gathered(shards: Shards, rows: np.ndarray) -> np.ndarray:
-    """The vectors of some rows, in ascending order: float32 [n, dimension].
+    """The vectors of some rows, float32 ``[n, dimension]``.
+
+    Args:
+        shards: the shards.
+        rows: row numbers, ascending.
 
     Raises:
         InputError: a shard is missing or damaged.
@@ -26,11 +30,11 @@ def gathered(shards: Shards, rows: np.ndarray) -> np.ndarray:
         first = number * shards.rows(0)
         begin, end = np.searchsorted(rows, [first, first + shards.rows(number)])
         if begin < end:
-            # The mapping ends with this statement, and the shard does not stay in memory.
+            # The memory mapping ends with this statement, so the shard does not stay in memory.
             vectors[begin:end] = shards.vectors(number)[rows[begin:end] - first]
     return vectors
 
 
 def sampled_rows(count: int, number: int, seed: int) -> np.ndarray:
-    """``number`` different rows of ``count``, ascending; int64."""
+    """Draw ``number`` distinct rows of ``count``; int64, ascending."""
     return np.sort(np.random.default_rng(seed).choice(count, number, replace=False, shuffle=False))

@@ -1,1 +1,1 @@
-"""The frozen LLM: loading it, and GGUF files."""
+"""Load the frozen LLM, also from GGUF files."""

@@ -1,4 +1,4 @@
-"""GGUF files, as far as transformers reads them: what has to be there, and what its reader leaves out."""
+"""GGUF files in transformers: checks before loading, and a setting that its reader ignores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _ADDS_BOS = b"tokenizer.ggml.add_bos_token"
 
 
 def check_gguf(name: str, gguf_file: str | None, subfolder: str = "") -> None:
-    """Refuse an LLM whose weights are to come from a GGUF file that cannot be read here; ``None`` is no such file.
+    """Check that a GGUF file can be read; ``None`` means that the LLM is not in a GGUF file.
+
+    Args:
+        name: directory or hub name of the LLM.
+        gguf_file: name of the file in it.
+        subfolder: subfolder of the file.
 
     Raises:
         InputError: the package ``gguf`` is missing, or the directory ``name`` has no such file.
@@ -25,19 +30,19 @@ def check_gguf(name: str, gguf_file: str | None, subfolder: str = "") -> None:
         return
     need_gguf_package(gguf_file)
     if Path(name).is_dir() and not (path := Path(name, subfolder, gguf_file)).is_file():
-        raise InputError(f"{path}: no such file; a GGUF file is named by its place in the LLM's directory")
+        raise InputError(f"{path}: no such file; give the GGUF file's path relative to the LLM's directory")
 
 
 def need_gguf_package(gguf_file: str) -> None:
-    """Raise an ``InputError`` if the package that reads ``gguf_file`` is missing."""
+    """Raise an `InputError` if the package ``gguf`` is missing."""
     if find_spec("gguf") is None:
         raise InputError(f"{gguf_file}: a GGUF file needs the package gguf; pip install 'lm-eval-genpoe[gguf]'")
 
 
 def begin_as_stored(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Have the tokenizer of a GGUF file begin every text with BOS if the file says so, which its reader passes over.
+    """Make the tokenizer of a GGUF file begin every text with BOS if the file says so.
 
-    Without it Gemma's answers are nonsense.
+    transformers' reader ignores this setting; without BOS, Gemma's answers are nonsense.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     bos, number = tokenizer.bos_token, tokenizer.bos_token_id
@@ -50,13 +55,13 @@ def begin_as_stored(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 
 
 def gguf_path(name: str, gguf_file: str, *, revision: str | None = None, subfolder: str = "") -> Path:
-    """Where a GGUF file is on this machine, once it has been loaded from a directory or the hub."""
+    """The local path of a GGUF file that has been loaded from a directory or the hub."""
     return Path(str(cached_file(name, gguf_file, revision=revision, subfolder=subfolder)))
 
 
 def _adds_bos(path: Path) -> bool:
-    # Found by its name, for the package's own reader goes through the vocabulary first, which takes half a minute.
+    # A text search for the key: the package's own reader parses the vocabulary first, which takes half a minute.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         at = content.find(_ADDS_BOS)
-        # The name, four bytes for the type, one for the value.
+        # The key is followed by four bytes for the type and one for the value.
         return at >= 0 and content[at + len(_ADDS_BOS) + 4] == 1

@@ -1,4 +1,4 @@
-"""The frozen decoder LLM: loading it for training, and its embedding table."""
+"""The frozen decoder LLM: load it or its lower layers, and access its embedding table."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ def load_language_model(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An LLM from a directory or the hub, without gradients and in evaluation mode, and its tokenizer.
+    """Load an LLM, without gradients and in evaluation mode, and its tokenizer.
 
     Args:
-        name: a directory, or a repository of the hub as ``user/name`` or ``user/name@revision``.
-        gguf_file: in that directory or repository, which both are read from.
+        name: a directory, or a hub repository as ``user/name`` or ``user/name@revision``.
+        device: device of the model.
+        dtype: dtype of the weights; ``auto`` keeps that of the checkpoint.
+        gguf_file: GGUF file in the directory or repository with the model and the tokenizer.
+        trust_remote_code: whether to run code from the repository.
 
     Raises:
-        InputError: it cannot be loaded, or its tokenizer cannot tell which characters a token covers; there is no such
-            device or dtype.
+        InputError: it cannot be loaded, its tokenizer has no character offsets, or there is no such device or dtype.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
+        raise InputError(f"dtype {dtype}: no such dtype; give auto, float32, bfloat16 or float16")
     tokenizer = load_tokenizer(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     try:
         repository, of_hub = loaded_from(name)
@@ -63,9 +65,17 @@ def load_language_model(
 def load_lower_layers(
     name: str, layers: int, *, device: str = "cpu", dtype: str = "auto", revision: str | None = None
 ) -> tuple[PreTrainedModel, int]:
-    """The lowest ``layers`` decoder layers of an LLM, for what only reads so far, and how many the whole LLM has.
+    """Load only the lowest decoder layers of an LLM; the other layers are neither read nor allocated.
 
-    What is above is neither read nor given memory.
+    Args:
+        name: a directory, or a hub repository.
+        layers: number of layers to load.
+        device: device of the model.
+        dtype: dtype of the weights; ``auto`` keeps that of the checkpoint.
+        revision: revision of the repository.
+
+    Returns:
+        The model, and the number of layers of the whole LLM.
 
     Raises:
         InputError: it cannot be loaded, or there is no such device.
@@ -78,7 +88,7 @@ def load_lower_layers(
         text.num_hidden_layers = min(layers, depth)
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-        # Or it warns of every weight of the layers above.
+        # Otherwise transformers warns about every weight of the omitted layers.
         transformers_logging.set_verbosity_error()
         model = AutoModel.from_pretrained(name, config=config, dtype=dtype, revision=revision)
     except (OSError, ValueError, SafetensorError) as error:
@@ -92,15 +102,15 @@ def load_lower_layers(
 def load_tokenizer(
     name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of an LLM in a directory or on the hub (``user/name@revision``), or in a GGUF file there.
+    """Load the tokenizer of an LLM from a directory, the hub (``user/name@revision``), or a GGUF file there.
 
     Raises:
-        InputError: it cannot be loaded, or cannot tell which characters a token covers.
+        InputError: it cannot be loaded, or has no character offsets.
     """
     check_gguf(name, gguf_file)
     repository, revision = split_revision(name)
-    given = {"gguf_file": gguf_file, "revision": revision}
-    options = {option: value for option, value in given.items() if value is not None}
+    requested = {"gguf_file": gguf_file, "revision": revision}
+    options = {option: value for option, value in requested.items() if value is not None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
@@ -113,21 +123,21 @@ def load_tokenizer(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise an ``InputError`` if the tokenizer of the LLM ``name`` cannot tell which characters a token covers."""
+    """Raise an `InputError` if the tokenizer of the LLM ``name`` has no character offsets."""
     if not tokenizer.is_fast:
-        raise InputError(f"LLM {name}: its tokenizer gives no character offsets; one of the fast kind is needed")
+        raise InputError(f"LLM {name}: its tokenizer has no character offsets; a fast tokenizer is needed")
 
 
 def context_length(model: PreTrainedModel) -> float:
-    """How many tokens the LLM has positions for; infinitely many where its configuration does not say."""
+    """The LLM's maximum number of tokens; infinity if its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """Move a model, and return it.
+    """Move a model to a device and return it.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: the device is not available.
     """
     try:
         return model.to(device)  # type: ignore[arg-type]
@@ -139,7 +149,7 @@ def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
 def embedding_table(model: PreTrainedModel) -> Iterator[Tensor]:
     """The LLM's token embeddings, ``[vocabulary, d]`` unless they are quantised, on the device that computes with them.
 
-    An LLM may keep them elsewhere between its passes (accelerate's offloading), so they are at hand inside the block.
+    With accelerate's offloading, the embeddings are loaded only inside the block.
     """
     module = model.get_input_embeddings()
     with align_module_device(module):
@@ -147,18 +157,18 @@ def embedding_table(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def embedding_entries(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Tensor:
-    """Entries of the embedding table, one for each pair of ``rows`` and ``columns``, in float32 on the CPU."""
+    """Entries of the embedding table, one per pair of ``rows`` and ``columns``, in float32 on the CPU, ``[n]``."""
     with embedding_table(model) as table:
         rows = rows.to(table.device)
-        # Looking up keeps the table's own numbers, where a module may scale what it gives; integers mean nothing alone.
-        found = functional.embedding(rows, table) if table.is_floating_point() else model.get_input_embeddings()(rows)
-        return found.detach()[range(len(rows)), columns.to(found.device)].float().cpu()
+        # A plain lookup returns the table's own values, which the module may scale. Quantised integers need the module.
+        states = functional.embedding(rows, table) if table.is_floating_point() else model.get_input_embeddings()(rows)
+        return states.detach()[range(len(rows)), columns.to(states.device)].float().cpu()
 
 
 def weights_sample(model: PreTrainedModel) -> str:
-    """A hash of some entries of every weight, adapters included, which two LLMs of one name do not share.
+    """A hash of some entries of every weight, including adapters, to distinguish LLMs of the same name.
 
-    Weights that are not at hand (offloaded ones) are left out.
+    Offloaded weights are left out.
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

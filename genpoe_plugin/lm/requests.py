@@ -29,7 +29,7 @@ from genpoe_plugin.arguments import ARGUMENTS, GenPoEArguments
 from genpoe_plugin.checkpoints.checkpoint import HypernetworkCheckpoint, llm_identity
 from genpoe_plugin.data.questions import Question, passages_from_ctxs
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.files import FORMAT, ExpertFiles
+from genpoe_plugin.experts.expert_files import FORMAT, ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import weights_sample

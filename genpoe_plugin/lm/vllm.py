@@ -18,7 +18,7 @@ from genpoe_plugin.llm.language_model import load_tokenizer
 from genpoe_plugin.lm.requests import PassageRequests, options
 from genpoe_plugin.lm.side_channels import EngineOrder, PlacedContext, Row
 from genpoe_plugin.provenance import peak_memory
-from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments, share_device
+from genpoe_plugin.vllm_engine.engine_arguments import check_vllm, engine_arguments, share_device
 
 check_vllm()
 
@@ -48,7 +48,7 @@ with _named_vllm():
 
 from vllm import RequestOutput, SamplingParams  # noqa: E402
 
-from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_makers  # noqa: E402
+from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_expert_models  # noqa: E402
 
 # Besides arguments that do not decide an answer, those that the fingerprint has in another form.
 _NO_OPTIONS = (*NON_DECIDING, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
@@ -93,7 +93,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         if asked.uses_experts:
             assert asked.hypernetwork is not None
             own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            makers = load_makers(pretrained, asked.hypernetwork, device=device, **own)
+            makers = load_expert_models(pretrained, asked.hypernetwork, device=device, **own)
             config = makers[0].config
             asked.layers_of(config)
             engine |= engine_arguments(pretrained, asked.hypernetwork, config, asked.num_passages, vllm_arguments)

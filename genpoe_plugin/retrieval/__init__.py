@@ -1,1 +1,1 @@
-"""Dense retrieval: bi-encoders, the passage index on disk, and the retriever over both."""
+"""Dense retrieval: bi-encoders, the passage index on disk, and the retriever that combines them."""

@@ -1,4 +1,4 @@
-"""Bi-encoders: question and passage vectors whose dot product says how well they fit."""
+"""Bi-encoders: models that encode questions and passages as vectors; the inner product is the relevance score."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ Item = TypeVar("Item")
 
 
 class Encoder(Protocol):
-    """What shards, index and retriever need of a bi-encoder.
+    """The interface of a bi-encoder for shards, index and retriever.
 
-    ``fingerprint`` stands for all that decides a vector but for rounding: it is the same for a model from the hub and
-    from a directory, as safetensors and as .bin, on every device and in every precision. ``precision`` is what it
-    computes in, "float32", "float16" or "bfloat16"; ``pooling`` says in words what becomes of the token states.
+    Attributes:
+        name: hub name, or absolute path of a directory.
+        dimension: dimension of the vectors.
+        fingerprint: hash of everything that decides a vector, except rounding. It is the same for a model from the hub
+            or a directory, as safetensors or .bin, on every device and in every precision.
+        precision: dtype of the computation: "float32", "float16" or "bfloat16".
+        pooling: description of how token states become a vector.
     """
 
     @property
@@ -47,24 +51,27 @@ class Encoder(Protocol):
     @property
     def pooling(self) -> str: ...
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
-        """float32 [n, dimension]."""
+        """Question vectors, float32 ``[n, dimension]``."""
 
     def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
-        """float32 [n, dimension]."""
+        """Passage vectors, float32 ``[n, dimension]``."""
 
 
 def load_encoder(name: str, *, device: str = "cpu", batch_size: int = 64, dtype: str = "float32") -> Encoder:
-    """Load a bi-encoder: ``QUESTION_ENCODER,CONTEXT_ENCODER`` for a DPR pair, else a sentence-transformers model; each
-    a directory or an id on the hub.
+    """Load a bi-encoder.
 
     Args:
-        dtype: what it computes in, one of `DTYPES`; the halves are for GPUs. Its vectors are float32 all the same.
+        name: a sentence-transformers model, or a DPR pair as ``QUESTION_ENCODER,CONTEXT_ENCODER``; each a directory or
+            a hub name.
+        device: device of the model.
+        batch_size: texts per forward pass.
+        dtype: dtype of the computation, one of `DTYPES`; half precision is for GPUs. Vectors are always float32.
 
     Raises:
-        InputError: it cannot be loaded, or is another kind of model.
+        InputError: the model cannot be loaded, or is not a bi-encoder.
     """
     if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: an encoder computes in one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {dtype}: it must be one of {', '.join(DTYPES)}")
     question_name, comma, context_name = name.partition(",")
     if comma:
         names = question_name.strip(), context_name.strip()
@@ -73,7 +80,7 @@ def load_encoder(name: str, *, device: str = "cpu", batch_size: int = 64, dtype:
 
 
 class DPREncoder:
-    """The two encoders of Dense Passage Retrieval."""
+    """The question encoder and the context encoder of Dense Passage Retrieval (DPR)."""
 
     pooling = "state of [CLS]"
 
@@ -87,29 +94,35 @@ class DPREncoder:
         dtype: str = "float32",
     ) -> None:
         self.precision = dtype
-        self.name = f"{_lasting_name(question_name)},{_lasting_name(context_name)}"
+        self.name = f"{_absolute_name(question_name)},{_absolute_name(context_name)}"
         self._device, self._batch_size = device, batch_size
         self._question_model, self._question_tokenizer = _load_dpr(DPRQuestionEncoder, question_name, device)
         self._context_model, self._context_tokenizer = _load_dpr(DPRContextEncoder, context_name, device)
         sides = [(self._question_model, self._question_tokenizer), (self._context_model, self._context_tokenizer)]
         dimensions = [model.config.projection_dim or model.config.hidden_size for model, _ in sides]
         if dimensions[0] != dimensions[1]:
-            raise InputError(f"{self.name}: vectors of {dimensions[0]} and {dimensions[1]} numbers; not a DPR pair")
+            raise InputError(
+                f"{self.name}: not a DPR pair, their vectors have dimensions {dimensions[0]} and {dimensions[1]}"
+            )
         self.dimension: int = dimensions[0]
         self.fingerprint = _fingerprint(
             [("dpr", _architecture(model), tokenizer(FINGERPRINT_TEXT)["input_ids"]) for model, tokenizer in sides],
             [model for model, _ in sides],
         )
-        for model, _ in sides:  # only now, for the fingerprint is of the weights as they are published
+        for model, _ in sides:  # converted after the fingerprint, which covers the original weights
             model.to(DTYPES[dtype])
 
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
+        """Question vectors, float32 ``[n, dimension]``."""
+
         def encode(batch: Sequence[str]) -> np.ndarray:
             return self._embed(self._question_model, self._question_tokenizer, [(question,) for question in batch])
 
         return _in_batches(questions, len, encode, self._batch_size, self.dimension)
 
     def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Passage vectors, float32 ``[n, dimension]``."""
+
         def encode(batch: Sequence[Passage]) -> np.ndarray:
             texts = [(passage.title, passage.text) if passage.title else (passage.text,) for passage in batch]
             return self._embed(self._context_model, self._context_tokenizer, texts)
@@ -117,29 +130,29 @@ class DPREncoder:
         return _in_batches(passages, _passage_length, encode, self._batch_size, self.dimension)
 
     def _embed(self, model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]]) -> np.ndarray:
-        # A batch may mix passages of one segment (no title) and of two.
+        # A batch may contain passages with one segment (no title) and with two.
         batch = [segments if len(segments) > 1 else segments[0] for segments in texts]
         inputs = tokenizer(batch, truncation=True, max_length=DPR_MAX_LENGTH, padding=True, return_tensors="pt")
         inputs = inputs.to(self._device)
-        # DPR was trained with segment 0 throughout; the tokenizer's ones for the text would change the vectors.
+        # DPR was trained with segment 0 only; the tokenizer's segment 1 for the text would change the vectors.
         token_types = torch.zeros_like(inputs["input_ids"])
         with torch.inference_mode():
             output = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], token_type_ids=token_types)
-        return output.pooler_output.float().cpu().numpy()  # the raw [CLS] state, whatever its name says
+        return output.pooler_output.float().cpu().numpy()  # despite its name, the raw [CLS] state
 
 
 class SentenceEncoder:
-    """Any text encoder in the form of sentence-transformers, with its own pooling and its own prompts.
+    """A sentence-transformers model, with its own pooling and prompts.
 
-    Vectors are normalised where the model compares by cosine, as the library itself would then do.
+    Vectors are normalised if the model's similarity is the cosine.
     """
 
     def __init__(self, name: str, *, device: str = "cpu", batch_size: int = 64, dtype: str = "float32") -> None:
-        self.name, self.precision = _lasting_name(name), dtype
+        self.name, self.precision = _absolute_name(name), dtype
         self._batch_size = batch_size
         with _loading(name, "a sentence-transformers encoder"):
             known = is_sentence_transformer_model(name)
-        # The library would put mean pooling on whatever it can load, a DPR encoder included.
+        # The library would add mean pooling to any model that it can load, even a DPR encoder.
         if not known:
             raise InputError(
                 f"{name}: no sentence-transformers encoder found (no modules.json, here or on the hub);"
@@ -161,20 +174,22 @@ class SentenceEncoder:
         self.fingerprint = _fingerprint(description, [model])
         poolings = [pooling for _, pooling in modules if pooling]
         self.pooling = ", ".join([*poolings, "normalised"] if self._normalise else poolings)
-        model.to(DTYPES[dtype])  # only now, for the fingerprint is of the weights as they are published
+        model.to(DTYPES[dtype])  # converted after the fingerprint, which covers the original weights
 
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
+        """Question vectors, float32 ``[n, dimension]``."""
         return self._encode(self._model.encode_query, list(questions))
 
     def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Passage vectors, float32 ``[n, dimension]``."""
         return self._encode(self._model.encode_document, [passage.string for passage in passages])
 
     def _encode(self, encode: Callable[..., np.ndarray], texts: list[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
-        # Sorts by length and restores the order by itself.
+        # The library sorts by length and restores the order.
         vectors = encode(texts, batch_size=self._batch_size, show_progress_bar=False).astype(np.float32)
-        if self._normalise:  # here, because in half precision it would be a thousandth off
+        if self._normalise:  # in float32, because half precision has an error of a thousandth
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
 
@@ -190,7 +205,7 @@ def _in_batches(
     batch_size: int,
     dimension: int,
 ) -> np.ndarray:
-    """Encode items of like length together, so that little is padding, and return vectors in the items' order."""
+    """Encode items of similar length together to reduce padding, and return the vectors in the items' order."""
     order = sorted(range(len(items)), key=lambda i: length(items[i]), reverse=True)
     vectors = np.zeros((len(items), dimension), np.float32)
     for start in range(0, len(order), batch_size):
@@ -205,10 +220,10 @@ def _load_dpr(model_class: Any, name: str, device: str) -> tuple[Any, Any]:
         model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
         if type(tokenizer).__name__.startswith("DPR"):
-            # BERT's by another name, but that of transformers 5.0 forgets that texts are put into lower case.
+            # It is BERT's tokenizer under another name, but in transformers 5.0 it does not lower-case texts.
             tokenizer = BertTokenizer.from_pretrained(name)
         model = model.to(device).eval()
-    # The wrong class loads as well, with random weights in place of those that it misses.
+    # The wrong class loads without an error, with random values for missing weights.
     if missing := report["missing_keys"] or report["mismatched_keys"]:
         raise InputError(f"{name}: not {kind} ({len(missing)} weights missing); are the two encoders in order?")
     return model, tokenizer
@@ -216,7 +231,7 @@ def _load_dpr(model_class: Any, name: str, device: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _loading(name: str, kind: str) -> Iterator[None]:
-    """Turn whatever goes wrong into one line, and keep transformers' own table of missing weights quiet."""
+    """Convert any error to an `InputError`, and silence transformers' table of missing weights."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -228,20 +243,23 @@ def _loading(name: str, kind: str) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _lasting_name(name: str) -> str:
-    """Directories by absolute path, so that an index finds its encoder from wherever it is opened."""
+def _absolute_name(name: str) -> str:
+    """The absolute path of a directory, so that an index finds its encoder from any working directory."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _architecture(model: Any) -> dict[str, Any]:
-    """What decides a transformer's function and does not show in the shapes of its weights."""
+    """Settings that change a transformer's function without changing the shapes of its weights."""
     config = getattr(model, "config", None)
     return {key: getattr(config, key, None) for key in ("model_type", "num_attention_heads", "hidden_act")}
 
 
 def _fingerprint(description: Any, models: Sequence[nn.Module]) -> str:
-    """sha256 over a description and the weights, of each at most 2**20 evenly spaced values, so that large models take
-    seconds. Names and order of the weights do not count: they change between library versions."""
+    """SHA-256 of a description and the weights.
+
+    At most 2**20 evenly spaced values of each weight are hashed, so that large models take only seconds. Names and
+    order of the weights are ignored, because they change between library versions.
+    """
     weights = [sorted(_weight_digest(weight) for weight in model.parameters()) for model in models]
     return hashlib.sha256(json.dumps([description, weights], sort_keys=True).encode()).hexdigest()
 

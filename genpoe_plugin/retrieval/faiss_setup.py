@@ -1,11 +1,12 @@
-"""FAISS with the settings that its exact search needs, and a few helpers; import ``faiss`` from here, and here only.
+"""FAISS with settings for fast exact search, and some helpers. Import ``faiss`` only from this module.
 
-Two defaults of faiss-cpu cost a factor of fifteen on recent CPUs (77 against 5 ms a query, 300,000 vectors of 768):
+Two defaults of faiss-cpu make exact search fifteen times slower on recent CPUs (77 ms instead of 5 ms per query over
+300,000 vectors of 768 dimensions):
 
-- The OpenBLAS that it bundles does not know them and falls back to a kernel of 2006. ``OPENBLAS_CORETYPE`` is read
-  while the library loads, so it is set before the import and taken away after it, only where the CPU has what the
-  SkylakeX kernels need, and never over a value of the user's.
-- From how many queries on it uses BLAS at all: 128,000 in the wheels, 20 in FAISS's own default.
+- Its bundled OpenBLAS does not recognise these CPUs and uses a kernel of 2006. OpenBLAS reads ``OPENBLAS_CORETYPE``
+  while it loads, so the variable is set before the import and removed afterwards. It is set only if the CPU supports
+  the SkylakeX kernels and the user has not set it.
+- The number of queries from which FAISS uses BLAS at all is 128,000 in the wheels; FAISS's own default is 20.
 """
 
 from __future__ import annotations
@@ -35,29 +36,33 @@ import faiss as _faiss  # noqa: E402
 if _set_here:
     del os.environ["OPENBLAS_CORETYPE"]
 
-faiss: Any = _faiss  # whose type stubs miss or misstate a part of what it has
+faiss: Any = _faiss  # Any, because FAISS's type stubs are incomplete and partly wrong
 faiss.cvar.distance_compute_blas_threshold = 20
 
 
 def make_index(factory: str, dimension: int) -> Any:
-    """An empty FAISS index that compares by inner product.
+    """An empty FAISS index for the inner product.
+
+    Args:
+        factory: FAISS factory string.
+        dimension: dimension of the vectors.
 
     Raises:
-        InputError: FAISS cannot make it.
+        InputError: FAISS does not accept the factory string.
     """
     try:
         return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise InputError(f"factory {factory!r}: not one that FAISS can make ({faiss_reason(error)})") from error
+        raise InputError(f"factory {factory!r}: FAISS cannot create it ({faiss_reason(error)})") from error
 
 
 def faiss_reason(error: Exception) -> str:
-    """The end of a FAISS message, which begins with C++ signatures and source paths."""
+    """The end of a FAISS error message, without its C++ signatures and source paths."""
     return " ".join(str(error).rsplit("Error: ", 1)[-1].split())
 
 
 def set_parameters(index: Any, parameters: Mapping[str, float]) -> None:
-    """Set parameters of a FAISS index, whatever it is made of."""
+    """Set search parameters of a FAISS index of any type, and of all its shards."""
     space = faiss.ParameterSpace()
     for part in parts(index):
         for name, value in parameters.items():
@@ -65,7 +70,7 @@ def set_parameters(index: Any, parameters: Mapping[str, float]) -> None:
 
 
 def parts(index: Any) -> list[Any]:
-    """The indexes that are searched side by side; one, in general."""
+    """The shards of a FAISS index that is split into several; otherwise the index itself."""
     if isinstance(index, faiss.IndexShards):
         return [faiss.downcast_index(index.at(i)) for i in range(index.count())]
     return [index]

@@ -1,4 +1,4 @@
-"""How good a ranking is: recall and mean reciprocal rank of passages with an answer, and recall of exact neighbours."""
+"""Measures of rankings: recall and mean reciprocal rank of passages with an answer, and recall of exact neighbours."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ AnswerRank = int | None
 
 
 def answer_rank(has_answer: Iterable[bool | None]) -> AnswerRank:
-    """The rank, from 1, of the first passage with an answer; None if there is none.
+    """The rank, from 1, of the first passage with an answer; None if no passage has one.
 
     Args:
-        has_answer: of a question's passages, best first.
+        has_answer: whether each passage of a question has an answer, best passage first.
     """
-    return next((rank for rank, found in enumerate(has_answer, 1) if found), None)
+    return next((rank for rank, is_relevant in enumerate(has_answer, 1) if is_relevant), None)
 
 
 def recall_at(k: int, ranks: Sequence[AnswerRank]) -> float:
-    """The share of questions with an answer among their first ``k`` passages; ``ranks`` are their answer ranks."""
+    """The share of questions with an answer in their first ``k`` passages, from the questions' answer ranks."""
     return sum(rank is not None and rank <= k for rank in ranks) / len(ranks)
 
 
 def mean_reciprocal_rank(ranks: Sequence[AnswerRank]) -> float:
-    """The mean of 1 / rank, which is 0 for a question without an answer among its passages."""
+    """The mean of 1 / rank over questions; 0 for a question without an answer in its passages."""
     return sum(1 / rank for rank in ranks if rank) / len(ranks)
 
 
 def quality_table(rankings: Mapping[str, Sequence[AnswerRank]], retrieved: int) -> str:
-    """Recall at each k of ``RECALL_AT`` that is not beyond the ``retrieved`` passages, and MRR, a line a ranking.
+    """A table with one line per ranking: recall at each k of ``RECALL_AT`` up to ``retrieved``, and MRR.
 
     Args:
-        rankings: answer ranks, by the name of the ranking; of the same questions, at least one.
+        rankings: answer ranks of the same questions (at least one), by name of the ranking.
+        retrieved: number of passages per question.
     """
     ks = [k for k in RECALL_AT if k <= retrieved]
     count = len(next(iter(rankings.values())))
@@ -48,6 +49,6 @@ def quality_table(rankings: Mapping[str, Sequence[AnswerRank]], retrieved: int) 
 
 
 def neighbour_recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """The share of the exact neighbours, rows int64 [n, k], that are among those found, [n, any number]."""
+    """The share of the exact neighbours (int64 ``[n, k]``) that are among those found (``[n, any number]``)."""
     hits = sum(np.isin(expected, rows).sum() for rows, expected in zip(found, exact, strict=True))
     return float(hits / exact.size)

@@ -1,7 +1,7 @@
-"""The passages of an index on disk: any of them in no time, by row or by id, and nothing to load.
+"""The passages of an index on disk, with random access by row or id, without loading them.
 
-- ``passages.arrow``: the passages in the order of their rows, an Arrow file in record batches of `BLOCK`;
-- ``ids.npy``: uint64 [2, n]: hashes of the ids in ascending order, and the row of each.
+- ``passages.arrow``: the passages in the order of their rows, an Arrow file with record batches of `BLOCK` passages;
+- ``ids.npy``: uint64 ``[2, n]``: hashes of the ids in ascending order, and the row of each.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from genpoe_plugin.errors import InputError
 PASSAGES, IDS = "passages.arrow", "ids.npy"
 BLOCK = 512  # passages in a record batch
 SCHEMA = pa.schema([(field, pa.string()) for field in ("id", "title", "text")])
-OPEN_BLOCKS = 2**16  # more than Wikipedia has; to open one takes longer than to read a passage of it, to keep it 3 KB
+OPEN_BLOCKS = 2**16  # cached record batches: more than Wikipedia has, 3 KB each; opening one is slower than reading it
 
 
 class PassageStore:
-    """Passages by row, counted from 0, and by id."""
+    """The passages of an index, by row (from 0) and by id.
+
+    Args:
+        passages: the opened Arrow file.
+        ids: the content of ``ids.npy``.
+        count: number of passages.
+    """
 
     def __init__(self, passages: pa.ipc.RecordBatchFileReader, ids: np.ndarray, count: int) -> None:
         self._ids, self._count = ids, count
@@ -31,10 +37,10 @@ class PassageStore:
 
     @classmethod
     def open(cls, directory: Path) -> PassageStore:
-        """Map the files into memory.
+        """Open the files in ``directory``, memory-mapped.
 
         Raises:
-            InputError: one of them is not what it should be.
+            InputError: a file is damaged.
         """
         path = directory / PASSAGES
         try:
@@ -53,7 +59,11 @@ class PassageStore:
         return self._count
 
     def passage(self, row: int) -> Passage:
-        """The passage of a row; an ``IndexError`` where there is no such row."""
+        """The passage of a row.
+
+        Raises:
+            IndexError: there is no such row.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index of {len(self)} passages")
         block, offset = divmod(int(row), BLOCK)
@@ -61,11 +71,15 @@ class PassageStore:
         return Passage(identifier[offset].as_py(), title[offset].as_py(), text[offset].as_py())
 
     def row(self, identifier: str) -> int:
-        """The row of the passage with this id; a ``KeyError`` where there is none."""
-        wanted = np.uint64(hash_id(identifier))
+        """The row of the passage with this id.
+
+        Raises:
+            KeyError: there is no such passage.
+        """
+        target = np.uint64(hash_id(identifier))
         hashes, rows = self._ids
-        for position in range(np.searchsorted(hashes, wanted), len(self)):
-            if hashes[position] != wanted:
+        for position in range(np.searchsorted(hashes, target), len(self)):
+            if hashes[position] != target:
                 break
             if self.passage(rows[position]).id == identifier:
                 return int(rows[position])
@@ -73,5 +87,5 @@ class PassageStore:
 
 
 def hash_id(identifier: str) -> int:
-    """64 bits that stand for an id."""
+    """A 64-bit hash of an id."""
     return int.from_bytes(blake2b(identifier.encode(), digest_size=8).digest(), "little")

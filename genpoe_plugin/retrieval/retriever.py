@@ -16,35 +16,48 @@ BLOCK = 256  # questions encoded and searched at a time
 
 
 class Retriever:
-    """An index with the encoder that it was built with.
+    """A passage index with its encoder.
+
+    Args:
+        index: the passage index.
+        encoder: the encoder that the index was built with.
 
     Raises:
-        InputError: the encoder is another one; the message names both.
+        InputError: the index was built with another encoder; the message names both.
     """
 
     def __init__(self, index: PassageIndex, encoder: Encoder) -> None:
         if encoder.fingerprint != index.encoder_fingerprint:
             raise InputError(
                 f"{index.directory}: built with encoder {index.encoder_name} ({index.encoder_fingerprint[:12]}),"
-                f" opened with {encoder.name} ({encoder.fingerprint[:12]}); give that one, or build anew"
+                f" opened with {encoder.name} ({encoder.fingerprint[:12]}); give the former, or build the index again"
             )
         self.index, self.encoder = index, encoder
 
     @classmethod
     def load(cls, directory: str | Path, *, device: str = "cpu", encoder: str | None = None) -> Retriever:
-        """Open an index and load its encoder, from ``encoder`` where that has moved since."""
+        """Open an index and load its encoder.
+
+        Args:
+            directory: directory of the index.
+            device: device of the encoder.
+            encoder: new path of the encoder, if it has moved.
+
+        Raises:
+            InputError: the index or the encoder cannot be loaded, or they do not match.
+        """
         index = PassageIndex.load(directory)
         return cls(index, load_encoder(encoder or index.encoder_name, device=device))
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is retrieved, but for the number of passages."""
+        """A hash of everything that decides what is retrieved, except the number of passages."""
         return self.index.fingerprint
 
     def retrieve(
         self, questions: Sequence[str], k: int, *, progress: bool = False
     ) -> list[tuple[RetrievedPassage, ...]]:
-        """The ``k`` best passages of each question, best first (fewer where the index finds no more)."""
+        """The ``k`` best passages of each question, best first; fewer if the index finds fewer."""
         results = []
         with tqdm(desc="retrieving", total=len(questions), unit="question", disable=not progress) as bar:
             for start in range(0, len(questions), BLOCK):

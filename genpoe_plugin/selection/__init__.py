@@ -1,1 +1,1 @@
-"""From a question to its gated passages: retrieved, reranked, or drawn as a control."""
+"""Selection: choose the passages of each question (by retrieval, reranking or a control) and their gates."""

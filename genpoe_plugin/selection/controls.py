@@ -1,8 +1,8 @@
-"""Passages other than the retrieved ones, to see whether it is what they say that answers.
+"""Controls: evaluations with other passages than the retrieved ones, to test whether the passages' content matters.
 
-Every control is a pure function of its arguments and a seed, and does not depend on the order of the questions. Where
-the answers of a question are known, no control but ``gold`` gives it a passage that contains one of them, as far as
-there are others.
+Every control is a pure function of its arguments and a seed, and does not depend on the order of the questions. If a
+question's answers are known, every control except ``gold`` avoids passages that contain an answer, as far as there are
+others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DRAWS = 50
 
 
 class Pool(Protocol):
-    """Passages to draw from, by number."""
+    """Passages to draw from, accessed by number."""
 
     def __len__(self) -> int: ...
 
@@ -39,17 +39,16 @@ def gold(passages: Sequence[RetrievedPassage]) -> tuple[RetrievedPassage, ...]:
 
 
 def shuffled(questions: Sequence[Question], seed: int) -> list[tuple[RetrievedPassage, ...]]:
-    """Give every question the passages of another one.
+    """Give every question the passages of another question.
 
-    The different questions that have passages form one cycle in an order drawn from ``seed``, and each gets the
-    passages of the next: a derangement. A next one is passed over if it shares a passage with the question or has a
-    passage that contains an answer to it, unless that holds for all. A question asked several times has one place in
-    the cycle, so it never gets passages of its own. A question without passages gets none. Scores come along with
-    their passages.
+    The distinct questions with passages form one cycle, in an order drawn from ``seed``. Each gets the passages of the
+    next question (a derangement). A next question is skipped if one of its passages also belongs to the question or
+    contains an answer to it, unless that holds for all others. Repeated questions have one place in the cycle, so none
+    gets its own passages. A question without passages gets none. Passages keep their scores.
 
     Args:
-        questions: those of one task.
-        seed: of the order.
+        questions: the questions of one task.
+        seed: seed of the order.
 
     Returns:
         The passages of each question, in the order of ``questions``.
@@ -69,32 +68,32 @@ def shuffled(questions: Sequence[Question], seed: int) -> list[tuple[RetrievedPa
     order = sorted(passages, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
 
     def suits(key: str, donor: str) -> bool:
-        own = set(_strings(passages[key]))
+        own_strings = set(_strings(passages[key]))
         return not any(
-            passage.passage.string in own or has_answer(passage.passage.text, answers[key])
+            passage.passage.string in own_strings or has_answer(passage.passage.text, answers[key])
             for passage in passages[donor]
         )
 
-    given = {}
+    assigned = {}
     for place, key in enumerate(order):
         others = order[place + 1 :] + order[:place]
-        given[key] = passages[next((donor for donor in others if suits(key, donor)), others[0])]
-    return [given[key] if question.passages else () for key, question in zip(keys, questions, strict=True)]
+        assigned[key] = passages[next((donor for donor in others if suits(key, donor)), others[0])]
+    return [assigned[key] if question.passages else () for key, question in zip(keys, questions, strict=True)]
 
 
-def drawn(question: Question, pool: Pool, count: int, seed: int) -> tuple[RetrievedPassage, ...]:
-    """``count`` passages drawn from ``pool`` by ``seed`` and question, none of which contains an answer.
+def random_passages(question: Question, pool: Pool, count: int, seed: int) -> tuple[RetrievedPassage, ...]:
+    """``count`` passages from ``pool`` that contain no answer, drawn by ``seed`` and question.
 
-    Fewer if 50 draws for each do not find as many.
+    There are fewer if 50 draws per passage do not yield enough.
     """
     numbers = random.Random(f"{seed}\0{normalise_question(question.question).casefold()}")
     draws = numbers.sample(range(len(pool)), min(len(pool), _DRAWS * count))
-    found = (passage for draw in draws if not has_answer((passage := pool[draw]).text, question.answers))
-    return tuple(RetrievedPassage(passage, 0.0, rank) for rank, passage in enumerate(islice(found, count), 1))
+    suitable = (passage for draw in draws if not has_answer((passage := pool[draw]).text, question.answers))
+    return tuple(RetrievedPassage(passage, 0.0, rank) for rank, passage in enumerate(islice(suitable, count), 1))
 
 
 def constant(pool: Pool, seed: int) -> tuple[RetrievedPassage, ...]:
-    """One passage drawn from ``pool`` by ``seed``, for all questions."""
+    """One passage from ``pool``, drawn by ``seed``, for all questions."""
     return (RetrievedPassage(pool[random.Random(seed).randrange(len(pool))], 0.0, 1),)
 
 

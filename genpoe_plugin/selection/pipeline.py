@@ -1,6 +1,6 @@
-"""From questions to the passages that each is answered with, for all questions at once and ahead of generation.
+"""Choose the passages and gates of all questions at once, ahead of generation.
 
-retrieve (questions that bring no passages) -> cut -> rerank -> control -> keep the best -> gates
+The steps: retrieve (for questions without passages) -> cut -> rerank -> control -> keep the best -> gates.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What one question is answered with.
+    """The passages and gates that one question is answered with.
 
-    task, question: as given; the question's own passages are those that it brought along.
-    retrieved: what the passages were chosen from, best first (empty where a control needs no retrieval).
-    passages: those kept, best first.
-    strings: their strings, cut to 256 tokens: what reranker, hypernetwork, prompt and expert store see.
-    gates: one for each of them; they add up to 1.
+    Attributes:
+        task: name of the question's task.
+        question: the question, with any passages that its doc contains.
+        retrieved: the candidate passages, best first; empty for controls without retrieval.
+        passages: the selected passages, best first.
+        strings: the selected passages' strings, cut to 256 tokens; read by reranker,
+            hypernetwork, prompt and expert store.
+        gates: one gate per selected passage; they add up to 1.
     """
 
     task: str
@@ -50,26 +53,25 @@ class Selection:
 
 
 class Pipeline:
-    """Chooses the passages of every question and gives them their gates.
+    """Selects the passages of every question and computes their gates.
 
     Args:
-        tokenizer: the LLM's, by which passages are cut.
-        retriever: for questions that bring no passages.
-        reranker: orders what was retrieved; without one the order is that of rerank scores that passages brought
-            along, else the retriever's.
-        num_retrieved, num_passages: how many at most before and after reranking.
-        gates, gate_temperature: of the passages kept (`passage_gates`). Passages that are drawn have no scores, so
-            their gates are equal.
-        control: which passages (``controls.CONTROLS``). ``gold`` chooses among all retrieved; ``random`` and
-            ``constant`` draw from the retriever's index, else from all passages that the questions bring along.
-        seed: of the controls.
-        progress: show progress bars.
-        from_others: where several processes share the questions, given what this one has to say to the others, what
-            they say. Called once by every ``select`` whose control mixes questions, so that each gets the passages
-            that it would get in one process.
+        tokenizer: the LLM's tokenizer, used to cut passages.
+        retriever: retrieves passages for questions without any.
+        reranker: reranks the candidates. Without one, they are sorted by rerank scores from the input, or else keep the
+            retriever's order.
+        num_retrieved, num_passages: largest number of passages before and after reranking.
+        gates, gate_temperature: how the selected passages' gates are computed (`passage_gates`). Passages of the
+            controls that draw them have no scores, so their gates are equal.
+        control: which passages to select, one of ``controls.CONTROLS``. ``gold`` selects among all candidates;
+            ``random`` and ``constant`` draw from the retriever's index, or else from the passages of all questions.
+        seed: seed of the controls.
+        progress: whether to show progress bars.
+        from_others: sends a list to the other processes that share the questions and returns their lists, joined.
+            `select` calls it once if the control mixes questions, so that the result is that of a single process.
 
     Attributes:
-        seconds: time spent so far, by stage.
+        seconds: time spent so far in ``retrieve`` and ``rerank``, in seconds.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Pipeline:
         control: str = "retrieved",
         seed: int = 0,
         progress: bool = True,
-        from_others: Callable[[list[Any]], list[Any]] = lambda own: [],
+        from_others: Callable[[list[Any]], list[Any]] = lambda _: [],
     ) -> None:
         self.tokenizer = tokenizer
         self.retriever = retriever
@@ -102,28 +104,35 @@ class Pipeline:
         self._strings: dict[str, str] = {}
 
     def select(self, tasks: Sequence[str], questions: Sequence[Question]) -> list[Selection]:
-        """The selection of each question, in their order; ``tasks`` are the names of their tasks.
+        """Select the passages of each question.
+
+        Args:
+            tasks: name of each question's task.
+            questions: the questions.
+
+        Returns:
+            One selection per question, in the same order.
 
         Raises:
-            InputError: a passage has no text, or no score where its gate has to be made of one; there is neither an
-                index nor a question with passages; or the control cannot be carried out.
+            InputError: a passage has no text, or no score that its gate needs; there is neither an index nor a question
+                with passages; or the control is impossible with these questions.
         """
         if self.control == "none" or not questions:
             return [Selection(task, question) for task, question in zip(tasks, questions, strict=True)]
         if self.retriever is None and not any(question.passages for question in questions):
             raise InputError(
-                f"no question of {', '.join(sorted(set(tasks)))} brings passages (`ctxs`) and there is no index; "
+                f"no question of {', '.join(sorted(set(tasks)))} has passages (`ctxs`) and there is no index; "
                 "give index=DIRECTORY, made by `genpoe index build`"
             )
         if self.control in ("random", "constant"):
             retrieved: list[tuple[RetrievedPassage, ...]] = [()] * len(questions)
-            kept, gates = self._drawn(questions), "uniform"
+            selected, gates = self._draw(questions), "uniform"
         else:
             retrieved, gates = self._rerank(questions, self._retrieve(questions)), self.gates
-            kept = self._chosen(tasks, questions, retrieved)
-        if without := sum(not passages for passages in kept):
-            _log.warning("%d of %d questions have no passages and are answered without", without, len(kept))
-        self._cut(kept)
+            selected = self._choose(tasks, questions, retrieved)
+        if without := sum(not passages for passages in selected):
+            _log.warning("%d of %d questions have no passages and are answered without", without, len(selected))
+        self._cut(selected)
         return [
             Selection(
                 task=task,
@@ -133,20 +142,20 @@ class Pipeline:
                 strings=tuple(self._strings[passage.passage.string] for passage in passages),
                 gates=passage_gates(question.question, passages, gates, self.gate_temperature),
             )
-            for task, question, candidates, passages in zip(tasks, questions, retrieved, kept, strict=True)
+            for task, question, candidates, passages in zip(tasks, questions, retrieved, selected, strict=True)
         ]
 
     def _retrieve(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
-        found: dict[str, tuple[RetrievedPassage, ...]] = {}
+        retrieved: dict[str, tuple[RetrievedPassage, ...]] = {}
         if self.retriever is not None:
-            wanted = list(dict.fromkeys(question.question for question in questions if not question.passages))
+            queries = list(dict.fromkeys(question.question for question in questions if not question.passages))
             with timed(self.seconds, "retrieve"):
-                passages = self.retriever.retrieve(wanted, self.num_retrieved, progress=self.progress)
-            found = dict(zip(wanted, passages, strict=True))
+                passages = self.retriever.retrieve(queries, self.num_retrieved, progress=self.progress)
+            retrieved = dict(zip(queries, passages, strict=True))
         return [
             tuple(
                 passage if passage.has_answer is not None else _labelled(passage, question)
-                for passage in question.passages[: self.num_retrieved] or found.get(question.question, ())
+                for passage in question.passages[: self.num_retrieved] or retrieved.get(question.question, ())
             )
             for question in questions
         ]
@@ -157,39 +166,39 @@ class Pipeline:
         self._cut(retrieved)
         if self.reranker is None:
             return [by_rerank_score(passages) for passages in retrieved]
-        from genpoe_plugin.selection.reranking import rerank  # here, for the other runs do without
+        from genpoe_plugin.selection.reranking import rerank  # imported only if there is a reranker
 
-        asked = [replace(question, passages=found) for question, found in zip(questions, retrieved, strict=True)]
+        unranked = [replace(question, passages=own) for question, own in zip(questions, retrieved, strict=True)]
         with timed(self.seconds, "rerank"):
-            ranked = rerank(asked, self.reranker, strings=self._strings, progress=self.progress)
+            ranked = rerank(unranked, self.reranker, strings=self._strings, progress=self.progress)
         return [question.passages for question in ranked]
 
-    def _chosen(
+    def _choose(
         self, tasks: Sequence[str], questions: Sequence[Question], retrieved: Sequence[tuple[RetrievedPassage, ...]]
     ) -> list[tuple[RetrievedPassage, ...]]:
         if self.control == "gold":
             if all(passage.has_answer is None for passages in retrieved for passage in passages):
                 raise InputError("passages=gold needs docs with `answers`, or passages with `has_answer`")
             retrieved = [controls.gold(passages) for passages in retrieved]
-        kept = [passages[: self.num_passages] for passages in retrieved]
+        selected = [passages[: self.num_passages] for passages in retrieved]
         if self.control != "shuffled":
-            return kept
-        asked = [
+            return selected
+        all_questions = [
             (task, replace(question, passages=passages))
-            for task, question, passages in zip(tasks, questions, kept, strict=True)
+            for task, question, passages in zip(tasks, questions, selected, strict=True)
         ]
-        asked += self.from_others(asked)
+        all_questions += self.from_others(all_questions)
         rows_of: defaultdict[str, list[int]] = defaultdict(list)
-        for row, (task, _) in enumerate(asked):
+        for row, (task, _) in enumerate(all_questions):
             rows_of[task].append(row)
         for rows in rows_of.values():
-            given = controls.shuffled([asked[row][1] for row in rows], self.seed)
-            for row, passages in zip(rows, given, strict=True):
-                if row < len(kept):
-                    kept[row] = tuple(_labelled(passage, questions[row]) for passage in passages)
-        return kept
+            shuffled = controls.shuffled([all_questions[row][1] for row in rows], self.seed)
+            for row, passages in zip(rows, shuffled, strict=True):
+                if row < len(selected):
+                    selected[row] = tuple(_labelled(passage, questions[row]) for passage in passages)
+        return selected
 
-    def _drawn(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
+    def _draw(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
         pool: controls.Pool
         if self.retriever is not None:
             pool = _IndexPool(self.retriever.index)
@@ -201,14 +210,14 @@ class Pipeline:
             passages = controls.constant(pool, self.seed)
             drawn = [passages] * len(questions)
         else:
-            drawn = [controls.drawn(question, pool, self.num_passages, self.seed) for question in questions]
+            drawn = [controls.random_passages(question, pool, self.num_passages, self.seed) for question in questions]
         return [
             tuple(_labelled(passage, question) for passage in passages)
             for question, passages in zip(questions, drawn, strict=True)
         ]
 
     def _cut(self, rows: Sequence[Sequence[RetrievedPassage]]) -> None:
-        """Note the cut string of every passage, once for each."""
+        """Cut every new passage and store its cut string."""
         new = {entry.passage.string: entry.passage for row in rows for entry in row}
         new = {string: passage for string, passage in new.items() if string not in self._strings}
         for passage in new.values():
@@ -219,6 +228,8 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class _IndexPool:
+    """The passages of an index, to draw from."""
+
     index: PassageIndex
 
     def __len__(self) -> int:
@@ -229,6 +240,6 @@ class _IndexPool:
 
 
 def _labelled(passage: RetrievedPassage, question: Question) -> RetrievedPassage:
-    """Say whether the passage contains an answer to this question; None where its answers are not known."""
-    found = has_answer(passage.passage.text, question.answers) if question.answers else None
-    return replace(passage, has_answer=found)
+    """Set ``has_answer`` of the passage for this question; None if the question's answers are unknown."""
+    label = has_answer(passage.passage.text, question.answers) if question.answers else None
+    return replace(passage, has_answer=label)

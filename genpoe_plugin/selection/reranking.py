@@ -1,4 +1,4 @@
-"""The reranker: a decoder LLM that reads question and passage and is asked whether one answers the other."""
+"""The reranker: a decoder LLM that scores whether a passage answers a question."""
 
 from __future__ import annotations
 
@@ -29,18 +29,27 @@ DEFAULT_PROMPT = (
 )
 DEFAULT_MAX_LENGTH = 512
 SETTINGS_FILE = "reranker.json"
-# Pairs tokenised and sorted by length at a time: enough for tight batches, and memory does not grow with the input.
+# Number of pairs that are tokenised and sorted by length together: enough for batches with little padding, in bounded
+# memory.
 WINDOW = 4096
 
 
 class Reranker:
     """Scores (query, passage) pairs by the logit of "Yes" at the last position, as bge-reranker-v2-gemma does.
 
-    The input of a pair is ``[bos] + "A: {query}" + "\\n" + "B: {passage}" + "\\n" + prompt``. Every piece is tokenised
-    on its own, so no token spans two of them, whatever the tokenizer would merge. All but the last newline and the
-    prompt take at most ``max_length`` tokens: the passage is cut to fit (and a query only beyond 3/4 of it, so that
-    some of the passage is always read). "Yes" is the first token of that word by itself; bos is left out where the
-    tokenizer has none or pads with it. These are FlagEmbedding's rules, so its rerankers keep their scores.
+    The input of a pair is ``[bos] + "A: {query}" + "\\n" + "B: {passage}" + "\\n" + prompt``. Each piece is tokenised
+    separately, so no token spans two pieces. Everything before the last newline has at most ``max_length`` tokens: the
+    passage is cut to fit, and the query is cut at 3/4 of that length, so that some of the passage is always read. "Yes"
+    is the first token of that word alone. There is no bos if the tokenizer has none or uses it for padding. These are
+    FlagEmbedding's rules, so its rerankers keep their scores.
+
+    Args:
+        model: the decoder LLM.
+        tokenizer: the LLM's tokenizer.
+        prompt: the question to the LLM after every pair.
+        max_length: largest number of tokens before the last newline and the prompt.
+        batch_size: pairs per forward pass.
+        commit: commit of the hub repository that the reranker was loaded from.
     """
 
     def __init__(
@@ -63,7 +72,7 @@ class Reranker:
         self._bos = [] if bos is None or bos == tokenizer.pad_token_id else [bos]
         yes, self._newline, self._prompt = self._tokenise(["Yes", "\n", prompt])
         self._yes = yes[0]
-        # Models without position embeddings (ALiBi, state space) take none.
+        # Models without position embeddings (ALiBi, state space) have no such argument.
         self.device = model.device
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
@@ -79,17 +88,19 @@ class Reranker:
         max_length: int | None = None,
         trust_remote_code: bool = False,
     ) -> Reranker:
-        """Load a decoder LLM, a trained reranker or a LoRA adapter, from a directory or the hub.
+        """Load a decoder LLM, a trained reranker or a LoRA adapter from a directory or the hub.
 
         Args:
-            name_or_path: a directory, or a repository of the hub as ``user/name`` or ``user/name@revision``.
-            dtype: of the weights; ``auto`` keeps the checkpoint's.
-            batch_size: pairs in one forward pass.
-            prompt, max_length: instead of those saved with a trained reranker.
+            name_or_path: a directory, or a hub repository as ``user/name`` or ``user/name@revision``.
+            device: device of the model.
+            dtype: dtype of the weights; ``auto`` keeps that of the checkpoint.
+            batch_size: pairs per forward pass.
+            prompt, max_length: replace the values saved with a trained reranker.
+            trust_remote_code: whether to run code from the repository.
 
         Raises:
-            InputError: it is not there, not a whole checkpoint, or not a causal language model; there is no such
-                device.
+            InputError: there is no such model or device, or the checkpoint is incomplete or not a causal language
+                model.
         """
         name = str(name_or_path)
         repository, of_hub = loaded_from(name)
@@ -98,11 +109,13 @@ class Reranker:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 repository, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **of_hub
             )
-        except Exception as error:  # Each kind of damage to a checkpoint comes as another type of error.
+        except Exception as error:  # each kind of damage to a checkpoint raises another type of error
             if Path(name).is_dir():
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise InputError(f"{name}: cannot be loaded as a causal language model: {reason}") from error
-            raise InputError(f"{name}: no such directory, and no such model on the hub (or no way to it)") from error
+            raise InputError(
+                f"{name}: no such directory, and no such model on the hub (or the hub is unreachable)"
+            ) from error
         model, info = loaded
         if info["missing_keys"]:
             raise InputError(
@@ -118,18 +131,18 @@ class Reranker:
         return cls(to_device(model, device).eval(), tokenizer, batch_size=batch_size, commit=commit, **settings)
 
     def save(self, directory: str | Path) -> None:
-        """Write weights (safetensors), tokenizer and prompt: what :meth:`load`, or FlagEmbedding, reads."""
+        """Write weights (safetensors), tokenizer and prompt, in the format that :meth:`load` and FlagEmbedding read."""
         self.model.save_pretrained(directory)
         self.save_text_side(directory)
 
     def save_text_side(self, directory: str | Path) -> None:
-        """Write tokenizer, prompt and lengths only, for a directory whose weights are an adapter."""
+        """Write only tokenizer, prompt and maximum length, for a directory that holds an adapter."""
         self.tokenizer.save_pretrained(directory)
         settings = {"prompt": self.prompt, "max_length": self.max_length}
         (Path(directory) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """The input ids of every pair, unpadded; a text that occurs in several pairs is tokenised once."""
+        """The input ids of every (query, passage) pair, unpadded; each distinct text is tokenised once."""
         queries = list(dict.fromkeys(query for query, _ in pairs))
         passages = list(dict.fromkeys(passage for _, passage in pairs))
         query_ids = dict(zip(queries, self._tokenise([f"A: {query}" for query in queries]), strict=True))
@@ -142,7 +155,7 @@ class Reranker:
         return rows
 
     def yes_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The "Yes" logits, float32 [n] on the model's device, of the rows that :meth:`encode` made; differentiable."""
+        """The "Yes" logits, float32 ``[n]`` on the model's device, of rows from :meth:`encode`; differentiable."""
         batches = list(self._batches(rows))
         order = torch.tensor([index for batch in batches for index in batch])
         logits = torch.cat([self._forward([rows[index] for index in batch]) for batch in batches])
@@ -150,7 +163,7 @@ class Reranker:
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> np.ndarray:
-        """The "Yes" logit, float32 [n], of every (query, passage string); higher is more relevant."""
+        """The "Yes" logit of every (query, passage string) pair, float32 ``[n]``; higher is more relevant."""
         self.model.eval()
         scores = np.empty(len(pairs), dtype=np.float32)
         with tqdm(total=len(pairs), desc="reranking", unit="pair", disable=not progress) as bar:
@@ -163,7 +176,7 @@ class Reranker:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides a score: configuration, vocabulary, prompt, lengths and every weight."""
+        """SHA-256 of everything that decides a score: configuration, vocabulary, prompt, maximum length and weights."""
         config = self.model.config.to_dict()
         for volatile in ("_name_or_path", "transformers_version"):
             config.pop(volatile, None)
@@ -178,7 +191,7 @@ class Reranker:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Indices of ``rows`` in batches of like length, longest first so that lack of memory shows at once."""
+        """Indices of ``rows`` in batches of similar length, the longest first, so that memory errors occur at once."""
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
@@ -191,7 +204,7 @@ class Reranker:
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
-        # One position of logits: at Gemma's vocabulary all of them would outweigh the model.
+        # Logits of the last position only: with Gemma's vocabulary, those of all positions would exceed the model.
         return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self._yes].float()
 
 
@@ -202,10 +215,13 @@ def rerank(
     strings: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> list[Question]:
-    """The questions with their passages scored and put in the reranker's order; each distinct pair is scored once.
+    """The questions, with their passages scored and sorted by the reranker; each distinct pair is scored once.
 
     Args:
-        strings: by a passage's string, what to read instead of it; the passage whole where it is not given.
+        questions: questions with passages.
+        reranker: scores the pairs.
+        strings: cut strings by passage string; a passage that is not in it is read whole.
+        progress: whether to show a progress bar.
     """
     read = strings or {}
     rows = [
@@ -228,7 +244,7 @@ def rerank(
 
 
 def _read_settings(name: str, revision: str | None) -> dict[str, Any]:
-    """Prompt and lengths saved with a trained reranker; nothing for an LLM that comes without them."""
+    """Prompt and maximum length saved with a trained reranker; empty for an LLM without them."""
     try:
         path = Path(str(cached_file(name, SETTINGS_FILE, revision=revision)))
     except OSError:
@@ -238,5 +254,5 @@ def _read_settings(name: str, revision: str | None) -> dict[str, Any]:
         return {"prompt": str(saved["prompt"]), "max_length": int(saved["max_length"])}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f'{path}: not the settings of a reranker, which are {{"prompt": text, "max_length": number}}'
+            f'{path}: invalid reranker settings; they must be {{"prompt": text, "max_length": number}}'
         ) from error

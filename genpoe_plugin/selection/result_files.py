@@ -1,4 +1,4 @@
-"""Result files made question by question: what is done when the work stops is kept and gone on from."""
+"""Result files, written question by question, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -33,13 +33,19 @@ if TYPE_CHECKING:
     from genpoe_plugin.selection.reranking import Reranker
 
 
-SEARCHED = 256  # questions searched at a time
-SCORED = 512  # passages scored at a time, or those of one question if they are more
+SEARCH_BLOCK = 256  # questions searched at a time
+SCORE_BLOCK = 512  # passages scored at a time; more if one question has more
 
 
 @dataclass
 class Quality:
-    """Where the first passage with an answer was, question by question, as retrieved and, if they were, as reranked."""
+    """The rank of each question's first passage with an answer, before and after reranking.
+
+    Attributes:
+        passages: the largest number of passages of a question.
+        retrieved: the ranks in the retriever's order.
+        reranked: the ranks in the order of the passages, which is the reranker's after reranking.
+    """
 
     passages: int = 0
     retrieved: list[AnswerRank] = field(default_factory=list)
@@ -52,30 +58,32 @@ class Quality:
         self.reranked.append(answer_rank(passage.has_answer for passage in question.passages))
 
     def table(self, reranked: bool) -> str:
-        """Recall and MRR before and, if asked, after reranking."""
+        """Recall and MRR before and, if ``reranked``, after reranking."""
         rankings = {"retrieved": self.retrieved} | ({"reranked": self.reranked} if reranked else {})
         return quality_table(rankings, self.passages)
 
 
 def retrieve_all(questions: Iterable[Question], retriever: Retriever, k: int) -> Iterator[Question]:
-    """The questions one by one, with the ``k`` passages that are found instead of any that they had."""
-    for block in _blocks(questions, lambda _: 1, SEARCHED):
-        found = retriever.retrieve([question.question for question in block], k)
-        for question, passages in zip(block, found, strict=True):
+    """Yield the questions with their ``k`` retrieved passages, which replace any passages that they had."""
+    for block in _blocks(questions, lambda _: 1, SEARCH_BLOCK):
+        retrieved = retriever.retrieve([question.question for question in block], k)
+        for question, passages in zip(block, retrieved, strict=True):
             yield _labelled(replace(question, passages=passages))
 
 
 def rerank_all(
     questions: Iterable[Question], reranker: Reranker, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[Question]:
-    """The questions one by one, their passages put in the reranker's order; ties go by the retriever's rank.
+    """Yield the questions with their passages in the reranker's order; the retriever's rank breaks ties.
 
     Args:
-        tokenizer: of an LLM, by whose tokens passages are cut as in its evaluations; they are read whole without one.
+        questions: questions with passages.
+        reranker: scores the passages.
+        tokenizer: tokenizer of an LLM, to cut passages as in its evaluations; without one, passages are read whole.
     """
     from genpoe_plugin.selection.reranking import rerank  # torch
 
-    for block in _blocks(questions, lambda question: len(question.passages), SCORED):
+    for block in _blocks(questions, lambda question: len(question.passages), SCORE_BLOCK):
         ranked = [
             replace(question, passages=tuple(sorted(question.passages, key=lambda passage: passage.rank)))
             for question in block
@@ -97,19 +105,26 @@ def make_results(
     total: int | None = None,
     progress: bool = False,
 ) -> Quality:
-    """Write what ``work`` makes of the questions, in their order, to ``out``, whole or not at all.
+    """Process the questions in order and write the results atomically to ``out``.
 
-    Questions that are done are collected in ``OUT.part``. It is gone on from after whatever stopped the work, a kill
-    within a line included, and removed in the end.
+    Finished questions are collected in ``OUT.part``. A later call resumes from this file, whatever stopped the earlier
+    one (even in the middle of a line). The file is removed at the end.
 
     Args:
-        header: all that decides the result, as JSON; a ``.part`` with another one is not gone on from.
-        form: of `questions.FORMATS`; DPR's has no place for the header.
+        out: the result file.
+        questions: the questions.
+        work: yields the processed questions, in order.
+        header: everything that decides the result, as JSON; a ``.part`` file with another header is refused.
+        form: output format, one of `questions.FORMATS`; DPR's format does not contain the header.
         total: number of questions, for the progress bar.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The quality of the retrieved and reranked passages.
 
     Raises:
-        InputError: ``out`` is a directory, the ``.part`` is of another run, or it cannot be written.
-        KeyboardInterrupt: with a message that says what is kept.
+        InputError: ``out`` is a directory, the ``.part`` file belongs to another run, or a file cannot be written.
+        KeyboardInterrupt: interrupted; the message says what is saved.
     """
     out = Path(out)
     if out.is_dir():
@@ -117,15 +132,15 @@ def make_results(
     part = out.with_name(f"{out.name}.part")
     with _writing(part):
         done = _begin(part, header)
-    asked = iter(questions)
-    for number, (question, before) in enumerate(zip_longest(islice(asked, done), read_questions(part)), 1):
+    remaining = iter(questions)
+    for number, (question, before) in enumerate(zip_longest(islice(remaining, done), read_questions(part)), 1):
         if question is None or before is None or question.question != before.question:
-            raise InputError(f"{part}: question {number} is another one; delete the file to begin anew")
+            raise InputError(f"{part}: question {number} differs from the input; delete the file to start over")
     bar = tqdm(total=total, initial=done, desc="questions", unit="question", disable=not progress)
     quality = Quality()
     try:
         with bar, part.open("ab", buffering=0) as file:
-            for question in work(asked):
+            for question in work(remaining):
                 _append(file, question_line(question))
                 done += 1
                 bar.update()
@@ -137,14 +152,14 @@ def make_results(
                 write_questions(out, finished, **header)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
-            f"interrupted; {done:,} questions are kept in {part}, and the same command goes on from there"
+            f"interrupted; {done:,} questions are saved in {part}; rerun the same command to resume"
         ) from interrupt
     part.unlink()
     return quality
 
 
 def _begin(part: Path, header: Mapping[str, Any]) -> int:
-    """Begin ``part``, or cut off a line that was not finished; returns the number of questions that it has."""
+    """Create ``part``, or remove an unfinished last line from it; return the number of questions in it."""
     first = header_line(header).encode()
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
@@ -154,7 +169,7 @@ def _begin(part: Path, header: Mapping[str, Any]) -> int:
             if not line.endswith(b"\n"):
                 break
             if lines == 0 and line != first:
-                raise InputError(f"{part}: begun with {_difference(line, header)}; delete it, or give another --out")
+                raise InputError(f"{part}: started with {_difference(line, header)}; delete it, or give another --out")
             lines += 1
             whole += len(line)
         file.truncate(whole)
@@ -174,7 +189,7 @@ def _difference(line: bytes, header: Mapping[str, Any]) -> str:
 
 
 def _append(file: io.FileIO, line: str) -> None:
-    """Unbuffered, so that a kill loses a line at most, and a full disk is noticed here."""
+    """Write a line unbuffered, so that a kill loses at most one line and a full disk raises here."""
     rest = memoryview(line.encode())
     with _writing(file.name):
         while rest:
@@ -187,7 +202,8 @@ def _writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); what is done is kept, and the same command goes on"
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "finished questions are saved; rerun the same command to resume"
         ) from error
 
 
@@ -198,7 +214,7 @@ def _tallied(questions: Iterable[Question], quality: Quality) -> Iterator[Questi
 
 
 def _labelled(question: Question) -> Question:
-    """Say of each passage whether it has an answer, by DPR's rule, where nobody has said so: gold marks stay."""
+    """Set ``has_answer`` of each passage by DPR's rule, unless the input has set it (gold marks)."""
     passages = (
         replace(passage, has_answer=has_answer(passage.passage.text, question.answers))
         if passage.has_answer is None
@@ -209,7 +225,7 @@ def _labelled(question: Question) -> Question:
 
 
 def _blocks(questions: Iterable[Question], size: Callable[[Question], int], least: int) -> Iterator[list[Question]]:
-    """The questions in lists whose sizes add up to ``least`` or, by their last question, more."""
+    """Split the questions into lists whose sizes add up to at least ``least``, with as few questions as possible."""
     block: list[Question] = []
     filled = 0
     for question in questions:

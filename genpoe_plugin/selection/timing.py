@@ -1,4 +1,4 @@
-"""Time spent, by stage."""
+"""Measure the time of each stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def timed(seconds: MutableMapping[str, float], stage: str) -> Iterator[None]:
-    """Add the time that the block takes to ``seconds[stage]``, also when it fails."""
+    """Add the duration of the block, in seconds, to ``seconds[stage]``, even if it raises."""
     begin = time.perf_counter()
     try:
         yield

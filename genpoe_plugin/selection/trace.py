@@ -1,4 +1,4 @@
-"""The trace: a JSON Lines file that says, for every sample, what the LLM read, and which passages it had and why."""
+"""The trace: a JSON Lines file with the passages, scores, gates and prompt of every sample."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from genpoe_plugin.files import atomic_file
 from genpoe_plugin.selection.pipeline import Selection
 
 TRACE = "trace_{date}.jsonl"
-"""Beside lm-eval's results of that date, where no other place was given."""
+"""Default name of the trace, beside lm-eval's results of that date."""
 
 
 class Trace:
-    """Collects the lines of one run and writes them, all of them or nothing.
+    """Collects the lines of one run and writes them atomically.
 
-    A run's first write replaces what an earlier run left.
+    The first write of a run replaces the file of an earlier run.
 
     Args:
-        path: the file; under data parallelism each process but the first writes ``name.rank1.jsonl`` and so on, until
-            `join` makes one file of them. Without one, lines are collected for a `write` that names a place.
-        rank: of this process.
+        path: the trace file. Under data parallelism, every process except the first writes to ``name.rank1.jsonl`` and
+            so on, until `join` merges them. If None, `write` must be called with a path.
+        rank: rank of this process.
     """
 
     def __init__(self, path: str | Path | None = None, rank: int = 0) -> None:
@@ -33,10 +33,14 @@ class Trace:
         self._lines: dict[tuple[Any, ...], str] = {}
 
     def add(self, doc_id: int | None, selection: Selection, **facts: Any) -> str:
-        """Note a sample, and return its line.
+        """Add a sample and return its line.
 
-        Requests of one sample (the choices of a doc) make one line, if what they asked, the fact ``prompt_hash``, is
-        the same. ``facts`` go in as they are.
+        Requests of one sample (the choices of a doc) share one line if they have the same ``prompt_hash``.
+
+        Args:
+            doc_id: the doc's number in its task.
+            selection: the sample's passages and gates.
+            facts: further fields of the line, written unchanged.
         """
         line = {
             "task": selection.task,
@@ -49,20 +53,24 @@ class Trace:
                 for passage, gate in zip(selection.passages, selection.gates, strict=True)
             ],
         }
-        self._lines[_key(line)] = told = json.dumps(line, ensure_ascii=False)
-        return told
+        self._lines[_key(line)] = text = json.dumps(line, ensure_ascii=False)
+        return text
 
     def keep(self, lines: Iterable[str]) -> None:
-        """Take over lines of an earlier run: what `lm_eval --use_cache` answers from it never reaches the model."""
+        """Add lines of an earlier run, for samples that `lm_eval --use_cache` answers without calling the model."""
         self._lines.update((_key(json.loads(line)), line) for line in lines)
 
     @property
     def lines(self) -> dict[tuple[Any, ...], str]:
-        """What was noted so far, by task, doc, question and prompt."""
+        """The lines so far, by task, doc, question and prompt."""
         return self._lines
 
     def join(self, parts: Sequence[Mapping[tuple[Any, ...], str]] | None) -> None:
-        """Write the lines of all processes, in the order that one process has; without them, leave it to another."""
+        """Write the lines of all processes, in the order of a run with one process.
+
+        Args:
+            parts: the `lines` of every process; None in every process except the one that writes.
+        """
         if parts is None:
             if self.path is not None:
                 self.path.unlink(missing_ok=True)
@@ -73,7 +81,7 @@ class Trace:
         self.write()
 
     def write(self, path: Path | None = None) -> None:
-        """Write all lines, to ``path`` or the trace's own; to none where it has none."""
+        """Write all lines to ``path``, by default to the trace's own path; without either, write nothing."""
         path = self.path if path is None else path
         if path is not None:
             with atomic_file(path) as temporary:

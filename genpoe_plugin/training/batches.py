@@ -1,4 +1,4 @@
-"""A batch of answers to predict: prompts and targets as the LLM reads them, and the loss of each row."""
+"""Batches of prompts with target answers, and the loss of each row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded token ids, their mask, and the labels of the last ``labels.shape[1]`` positions."""
+    """A batch of prompts with targets.
+
+    Attributes:
+        input_ids: left-padded token ids, ``[rows, tokens]``.
+        attention_mask: 1 on real tokens, ``[rows, tokens]``.
+        labels: labels of the last positions, `IGNORED` where there is no target, ``[rows, targets]``.
+        start: for each row, the first position that experts act on.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -26,7 +33,7 @@ class Batch:
     start: tuple[int, ...]
 
     def rows(self, numbers: Sequence[int]) -> Batch:
-        """Some of the rows."""
+        """The batch restricted to some of its rows."""
         chosen = list(numbers)
         tensors = (self.input_ids[chosen], self.attention_mask[chosen], self.labels[chosen])
         return Batch(*tensors, tuple(self.start[number] for number in chosen))
@@ -35,9 +42,9 @@ class Batch:
 def make_batch(
     examples: Sequence[DrawnExample], knowledge: bool, tokenizer: PreTrainedTokenizerBase, *, end: str = "\n"
 ) -> Batch:
-    """Tokenise examples, as RAG prompts with ``knowledge``, their passages cut as in an evaluation.
+    """Tokenise examples as closed-book prompts or, with ``knowledge``, as RAG prompts with cut passages.
 
-    The target is `` answer`` and ``end``, its space put where the tokenizer itself puts it.
+    The target is a space, the answer and ``end``; the tokenizer decides which token the space belongs to.
     """
     rows: list[tuple[list[int], int]] = []
     starts = []
@@ -80,17 +87,17 @@ def answer_logits(model: PreTrainedModel, batch: Batch, device: torch.device) ->
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of every label, ``[rows, targets]``; 0 where there is none."""
+    """The cross-entropy of every label, ``[rows, targets]``; 0 for `IGNORED` labels."""
     return functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
 
 
-def divergences(logits: Tensor, taught: Tensor) -> Tensor:
-    """How far each distribution of ``logits`` is from that of ``taught`` (Kullback-Leibler): ``[rows, targets]``."""
-    pointwise = functional.kl_div(logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="none")
+def divergences(logits: Tensor, teacher: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of the student's ``logits`` from the teacher's, ``[rows, targets]``."""
+    pointwise = functional.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
     return pointwise.sum(-1)
 
 
 def mean_over_targets(losses: Tensor, labels: Tensor) -> Tensor:
-    """The mean of every row's losses ``[rows, targets]`` where it has a label: ``[rows]``."""
-    wanted = labels != IGNORED
-    return losses.where(wanted, 0).sum(1) / wanted.sum(1)
+    """The mean loss of each row over its labels: from ``[rows, targets]`` to ``[rows]``."""
+    has_label = labels != IGNORED
+    return losses.where(has_label, 0).sum(1) / has_label.sum(1)

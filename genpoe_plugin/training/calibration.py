@@ -1,9 +1,9 @@
-"""Which layers of an LLM, and which of their key-value heads, do the reading of a passage: found by measurement.
+"""Calibration: measure which layers of an LLM, or which of their key-value heads, read passages.
 
-Experts of the form ``attention`` in all layers are taken away part by part (a part is a layer, or one key-value head of
-a layer). What counts is the loss of held questions' answers with their passage as expert: first with each part left out
-alone, then greedily, the part that costs least first. Every measurement is kept in a file as soon as it is made, so a
-calibration that was stopped goes on where it was.
+It starts with experts of the form ``attention`` in all layers and removes them part by part (a part is a layer, or one
+key-value head of a layer). The criterion is the loss of questions' answers with the right passage as expert. First each
+part is removed alone; then parts are removed greedily, the cheapest first. Every measurement is saved at once, so an
+interrupted calibration can resume.
 """
 
 from __future__ import annotations
@@ -41,21 +41,24 @@ from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.training.batches import IGNORED, answer_logits, make_batch, mean_over_targets
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, training_examples
 
-TRIED = 4  # parts whose loss is measured again before one is left out
+NUM_CANDIDATES = 4  # parts whose loss is measured again before one is removed
 
 Part = tuple[tuple[int, int], ...]
-"""Pairs of layer and key-value head that are left out together."""
+"""Pairs of layer and key-value head that are removed together."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How small the experts have to be; at least one of the three.
+    """Limits on the experts that a calibration chooses; at least one must be set.
 
     Attributes:
-        max_layers: at most so many layers.
-        max_bytes: at most so many bytes an expert, of a passage of mean length.
-        keep: at least this share of what experts in all layers gain over closed-book answering; the smallest such
-            experts are taken, where without it those of least loss are.
+        max_layers: largest number of layers.
+        max_bytes: largest size in bytes of one expert, for a passage of mean length.
+        keep: smallest share of the gain over closed-book answering that experts in all layers have. With it, the
+            smallest fitting experts are chosen; without it, those with the lowest loss.
+
+    Raises:
+        InputError: no limit is set.
     """
 
     max_layers: int | None = None
@@ -69,31 +72,32 @@ class Limits:
 
 @dataclass(frozen=True)
 class Point:
-    """Experts with some of the parts, and how well questions are answered with them.
+    """Experts with some of the parts, and their loss.
 
     Attributes:
-        config: has their layers and heads.
-        nats: the loss, per token of the answer.
-        kept: share of what experts in all layers gain over closed-book answering; not a number if they gain nothing.
-        bytes: of one expert, of a passage of mean length.
+        config: the configuration with these layers and heads.
+        nats: loss per answer token, in nats.
+        gain_share: share of the gain over closed-book answering that experts in all layers have; NaN if they have none.
+        bytes: size of one expert, for a passage of mean length.
     """
 
     config: HypernetworkConfig
     nats: float
-    kept: float
+    gain_share: float
     bytes: int
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All points, from all parts down to one, and what they are to be compared with.
+    """The result of a calibration: all points, and their baselines.
 
     Attributes:
-        points: from the largest experts to the smallest.
-        chosen: the one that fits the limits.
-        closed_book, prompt: nats without the passage, and with it in the prompt.
-        questions: how many were asked.
-        files: those that they are from, with how many of each.
+        points: experts with all parts down to one part.
+        chosen: the point that fits the limits.
+        closed_book: loss without the passage, in nats per answer token.
+        prompt: loss with the passage in the prompt, in nats per answer token.
+        questions: number of questions.
+        files: the questions' files, with the number of questions from each.
     """
 
     points: tuple[Point, ...]
@@ -106,7 +110,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """The passes over all batches with some experts: what every layer returned in each of them, and the loss."""
+    """The forward passes over all batches with some experts: the outputs of every layer, and the loss."""
 
     config: HypernetworkConfig
     outputs: list[list[Any]]
@@ -114,13 +118,13 @@ class _Recorded:
 
 
 class AnswerLoss:
-    """The loss of questions' answers, in nats per token, with the questions' passages as experts of any parts.
+    """Measures the loss of questions' answers, in nats per token, with the questions' passages as experts.
 
     Args:
         examples: questions with an answer and the passage that states it.
         model, tokenizer: the LLM.
-        config: of experts in all layers, with all heads.
-        batch_size: questions at a time.
+        config: configuration of experts in all layers, with all heads.
+        batch_size: questions per forward pass.
     """
 
     def __init__(
@@ -137,7 +141,7 @@ class AnswerLoss:
             DrawnExample(example.question, example.answer, (passage,), (1.0,))
             for example, passage in zip(examples, passages, strict=True)
         ]
-        # Logits are computed for as many tokens as the longest answer of a batch has.
+        # The longest answer of a batch decides how many logits are computed.
         drawn.sort(key=lambda example: len(example.answer))
         self._batches = [drawn[begin : begin + batch_size] for begin in range(0, len(drawn), batch_size)]
         hypernetwork = Hypernetwork(config).to(model.device).eval().requires_grad_(False)
@@ -145,7 +149,7 @@ class AnswerLoss:
         store.prepare(passages)
         units = store.units(passages)
         self.mean_tokens = sum(units) / len(units)
-        # Of each batch once, for every measurement needs the same.
+        # Prepared once, because every measurement needs the same experts.
         self._rows = [
             store.rows([example.passages for example in batch], [example.gates for example in batch], [0] * len(batch))
             for batch in self._batches
@@ -153,15 +157,16 @@ class AnswerLoss:
         self._recorded: _Recorded | None = None
 
     def without_experts(self, knowledge: bool) -> float:
-        """Closed-book, or with the passage in the prompt (``knowledge``)."""
+        """The loss closed-book, or with the passage in the prompt (``knowledge``)."""
         return _mean(self._losses(batch, knowledge) for batch in self._batches)
 
     def with_experts(self, config: HypernetworkConfig, near: HypernetworkConfig | None = None) -> float:
-        """With the experts of ``config``, which has some of the layers and heads.
+        """The loss with experts in the layers and heads of ``config``.
 
         Args:
-            near: another choice of them. Its passes are kept, until there is another, and the layers below the first
-                difference do not run again.
+            config: a configuration with some of the layers and heads.
+            near: a similar configuration. Its forward passes are recorded (until another one is given), and layers
+                below the first difference are replayed instead of run.
         """
         if near is None:
             return _mean(self._with_experts(config, number) for number in range(len(self._batches)))
@@ -176,16 +181,16 @@ class AnswerLoss:
         return _mean(losses)
 
     def _record(self, config: HypernetworkConfig) -> _Recorded:
-        self._recorded = None  # before there are others, for they are large
-        kept, losses = [], []
+        self._recorded = None  # frees memory before new outputs are recorded
+        all_outputs, losses = [], []
         for number in range(len(self._batches)):
             with recording(self.model) as outputs:
                 losses.append(self._with_experts(config, number))
-            kept.append(outputs)
-        return _Recorded(config, kept, _mean(losses))
+            all_outputs.append(outputs)
+        return _Recorded(config, all_outputs, _mean(losses))
 
     def _with_experts(self, config: HypernetworkConfig, number: int) -> list[float]:
-        """The losses of one batch."""
+        """The losses of batch ``number``."""
         rows = self._rows[number]
         assert rows is not None and isinstance(rows.experts, AttentionExperts)
         if config.kv_heads is not None:
@@ -198,9 +203,9 @@ class AnswerLoss:
         batch = make_batch(examples, knowledge, self.tokenizer, end="")
         logits = answer_logits(self.model, batch, self.model.device)
         labels = batch.labels.to(logits.device)
-        wanted = labels != IGNORED
+        has_label = labels != IGNORED
         losses = torch.zeros_like(labels, dtype=torch.float32)
-        losses[wanted] = functional.cross_entropy(logits[wanted], labels[wanted], reduction="none")
+        losses[has_label] = functional.cross_entropy(logits[has_label], labels[has_label], reduction="none")
         return mean_over_targets(losses, labels).tolist()
 
 
@@ -217,15 +222,21 @@ def calibrate_on(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Calibration:
-    """Calibrate on questions that come with passages, drawn by ``seed``.
+    """Calibrate on questions with passages, drawn by ``seed``.
 
     Args:
-        files: of questions; as many are drawn from each.
-        config: of experts in all layers.
-        progress: as of `calibrate`.
+        files: question files; the same number of questions is drawn from each.
+        model, tokenizer: the LLM.
+        config: configuration of experts in all layers.
+        limits: limits on the chosen experts.
+        progress: file of measurements, as in `calibrate`.
+        heads: whether a part is one key-value head instead of a layer.
+        num_questions: number of questions from all files.
+        batch_size: questions per forward pass.
+        seed: seed of the drawn questions.
 
     Raises:
-        InputError: as of `calibrate`; or no question of a file has a passage with one of its answers.
+        InputError: see `calibrate`; or no question of a file has a passage with one of its answers.
     """
     drawn: list[TrainingExample] = []
     counts: list[tuple[str, int]] = []
@@ -248,25 +259,25 @@ def calibrate_on(
 def calibrate(
     loss: AnswerLoss, limits: Limits, progress: Path, identity: dict[str, Any], *, heads: bool = False
 ) -> Calibration:
-    """Find the parts that carry the reading.
+    """Find the parts that read passages, by removing parts and measuring the loss.
 
     Args:
-        loss: measures; its configuration has all parts.
-        limits: what is chosen in the end.
-        progress: JSON Lines file of all measurements so far, which is made, read and added to.
-        identity: of LLM, questions and everything else that decides a measurement.
-        heads: a part is one key-value head of a layer instead of a layer.
+        loss: measures the loss; its configuration has all parts.
+        limits: limits on the chosen experts.
+        progress: JSON Lines file of all measurements; it is created, or read and appended to.
+        identity: LLM, questions and everything else that decides a measurement.
+        heads: whether a part is one key-value head instead of a layer.
 
     Raises:
-        InputError: nothing fits the limits, experts in all layers gain nothing of which a share could be kept, or
-            ``progress`` is of another calibration.
+        InputError: no experts fit the limits, ``keep`` is set but experts in all layers have no gain, or ``progress``
+            belongs to another calibration.
     """
     measured = _Measurements(progress, identity)
     whole = AttentionShape.of(loss.config)
     parts = [
-        tuple((layer, head) for head in own)
-        for layer, kept in zip(whole.layers, whole.kv_heads, strict=True)
-        for own in ([(head,) for head in kept] if heads else [kept])
+        tuple((layer, head) for head in group)
+        for layer, kv_heads in zip(whole.layers, whole.kv_heads, strict=True)
+        for group in ([(head,) for head in kv_heads] if heads else [kv_heads])
     ]
     closed = measured("closed_book", lambda: loss.without_experts(False))
     prompt = measured("prompt", lambda: loss.without_experts(True))
@@ -279,8 +290,8 @@ def calibrate(
     full = nats(parts, parts)
     if limits.keep is not None and full >= closed:
         raise InputError(
-            f"answers cost {full:.3f} nats a token with experts in all layers and {closed:.3f} without any: there is "
-            "no gain to keep a share of; give max_layers or max_bytes"
+            f"the loss is {full:.3f} nats per token with experts in all layers and {closed:.3f} without experts: there "
+            "is no gain to keep a share of; give max_layers or max_bytes"
         )
     for some, value in tqdm(_shrinking(parts, nats), desc="Leaving out", total=len(parts), unit="part"):
         config = with_parts(loss.config, some)
@@ -293,51 +304,52 @@ def calibrate(
 def _shrinking(
     parts: Sequence[Part], nats: Callable[[Sequence[Part], Sequence[Part]], float]
 ) -> Iterator[tuple[list[Part], float]]:
-    """All parts, then ever fewer of them, and the loss of each selection.
+    """Yield all parts, then fewer and fewer of them, each with its loss.
 
-    While more than half are there, two are left out at a time: at first most parts cost next to nothing.
+    Two parts are removed at a time as long as at least half remain, because most parts cost almost nothing at first.
 
     Args:
-        nats: the loss with some parts, which are nearly those of the second argument.
+        parts: all parts.
+        nats: the loss with the parts of its first argument; the second argument is a similar list of parts.
     """
-    kept, now = list(parts), nats(parts, parts)
-    yield list(kept), now
+    remaining, current = list(parts), nats(parts, parts)
+    yield list(remaining), current
 
-    def leaving(part: Part) -> float:
-        return nats([other for other in kept if other is not part], kept)
+    def loss_without(part: Part) -> float:
+        return nats([other for other in remaining if other is not part], remaining)
 
-    # What each part's absence was last seen to cost.
-    cost = {part: leaving(part) - now for part in tqdm(kept, "Leaving one out")}
-    while len(kept) > 1:
+    # The latest measured increase of the loss when each part is removed.
+    cost = {part: loss_without(part) - current for part in tqdm(remaining, "Leaving one out")}
+    while len(remaining) > 1:
         without = {}
-        for part in sorted(kept, key=lambda part: cost[part])[:TRIED]:
-            without[part] = leaving(part)
-            cost[part] = without[part] - now
+        for part in sorted(remaining, key=lambda part: cost[part])[:NUM_CANDIDATES]:
+            without[part] = loss_without(part)
+            cost[part] = without[part] - current
         cheapest = sorted(without, key=lambda part: without[part])
-        out = cheapest[: 2 if len(kept) - 2 >= len(parts) / 2 else 1]
-        kept = [part for part in kept if part not in out]
-        now = nats(kept, kept)
-        yield list(kept), now
+        removed = cheapest[: 2 if len(remaining) - 2 >= len(parts) / 2 else 1]
+        remaining = [part for part in remaining if part not in removed]
+        current = nats(remaining, remaining)
+        yield list(remaining), current
 
 
 def choose(points: Sequence[Point], limits: Limits) -> Point:
-    """The point that fits the limits: the smallest that keeps enough, or the one of least loss.
+    """The best point within the limits: the smallest one with ``keep``, otherwise the one with the lowest loss.
 
     Raises:
-        InputError: none fits.
+        InputError: no point is within the limits.
     """
     fitting = [
         point
         for point in points
         if (limits.max_layers is None or len(point.config.layers) <= limits.max_layers)
         and (limits.max_bytes is None or point.bytes <= limits.max_bytes)
-        and (limits.keep is None or point.kept >= limits.keep)
+        and (limits.keep is None or point.gain_share >= limits.keep)
     ]
     if not fitting:
         smallest = min(point.bytes for point in points)
         raise InputError(
-            f"no choice of layers keeps within the limits ({limits}); the smallest expert has {smallest:,} bytes, "
-            "and experts in all layers keep 1"
+            f"no choice of layers is within the limits ({limits}); the smallest expert has {smallest:,} bytes, "
+            "and experts in all layers have a share of 1"
         )
     if limits.keep is not None:
         return min(fitting, key=lambda point: (point.bytes, point.nats))
@@ -345,7 +357,7 @@ def choose(points: Sequence[Point], limits: Limits) -> Point:
 
 
 def _first_difference(one: HypernetworkConfig, other: HypernetworkConfig) -> int:
-    """The lowest layer in which two configurations have not the same heads."""
+    """The lowest layer in which two configurations have different heads."""
 
     def heads(config: HypernetworkConfig) -> dict[int, tuple[int, ...]]:
         shape = AttentionShape.of(config)
@@ -356,38 +368,38 @@ def _first_difference(one: HypernetworkConfig, other: HypernetworkConfig) -> int
 
 
 def _mean(losses: Iterable[list[float]]) -> float:
-    found = [loss for batch in losses for loss in batch]
-    return sum(found) / len(found)
+    flat = [loss for batch in losses for loss in batch]
+    return sum(flat) / len(flat)
 
 
 def with_parts(config: HypernetworkConfig, parts: Sequence[Part]) -> HypernetworkConfig:
-    """``config`` with the layers and heads of ``parts`` alone."""
+    """``config`` restricted to the layers and heads of ``parts``."""
     pairs = sorted(pair for part in parts for pair in part)
     layers = tuple(sorted({layer for layer, _ in pairs}))
-    kept = tuple(tuple(head for own, head in pairs if own == layer) for layer in layers)
-    every = all(len(heads) == config.num_kv_heads for heads in kept)
-    return replace(config, layers=layers, kv_heads=None if every else kept)
+    kv_heads = tuple(tuple(head for other, head in pairs if other == layer) for layer in layers)
+    complete = all(len(heads) == config.num_kv_heads for heads in kv_heads)
+    return replace(config, layers=layers, kv_heads=None if complete else kv_heads)
 
 
 def write_calibration(directory: Path, calibration: Calibration) -> None:
-    """Write the curve as CSV and as a picture."""
+    """Write the calibration's points as CSV and as a picture."""
     with atomic_file(directory / CALIBRATION) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["layers", "kv_heads", "bytes", "nats", "kept", "chosen"])
         writer.writerow(["", "closed_book", 0, calibration.closed_book, 0.0, False])
         for point in calibration.points:
             kv_heads = point.config.kv_heads
-            heads = "" if kv_heads is None else " ".join("+".join(map(str, own)) for own in kv_heads)
+            heads = "" if kv_heads is None else " ".join("+".join(map(str, layer_heads)) for layer_heads in kv_heads)
             chosen = point is calibration.chosen
             layers = " ".join(map(str, point.config.layers))
-            writer.writerow([layers, heads, point.bytes, point.nats, point.kept, chosen])
-        writer.writerow(["", "prompt", "", calibration.prompt, _kept_by_prompt(calibration), False])
+            writer.writerow([layers, heads, point.bytes, point.nats, point.gain_share, chosen])
+        writer.writerow(["", "prompt", "", calibration.prompt, _prompt_share(calibration), False])
     figure = _draw(calibration)
     with atomic_file(directory / CALIBRATION_PICTURE) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _kept_by_prompt(calibration: Calibration) -> float:
+def _prompt_share(calibration: Calibration) -> float:
     return _share(calibration.closed_book, calibration.prompt, calibration.points[0].nats)
 
 
@@ -400,15 +412,16 @@ def _draw(calibration: Calibration) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     points = calibration.points
-    axes.plot([p.bytes / 1000 for p in points], [p.kept for p in points], "o-", label="experts")
-    axes.plot(calibration.chosen.bytes / 1000, calibration.chosen.kept, "o", ms=12, mfc="none", label="chosen")
-    axes.axhline(_kept_by_prompt(calibration), color="C1", linestyle="--", label="passage in the prompt")
+    chosen = calibration.chosen
+    axes.plot([p.bytes / 1000 for p in points], [p.gain_share for p in points], "o-", label="experts")
+    axes.plot(chosen.bytes / 1000, chosen.gain_share, "o", ms=12, mfc="none", label="chosen")
+    axes.axhline(_prompt_share(calibration), color="C1", linestyle="--", label="passage in the prompt")
     axes.axhline(0, color="grey", linewidth=1, label="closed-book")
     for point in points:
         axes.annotate(
-            str(len(point.config.layers)), (point.bytes / 1000, point.kept), (0, 6), textcoords="offset points"
+            str(len(point.config.layers)), (point.bytes / 1000, point.gain_share), (0, 6), textcoords="offset points"
         )
-    axes.set_xlabel("kilobytes an expert (numbers: layers)")
+    axes.set_xlabel("kilobytes per expert (numbers: layers)")
     axes.set_ylabel("share of the gain over closed-book")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -420,7 +433,7 @@ def _name(config: HypernetworkConfig) -> str:
 
 
 class _Measurements:
-    """A file of what was measured, a line each; its first line says of what."""
+    """A file of measurements, one per line; its first line is the calibration's identity."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
@@ -434,7 +447,7 @@ class _Measurements:
             raise InputError(f"{path}: measurements of another calibration; delete the file, or give another --out")
         *whole, rest = lines or [""]
         self.known = dict(json.loads(line) for line in whole)
-        if rest:  # the last line of a run that was killed as it wrote
+        if rest:  # an incomplete last line, from a killed run
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in (first, *whole)), encoding="utf-8")
 

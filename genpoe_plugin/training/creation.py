@@ -1,4 +1,4 @@
-"""A checkpoint of attention experts for an LLM, without training."""
+"""Create a checkpoint of attention experts for an LLM without training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def attention_config(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -> HypernetworkConfig:
-    """The configuration of attention experts in some layers of an LLM, or in all of them.
+    """The configuration of untrained attention experts in some layers of an LLM, by default in all layers.
 
     Raises:
-        InputError: the LLM lacks one of the layers, or has another attention there.
+        InputError: the LLM lacks one of the layers, or experts do not support the attention there.
     """
     text = model.config.get_text_config()
     layers = tuple(range(text.num_hidden_layers)) if layers is None else layers
@@ -44,7 +44,14 @@ def create_attention_experts(
 ) -> None:
     """Write an untrained checkpoint, its card, and the curve of the calibration that chose its layers.
 
-    An older checkpoint there is replaced, whole.
+    It replaces an older checkpoint in the directory atomically.
+
+    Args:
+        directory: directory of the checkpoint.
+        config: configuration of the experts.
+        model, tokenizer: the LLM that the experts are for.
+        calibration: the calibration that chose the layers, if there was one.
+        card: the model card; None writes none.
     """
     record = {}
     if calibration is not None:
@@ -53,13 +60,12 @@ def create_attention_experts(
             "closed_book_nats": calibration.closed_book,
             "prompt_nats": calibration.prompt,
             "nats": calibration.chosen.nats,
-            "kept": calibration.chosen.kept,
+            "kept": calibration.chosen.gain_share,
         }
     with atomic_directory(directory) as temporary:
         if calibration is not None:
-            from genpoe_plugin.training.calibration import (
-                write_calibration,  # here, for without one no picture is drawn
-            )
+            # Imported here because it loads matplotlib.
+            from genpoe_plugin.training.calibration import write_calibration
 
             write_calibration(temporary, calibration)
         if card is not None:

@@ -1,4 +1,4 @@
-"""How a training went, beside its checkpoint: loss and validation as CSV, and one picture of both."""
+"""Training curves beside the checkpoint: loss and validation as CSV, and a picture of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from genpoe_plugin.checkpoints.card import LOSS, PICTURE, VALIDATION
 from genpoe_plugin.files import atomic_file
 
-FEW = 60  # points; a line through fewer is drawn with a mark on each, and one point is no line at all
+MAX_MARKED_POINTS = 60  # curves with fewer points have a mark at each point
 
 
 def write_curves(
@@ -25,11 +25,12 @@ def write_curves(
 ) -> None:
     """Write ``loss.csv``, ``validation.csv`` (only if there are validations) and ``curves.png`` into ``directory``.
 
-    Each file is replaced whole or left as it was. Numbers in the CSVs read back as the very same floats.
+    Each file is replaced atomically. Numbers in the CSV files have full precision.
 
     Args:
+        directory: directory of the checkpoint.
         losses: step, loss and learning rate of every optimizer step; at least one.
-        validations: ``{"step": ..., measure: value, ...}`` of every validation; one need not have all measures.
+        validations: ``{"step": ..., measure: value, ...}`` of every validation; measures may be missing.
     """
     directory = Path(directory)
     measures = list(dict.fromkeys(name for row in validations for name in row if name != "step"))
@@ -43,7 +44,7 @@ def write_curves(
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and up to ``window - 1`` before it, ``[n]``."""
+    """The mean of each value and up to ``window - 1`` values before it, ``[n]``."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -58,7 +59,7 @@ def _write_csv(path: Path, header: list[str], rows: Iterable[Sequence[Any]]) -> 
 def _draw(
     losses: Sequence[tuple[int, float, float]], validations: Sequence[Mapping[str, float]], measures: Sequence[str]
 ) -> Figure:
-    # Through the object interface: pyplot would keep the figure, and choose a backend for the whole process.
+    # Not with pyplot, which would keep the figure and choose a backend for the whole process.
     figure = Figure(figsize=(8, 7 if measures else 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2 if measures else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -73,18 +74,18 @@ def _draw(
 
 
 def _explain(axes: Axes, lines: Sequence[Line2D]) -> None:
-    """The legend, above the panel, where it hides nothing."""
+    """Add the legend above the panel, where it hides no curve."""
     axes.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, markerscale=2)
 
 
 def _draw_losses(axes: Axes, table: np.ndarray) -> None:
-    """The loss of every step, faint; its running mean; the learning rate on an axis of its own."""
+    """Draw the loss of every step (faint), its running mean, and the learning rate on a second axis."""
     steps, losses, rates = table.T
     window = max(1, len(steps) // 50)
-    mark = "." if len(steps) < FEW else ""
+    mark = "." if len(steps) < MAX_MARKED_POINTS else ""
     lines = []
     if window > 1:
-        # Dots and no line: one through a hundred thousand noisy values is more than Agg can take.
+        # Dots instead of a line: Agg cannot draw a line through a hundred thousand noisy values.
         lines += axes.plot(steps, losses, ".", color="#b5cfe5", markersize=2, label="loss of a step")
     label = f"loss, mean of {window} steps" if window > 1 else "loss"
     lines += axes.plot(steps, running_mean(losses, window), color="C0", marker=mark, label=label)
@@ -99,7 +100,7 @@ def _draw_losses(axes: Axes, table: np.ndarray) -> None:
 
 
 def _draw_validations(axes: Axes, validations: Sequence[Mapping[str, float]], measures: Sequence[str]) -> None:
-    """Every measure; those that leave 0 to 1, as losses do, on an axis of their own, or they would flatten the rest."""
+    """Draw every measure; those above 1, such as losses, on a second axis, so that they do not flatten the others."""
     curves = {
         name: np.array([(row["step"], row[name]) for row in validations if name in row], dtype=np.float64).T
         for name in measures
@@ -109,7 +110,7 @@ def _draw_validations(axes: Axes, validations: Sequence[Mapping[str, float]], me
     lines = []
     for number, (name, (steps, values)) in enumerate(curves.items(), start=1):
         panel, style = (right, "--") if name in beyond else (axes, "-")
-        mark = "o" if len(steps) < FEW else ""
+        mark = "o" if len(steps) < MAX_MARKED_POINTS else ""
         lines += panel.plot(steps, values, color=f"C{number}", linestyle=style, marker=mark, markersize=4, label=name)
     if right is not axes:
         right.set_ylabel("  ".join(beyond))

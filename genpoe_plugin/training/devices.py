@@ -1,4 +1,4 @@
-"""Where a training computes: one device, or this process's of a run that ``accelerate launch`` spread over several."""
+"""The device of a training, alone or as one process of ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def accelerator_on(device: str | None) -> Accelerator:
     """The accelerator of a run on ``device``; by default on a GPU if there is one.
 
     Raises:
-        InputError: a device is named in a distributed run, where every process has its own, or it is not known.
+        InputError: the device is unknown, or a GPU is named in a distributed run, where every process has its own.
     """
     try:
         cpu = device is not None and torch.device(device).type == "cpu"

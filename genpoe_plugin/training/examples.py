@@ -1,4 +1,4 @@
-"""Examples for the hypernetwork: a question, an answer, the passage that states it, and passages that do not."""
+"""Training examples of the hypernetwork: question, answer, the passage that states it, and passages that do not."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from genpoe_plugin.selection.gates import softmax, uniform
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """A question and the answer as its passage has it.
+    """A question with an answer and passages.
 
     Attributes:
-        passage: the string of the passage that states the answer.
+        question: the question.
+        answer: the answer, as its passage states it.
+        passage: string of the passage that states the answer.
         negatives: strings of the question's passages without an answer, best first.
-        scores: rerank scores of ``passage`` and then of ``negatives``, if all of them have one.
+        scores: rerank scores of ``passage`` and then of ``negatives``; None if one of them has no score.
     """
 
     question: str
@@ -35,19 +37,20 @@ class TrainingExample:
     scores: tuple[float, ...] | None = None
 
 
-GIVEN, CONTINUED = 6, 24
-"""Words of a passage that stand in the prompt, and that follow, where it is learned from without a question."""
+PROMPT_WORDS, TARGET_WORDS = 6, 24
+"""Number of a passage's words in the prompt, and in the target, for training without a question."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassageExample:
-    """A passage to learn from without a question: with its expert, the LLM goes on with it from some words on.
+    """A passage to train on without a question: given its expert and some of its words, the LLM continues the text.
 
-    It has what a `TrainingExample` has: its first words as ``question``, and those that follow as ``answer``.
+    It has the interface of a `TrainingExample`: ``question`` is its first words, ``answer`` the words that follow.
 
     Attributes:
-        passage: as its expert is made of it, title and all.
-        text: of it, from which words are drawn.
+        passage: the passage's string, with title; the expert is made from it.
+        text: the part of the string without title, from which words are drawn.
+        negatives: always empty.
     """
 
     passage: str
@@ -56,28 +59,33 @@ class PassageExample:
 
     @property
     def question(self) -> str:
-        return " ".join(self.text.split()[:GIVEN])
+        """The first words of the text."""
+        return " ".join(self.text.split()[:PROMPT_WORDS])
 
     @property
     def answer(self) -> str:
-        return " ".join(self.text.split()[GIVEN : GIVEN + CONTINUED])
+        """The words that follow ``question``."""
+        return " ".join(self.text.split()[PROMPT_WORDS : PROMPT_WORDS + TARGET_WORDS])
 
     def draw(self, rng: random.Random) -> DrawnExample:
-        """With words from anywhere in it."""
+        """Draw prompt and target from a random place in the text."""
         words = self.text.split()
-        begin = rng.randint(0, len(words) - GIVEN - CONTINUED)
-        given, end = begin + GIVEN, begin + GIVEN + CONTINUED
-        prompt, continuation = " ".join(words[begin:given]), " ".join(words[given:end])
+        begin = rng.randint(0, len(words) - PROMPT_WORDS - TARGET_WORDS)
+        middle, end = begin + PROMPT_WORDS, begin + PROMPT_WORDS + TARGET_WORDS
+        prompt, continuation = " ".join(words[begin:middle]), " ".join(words[middle:end])
         return DrawnExample(prompt, continuation, (self.passage,), (1.0,), continues=True)
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnExample:
-    """An example with the passages of one use of it, best first, and their gates, which add up to 1.
+    """One use of an example, with its passages and gates.
 
     Attributes:
-        wrong: whether no passage states the answer, so that the LLM should say what it would say without any.
-        continues: whether there is no question: ``question`` is the prompt as it stands, and ``answer`` what follows.
+        question, answer: as in `TrainingExample`.
+        passages: passage strings, best first.
+        gates: one gate per passage; they add up to 1.
+        wrong: whether no passage states the answer, so that the target is the LLM's distribution without experts.
+        continues: whether there is no question: ``question`` is the whole prompt, and ``answer`` its continuation.
     """
 
     question: str
@@ -89,10 +97,14 @@ class DrawnExample:
 
 
 def training_examples(questions: Iterable[Question], titles: bool = True) -> list[TrainingExample]:
-    """An example for every question that has a passage with an answer in it: its best such passage.
+    """One example per question with an answer in a passage, with its best such passage.
 
-    Passages that the file itself marks as having no answer are passed over. The target is the first accepted answer
-    that the passage uses. Without ``titles`` passages are their texts alone, as the paper trains.
+    Passages that the input marks as without answer are skipped. The target is the first accepted answer that the
+    passage contains.
+
+    Args:
+        questions: questions with passages.
+        titles: whether passage strings include titles; the paper trains without.
     """
     examples = []
     for question in questions:
@@ -109,49 +121,49 @@ def training_examples(questions: Iterable[Question], titles: bool = True) -> lis
 def passage_examples(
     passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase, titles: bool = True
 ) -> list[PassageExample]:
-    """An example for every passage that is long enough, of as much of it as its expert is made of."""
+    """One example per passage that has enough words after it is cut for its expert."""
     examples = []
     for passage in passages:
         title = f"{passage.title}: " if titles and passage.title else ""
         (string,) = cut_passages([title + passage.text], tokenizer)
         text = string[len(title) :]
-        if len(text.split()) >= GIVEN + CONTINUED:
+        if len(text.split()) >= PROMPT_WORDS + TARGET_WORDS:
             examples.append(PassageExample(string, text))
     return examples
 
 
-def _example(question: Question, answer: str, own: RetrievedPassage, titles: bool) -> TrainingExample:
+def _example(question: Question, answer: str, positive: RetrievedPassage, titles: bool) -> TrainingExample:
     def string(retrieved: RetrievedPassage) -> str:
         return retrieved.passage.string if titles else retrieved.passage.text
 
     others = [
         other
         for other in question.passages
-        if other.passage.string != own.passage.string
+        if other.passage.string != positive.passage.string
         and not (has_answer(other.passage.text, question.answers) if other.has_answer is None else other.has_answer)
     ]
-    scores = [item.rerank_score for item in (own, *others) if item.rerank_score is not None]
+    scores = [item.rerank_score for item in (positive, *others) if item.rerank_score is not None]
     return TrainingExample(
         question.question,
         answer,
-        string(own),
+        string(positive),
         tuple(map(string, others)),
         tuple(scores) if len(scores) == 1 + len(others) else None,
     )
 
 
 def draw_passages(examples: Sequence[TrainingExample], number: int, most: int, rng: random.Random) -> DrawnExample:
-    """Use example ``number`` with its passage and up to ``most - 1`` others, any number of them alike.
+    """Draw example ``number`` with its passage and up to ``most - 1`` distractors.
 
-    The others are the question's own negatives; where it has too few, passages of other examples. Gates are the
-    softmax of the rerank scores, as at test time, if all the passages have one, and otherwise equal.
+    Each number of distractors is equally likely. They are the question's negatives and, if these are too few, passages
+    of other examples. Gates are the softmax of the rerank scores, as at test time, or equal if a score is missing.
     """
     example = examples[number]
     count = rng.randint(1, most)
     chosen = sorted(rng.sample(range(len(example.negatives)), min(count - 1, len(example.negatives))))
     passages = [example.passage, *(example.negatives[place] for place in chosen)]
     scores = [example.scores[0], *(example.scores[1 + place] for place in chosen)] if example.scores else None
-    # Twice as many draws as examples are enough for any but the smallest sets, whose passages may be one and the same.
+    # The number of draws is bounded, because the passages of a small data set may all be the same.
     for _ in range(2 * len(examples)):
         if len(passages) == count:
             break
@@ -174,9 +186,9 @@ def draw_passages(examples: Sequence[TrainingExample], number: int, most: int, r
 def draw_wrong_passages(
     examples: Sequence[TrainingExample], number: int, most: int, rng: random.Random
 ) -> DrawnExample:
-    """As `draw_passages`, without the passage that states the answer, and with equal gates.
+    """As `draw_passages`, but without the passage that states the answer, and with equal gates.
 
-    Where no other passage is without the answer, it is `draw_passages`.
+    If no passage without the answer is available, it returns `draw_passages`.
     """
     example = examples[number]
     count = rng.randint(1, most)
@@ -193,17 +205,23 @@ def draw_wrong_passages(
 
 
 def row_experts(generator: ExpertGenerator, examples: Sequence[DrawnExample], start: Sequence[int]) -> RowExperts:
-    """The experts of a batch, with gradients; each distinct passage is made an expert once."""
+    """The experts of a batch, with gradients; the expert of each distinct passage is generated once.
+
+    Args:
+        generator: generates the experts.
+        examples: the rows of the batch.
+        start: for each row, the first position that its experts act on.
+    """
     unique = list(dict.fromkeys(passage for example in examples for passage in example.passages))
-    experts, places = generator.generate_units(unique)
-    place = dict(zip(unique, places, strict=True))
-    index = [[unit for passage in example.passages for unit in place[passage]] for example in examples]
+    experts, unit_lists = generator.generate_units(unique)
+    units_of = dict(zip(unique, unit_lists, strict=True))
+    index = [[unit for passage in example.passages for unit in units_of[passage]] for example in examples]
     gates = [
-        [gate for passage, gate in zip(example.passages, example.gates, strict=True) for _ in place[passage]]
+        [gate for passage, gate in zip(example.passages, example.gates, strict=True) for _ in units_of[passage]]
         for example in examples
     ]
-    most = max(map(len, index))
-    # A row with fewer units points at any one with a gate of 0, which takes it out.
-    padded = torch.tensor([own + [0] * (most - len(own)) for own in index], device=generator.device)
-    weighted = torch.tensor([own + [0.0] * (most - len(own)) for own in gates], device=generator.device)
-    return RowExperts(experts[padded], weighted, torch.tensor(list(start), device=generator.device))
+    max_units = max(map(len, index))
+    # Rows with fewer units are padded with any unit, at gate 0.
+    padded_index = torch.tensor([row + [0] * (max_units - len(row)) for row in index], device=generator.device)
+    padded_gates = torch.tensor([row + [0.0] * (max_units - len(row)) for row in gates], device=generator.device)
+    return RowExperts(experts[padded_index], padded_gates, torch.tensor(list(start), device=generator.device))

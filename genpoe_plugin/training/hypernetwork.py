@@ -1,7 +1,7 @@
-"""Training a hypernetwork: the LLM is frozen, and only what generates the experts learns.
+"""Training a hypernetwork: the LLM is frozen, and only the hypernetwork is trained.
 
-One example is a question, its answer and a passage that states it, at wish among others that do not. The answer's
-tokens are predicted by the LLM with the passages' experts in it; cross-entropy on those tokens is the loss.
+An example is a question, its answer, and a passage that states it, optionally with distractors. The LLM with the
+passages' experts predicts the answer's tokens; the loss is the cross-entropy on these tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from genpoe_plugin.checkpoints.checkpoint import write_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import AttentionHead, Hypernetwork
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.llm.language_model import embedding_table
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import answer_logits, divergences, make_batch, mean_over_targets, token_losses
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
@@ -39,28 +38,30 @@ from genpoe_plugin.training.examples import (
     draw_wrong_passages,
     row_experts,
 )
-from genpoe_plugin.training.passage_states import IN_MEMORY, KeepingGenerator, keeps_states
-from genpoe_plugin.training.state import Progress
+from genpoe_plugin.training.llm_state_cache import DEFAULT_STATE_BYTES, CachingGenerator, caches_states
 from genpoe_plugin.training.trainer import train
+from genpoe_plugin.training.trainer_state import Progress
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from genpoe_plugin.training.validation import Validation
 
 Examples = Sequence[TrainingExample | PassageExample]
 
 
 class HypernetworkLearner:
-    """A hypernetwork, the LLM that it learns for, and the examples that it learns from.
+    """A hypernetwork in training, with its frozen LLM and its examples.
 
     Args:
-        config: the hypernetwork's form; its ``hidden_size`` must be the LLM's.
-        initial: a hypernetwork to begin with; what it lacks begins as drawn.
-        state_bytes, state_files: memory for what the LLM makes of passages, and a folder for it.
-        arguments: the training's.
-        examples: at least one.
-        model, tokenizer: the LLM; it is frozen here and stays so.
+        config: configuration of the hypernetwork; its ``hidden_size`` must be the LLM's.
+        arguments: the training arguments.
+        examples: training data, at least one example.
+        model, tokenizer: the LLM; its weights are frozen in place.
         validation: held-out questions.
+        initial: a hypernetwork whose weights are the initial ones; weights that it lacks are drawn.
+        state_bytes: budget in memory for the LLM's states of passages.
+        state_files: files with the LLM's states of passages.
 
     Raises:
-        InputError: no examples, or a configuration that does not fit the LLM.
+        InputError: there are no examples, or the configuration does not fit the LLM or the initial hypernetwork.
     """
 
     name = "hypernetwork"
@@ -75,7 +76,7 @@ class HypernetworkLearner:
         validation: Validation | None = None,
         initial: Hypernetwork | None = None,
         *,
-        state_bytes: int = IN_MEMORY,
+        state_bytes: int = DEFAULT_STATE_BYTES,
         state_files: ExpertFiles | None = None,
     ) -> None:
         if not examples:
@@ -91,24 +92,24 @@ class HypernetworkLearner:
             torch.manual_seed(arguments.seed)
             hypernetwork = Hypernetwork(config).to(device)
         if initial is not None:
-            _begin_with(hypernetwork, initial)
+            _initialise_from(hypernetwork, initial)
         self.config = config
         self.arguments = arguments
-        self.drawn_from = examples
+        self.training_set = examples
         self.model = model
         self.tokenizer = tokenizer
         self.validation = validation
-        # Kept where a passage comes again; else those of a batch are read together.
-        if keeps_states(config, arguments, len(examples)) or state_files is not None:
-            self.generator: ExpertGenerator = KeepingGenerator(
-                hypernetwork, model, tokenizer, most_bytes=state_bytes, files=state_files
+        # Without a cache, the LLM reads the passages of a batch together.
+        if caches_states(config, arguments, len(examples)) or state_files is not None:
+            self.generator: ExpertGenerator = CachingGenerator(
+                hypernetwork, model, tokenizer, max_bytes=state_bytes, files=state_files
             )
         else:
             self.generator = ExpertGenerator(hypernetwork, model, tokenizer)
 
     @property
     def examples(self) -> int:
-        return len(self.drawn_from)
+        return len(self.training_set)
 
     @property
     def module(self) -> nn.Module:
@@ -119,7 +120,7 @@ class HypernetworkLearner:
         self.generator.hypernetwork = cast(Hypernetwork, wrapped)
 
     def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
-        """For each draw the mean over its target tokens."""
+        """The loss of each draw, as a mean over its target tokens, ``[n]``."""
         seed = self.arguments.seed
         drawn = [self._drawn(draw) for draw in draws]
         knowledge = random.Random(f"{seed}-knowledge-{step}").random() < self.arguments.knowledge
@@ -131,49 +132,53 @@ class HypernetworkLearner:
         losses = token_losses(logits, labels)
         if share := self.arguments.distillation:
             with torch.no_grad():
-                taught = answer_logits(self.model, make_batch(drawn, True, self.tokenizer), device)
-            losses = (1 - share) * losses + share * divergences(logits, taught)
+                teacher = answer_logits(self.model, make_batch(drawn, True, self.tokenizer), device)
+            losses = (1 - share) * losses + share * divergences(logits, teacher)
         if wrong := [number for number, example in enumerate(drawn) if example.wrong]:
             with torch.no_grad():
-                alone = answer_logits(self.model, batch.rows(wrong), device)
-            as_without = divergences(logits[wrong], alone)
-            losses = losses.index_copy(0, torch.tensor(wrong, device=losses.device), as_without)
+                without_experts = answer_logits(self.model, batch.rows(wrong), device)
+            wrong_losses = divergences(logits[wrong], without_experts)
+            losses = losses.index_copy(0, torch.tensor(wrong, device=losses.device), wrong_losses)
         return mean_over_targets(losses, labels)
 
     def _drawn(self, draw: Draw) -> DrawnExample:
-        """The passages of one use of an example."""
+        """The example of a draw, with its passages and gates."""
         arguments = self.arguments
         seed, most = arguments.seed, arguments.num_passages
-        if isinstance(example := self.drawn_from[draw.example], PassageExample):
+        if isinstance(example := self.training_set[draw.example], PassageExample):
             return example.draw(draw.rng(seed, "passages"))
         wrong = draw.rng(seed, "unanswerable").random() < arguments.unanswerable
         choose = draw_wrong_passages if wrong else draw_passages
-        return choose(cast(Sequence[TrainingExample], self.drawn_from), draw.example, most, draw.rng(seed, "passages"))
+        return choose(
+            cast(Sequence[TrainingExample], self.training_set), draw.example, most, draw.rng(seed, "passages")
+        )
 
     def validate(self, process: int, processes: int) -> dict[str, float]:
+        """EM, F1 and loss on the held-out questions; see `Learner.validate`."""
         return self.validation.measure(self.generator, process, processes) if self.validation else {}
 
     def save(self, directory: Path, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write the checkpoint; see `Learner.save`."""
         write_hypernetwork(directory, self.config, weights, self.model, self.tokenizer, record)
 
 
-def _begin_with(hypernetwork: Hypernetwork, initial: Hypernetwork) -> None:
-    """Give the weights of another.
+def _initialise_from(hypernetwork: Hypernetwork, initial: Hypernetwork) -> None:
+    """Copy the weights of ``initial`` into ``hypernetwork``.
 
     Raises:
-        InputError: it has some that find no place.
+        InputError: ``hypernetwork`` lacks one of the weights, or has it in another shape.
     """
     weights = initial.state_dict()
-    own = hypernetwork.state_dict()
-    lost = [name for name, weight in weights.items() if name not in own or own[name].shape != weight.shape]
+    current = hypernetwork.state_dict()
+    lost = [name for name, weight in weights.items() if name not in current or current[name].shape != weight.shape]
     if lost:
         raise InputError(
-            f"the checkpoint to begin with has {lost[0]} of shape {tuple(weights[lost[0]].shape)}, which the new form "
-            "has not; keep its addition_rank and window"
+            f"the initial checkpoint has {lost[0]} of shape {tuple(weights[lost[0]].shape)}, but the new configuration "
+            "does not; use the same addition_rank and window"
         )
     hypernetwork.load_state_dict(weights, strict=False)
     if isinstance(hypernetwork.head, AttentionHead):
-        with torch.no_grad():  # units of more tokens begin with as much more of the softmax
+        with torch.no_grad():  # units of more tokens start with proportionally more mass in the softmax
             hypernetwork.head.bias.add_(math.log(hypernetwork.config.window / initial.config.window))
 
 
@@ -188,19 +193,27 @@ def train_hypernetwork(
     identity: Mapping[str, Any] | None = None,
     validation: Validation | None = None,
     initial: Hypernetwork | None = None,
-    state_bytes: int = IN_MEMORY,
+    state_bytes: int = DEFAULT_STATE_BYTES,
     state_files: ExpertFiles | None = None,
     accelerator: Accelerator | None = None,
 ) -> Progress:
-    """Train a hypernetwork and write its checkpoint, going on where an earlier run with the same arguments stopped.
+    """Train a hypernetwork and write its checkpoint to ``out``; resume an earlier run with the same arguments.
 
     Args:
-        identity: what else decides the result, such as the data's hash: a run with another is another run.
-        validation: decides which weights are best; without it the last are kept.
-        initial: a hypernetwork of experts in the attention to begin with; what it lacks begins as drawn.
-        state_bytes: of memory for what the LLM makes of passages; the least recently used go first.
-        state_files: where it is kept as well, for later epochs and runs.
-        accelerator: of a distributed run.
+        config: configuration of the hypernetwork.
+        arguments: the training arguments.
+        examples: training data.
+        model, tokenizer: the LLM; its weights are frozen in place.
+        out: directory of the checkpoint.
+        identity: other facts that decide the result, such as the data's hash; with other facts, it is another run.
+        validation: held-out questions that decide which weights are best; without them, the last weights are written.
+        initial: a hypernetwork of experts in the attention with the initial weights; weights that it lacks are drawn.
+        state_bytes: budget in memory for the LLM's states of passages; the least recently used are dropped first.
+        state_files: files with the LLM's states of passages, for later epochs and runs.
+        accelerator: device and processes of a distributed run.
+
+    Returns:
+        The progress of the run.
 
     Raises:
         InputError: see :class:`HypernetworkLearner` and :func:`~genpoe_plugin.training.trainer.train`.

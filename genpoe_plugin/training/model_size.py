@@ -1,4 +1,4 @@
-"""What of a decoder LLM decides how much memory it takes, from its configuration: no weights are read."""
+"""The sizes of a decoder LLM that decide its memory, from its configuration, without reading weights."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class LanguageModelSize:
     """The sizes of a decoder LLM; in brackets, their letters in the formulas of `genpoe_plugin.training.memory`.
 
     Attributes:
-        weights: number of its weights.
-        largest_weight: of these, in the largest tensor.
-        weight_bytes: bytes of all of them.
-        number_bytes: bytes of a number in its hidden states, if nothing else is asked for [w].
-        layers: [n].
-        hidden_size: [d].
-        heads: of its attention.
-        attention_width: [a].
-        mlp_width: numbers that an MLP keeps a token [3·f].
-        layer_weights: number of weights in a layer.
-        vocabulary: [V].
+        weights: number of weights.
+        largest_weight: number of weights in the largest tensor.
+        weight_bytes: bytes of all weights.
+        number_bytes: bytes per value of the hidden states in the model's dtype [w].
+        layers: number of layers [n].
+        hidden_size: hidden width [d].
+        heads: number of attention heads.
+        attention_width: width of all heads together [a].
+        mlp_width: number of values that an MLP stores per token [3·f].
+        layer_weights: number of weights per layer.
+        vocabulary: vocabulary size [V].
     """
 
     weights: int
@@ -54,19 +54,20 @@ class LanguageModelSize:
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, dtype: str = "auto", weight_bytes: int | None = None) -> LanguageModelSize:
-        """The sizes of a model, with or without storage.
+        """The sizes of a model, which may be on the meta device.
 
         Args:
-            dtype: that it will be loaded in; ``auto``: as its configuration says, else float32.
-            weight_bytes: of a quantised one; the others' follow from the dtype.
+            model: the LLM.
+            dtype: dtype that it will be loaded in; ``auto`` takes that of its configuration, or else float32.
+            weight_bytes: bytes of a quantised model's weights; by default they follow from the dtype.
 
         Raises:
-            InputError: there is no such dtype, or nothing that looks like a stack of decoder layers.
+            InputError: there is no such dtype, or the model contains no list of decoder layers.
         """
         config = model.config.get_text_config()
         number_bytes = _number_bytes(dtype, config.dtype)
         sizes = [weight.numel() for weight in model.parameters()]
-        heads = getattr(config, "num_attention_heads", 1)  # state space models have none
+        heads = getattr(config, "num_attention_heads", 1)  # state space models have no heads
         (layer, *_) = find_decoder(model)[1]
         mlp = sum(
             weight.numel()
@@ -90,17 +91,22 @@ class LanguageModelSize:
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """A LoRA adapter: number of its weights, and the numbers a token that its linear layers read and pass on."""
+    """The size of a LoRA adapter.
+
+    Attributes:
+        weights: number of weights.
+        kept: number of values per token that its layers store for the backward pass.
+    """
 
     weights: int
     kept: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, targets: Sequence[str], rank: int) -> AdapterSize:
-        """The adapter of ``rank`` on the layers that ``targets`` name, whole or by the end of their names."""
+        """The size of an adapter of ``rank`` on the layers whose names are, or end in, one of ``targets``."""
         endings = tuple(f".{target}" for target in targets)
         shapes = [
-            # transformers' Conv1D (GPT-2) has its weight the other way round.
+            # The weight of transformers' Conv1D (GPT-2) is transposed.
             module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
             for name, module in model.named_modules()
             if f".{name}".endswith(endings) and isinstance(getattr(module, "weight", None), torch.Tensor)
@@ -110,15 +116,15 @@ class AdapterSize:
 
 
 def empty_model(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """An LLM of a directory or the hub, or of a GGUF file there: all of its structure and none of its storage.
+    """An LLM from a directory, the hub or a GGUF file, on the meta device: modules without storage.
 
     Raises:
-        InputError: it has no configuration of a causal language model.
+        InputError: there is no configuration of a causal language model.
     """
     check_gguf(name, gguf_file)
     repository, revision = split_revision(name)
-    given = {"gguf_file": gguf_file, "revision": revision}
-    options = {option: value for option, value in given.items() if value is not None}
+    requested = {"gguf_file": gguf_file, "revision": revision}
+    options = {option: value for option, value in requested.items() if value is not None}
     try:
         config = AutoConfig.from_pretrained(repository, trust_remote_code=trust_remote_code, **options)
         with torch.device("meta"):
@@ -131,43 +137,43 @@ def empty_model(name: str, *, gguf_file: str | None = None, trust_remote_code: b
 def read_size(
     name: str, *, dtype: str = "auto", gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModelSize:
-    """The sizes of an LLM in a directory or on the hub, or in a GGUF file there, as it will be loaded in ``dtype``.
+    """The sizes of an LLM from a directory, the hub or a GGUF file, when it is loaded in ``dtype``.
 
     Raises:
-        InputError: it has no configuration of a causal language model, or there is no such dtype.
+        InputError: there is no configuration of a causal language model, or no such dtype.
     """
     model = empty_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     if gguf_file is not None:
-        # Whatever is in it, transformers makes plain numbers of it.
+        # transformers dequantises the weights of any GGUF file.
         return LanguageModelSize.of(model, dtype="float32" if dtype == "auto" else dtype)
     quantised = getattr(model.config, "quantization_config", None) is not None
     unknown = dtype == "auto" and model.config.get_text_config().dtype is None
     stored = _stored_tensors(name) if quantised or unknown else []
     if unknown:
-        # transformers takes that of the checkpoint's first floating point tensor.
+        # transformers uses the dtype of the checkpoint's first floating point tensor.
         dtype = next((FLOATS[tensor.dtype] for tensor in stored if tensor.dtype in FLOATS), "float32")
     bytes_stored = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in stored)
     return LanguageModelSize.of(model, dtype=dtype, weight_bytes=bytes_stored if quantised and stored else None)
 
 
 def _stored_tensors(name: str) -> list[TensorInfo]:
-    """The tensors of a checkpoint, by the headers of its safetensors files; none if it has no such files."""
+    """The tensors in the headers of a checkpoint's safetensors files; empty if there are no such files."""
     repository, revision = split_revision(name)
     directory = Path(str(cached_file(repository, CONFIG_NAME, revision=revision))).parent
     try:
-        found = get_local_safetensors_metadata(directory)
+        metadata = get_local_safetensors_metadata(directory)
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError):
         try:
-            found = get_safetensors_metadata(repository, revision=revision)
+            metadata = get_safetensors_metadata(repository, revision=revision)
         except (*UNREACHABLE, ValueError, NotASafetensorsRepoError, SafetensorsParsingError):
             return []
-    return [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
+    return [tensor for file in metadata.files_metadata.values() for tensor in file.tensors.values()]
 
 
 def _number_bytes(dtype: str, configured: torch.dtype | str | None) -> int:
-    # transformers leaves a name in a configuration that has been saved.
+    # In a saved configuration of transformers, the dtype is a name.
     name = str(configured or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-    wanted = getattr(torch, name, None)
-    if not isinstance(wanted, torch.dtype):
-        raise InputError(f"dtype {dtype}: no such number format; give auto, float32, bfloat16 or float16")
-    return wanted.itemsize
+    torch_dtype = getattr(torch, name, None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise InputError(f"dtype {dtype}: no such dtype; give auto, float32, bfloat16 or float16")
+    return torch_dtype.itemsize

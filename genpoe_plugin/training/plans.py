@@ -1,4 +1,4 @@
-"""What a training will hold in memory, from its arguments, its examples and the LLM's configuration."""
+"""Plans for the memory estimate of a training, from its arguments, its examples and the LLM's configuration."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS, knowledge_block, rag_prompt
-from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.examples import PassageExample, TrainingExample
+from genpoe_plugin.training.llm_state_cache import caches_states
 from genpoe_plugin.training.memory import HypernetworkPlan, RerankerPlan
 from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize
-from genpoe_plugin.training.passage_states import keeps_states
 from genpoe_plugin.training.reranker import attention_projections
 from genpoe_plugin.training.reranker_data import RerankerExample
+from genpoe_plugin.training.training_arguments import HypernetworkTraining, RerankerTraining
 
-# Of those with the most characters the one with the most tokens is taken.
-LONGEST = 50
+# Number of texts with the most characters that are tokenised to find the one with the most tokens.
+NUM_LONGEST = 50
 
 Item = TypeVar("Item")
 
@@ -38,23 +38,32 @@ def plan_hypernetwork(
     accelerator: Accelerator,
     state_bytes: int = 0,
 ) -> HypernetworkPlan:
-    """The plan of a training on ``examples`` of a hypernetwork of the form ``config``.
+    """The plan of a hypernetwork's training.
 
     Args:
-        state_bytes: budget for what the LLM makes of passages, where that is kept.
+        config: configuration of the hypernetwork.
+        arguments: the training arguments.
+        examples: training data.
+        llm: sizes of the LLM.
+        tokenizer: the LLM's tokenizer.
+        accelerator: device and processes of the run.
+        state_bytes: budget in memory for cached LLM states of passages.
     """
     size = footprint(config)
     with torch.device("meta"):
         network = Hypernetwork(config)
     largest = max(weight.numel() for weight in network.parameters())
     passage = _longest(examples, lambda example: max((example.passage, *example.negatives), key=len), tokenizer)
-    asked = _longest(examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer)
+    question_tokens = _longest(
+        examples, lambda example: f"{rag_prompt(example.question, [])} {example.answer}\n", tokenizer
+    )
     passage = min(MAX_PASSAGE_TOKENS, passage)
-    # Each with a line break.
-    told = asked + len(tokenizer(knowledge_block([""]))["input_ids"]) + arguments.num_passages * (passage + 1)
+    # Each passage in the prompt ends with a line break.
+    block_tokens = len(tokenizer(knowledge_block([""]))["input_ids"]) + arguments.num_passages * (passage + 1)
+    rag_tokens = question_tokens + block_tokens
     attention = config.head == "attention"
     units = -(-passage // config.window) if attention else 1
-    if attention:  # logits and weights of every head of every layer
+    if attention:  # logits and attention weights for every head of every layer
         width = 2 * len(config.layers) * (config.num_heads or 1) * units
     else:
         width = config.expert_width + (2 * config.rank if config.head == "dense" else 4 * config.core_size)
@@ -72,14 +81,14 @@ def plan_hypernetwork(
         layer=config.layer,
         rows=arguments.micro_batch_size or arguments.batch_size,
         num_experts=arguments.num_passages,
-        tokens=told if arguments.knowledge else asked,
+        tokens=rag_tokens if arguments.knowledge else question_tokens,
         answer_tokens=_longest(examples, lambda example: f" {example.answer}\n", tokenizer),
         passage_tokens=passage,
-        teacher_tokens=told if arguments.distillation else asked if arguments.unanswerable else 0,
+        teacher_tokens=rag_tokens if arguments.distillation else question_tokens if arguments.unanswerable else 0,
         precision=arguments.precision,
         shards=accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1,
         kept_states=min(state_bytes, len(examples) * passage * math.prod(network.state_shape) * llm.number_bytes)
-        if keeps_states(config, arguments, len(examples)) and accelerator.device.type == "cpu"
+        if caches_states(config, arguments, len(examples)) and accelerator.device.type == "cpu"
         else 0,
         device_type=accelerator.device.type,
     )
@@ -94,7 +103,7 @@ def plan_reranker(
     max_length: int,
     accelerator: Accelerator,
 ) -> RerankerPlan:
-    """The plan of a training on ``examples``; ``model`` may be without storage."""
+    """The plan of a reranker's training; ``model`` may be on the meta device."""
     targets = list(arguments.lora_targets) or attention_projections(model)
     pair = _longest(
         examples, lambda example: f"A: {example.query}\nB: {max(example.pos + example.neg, key=len)}", tokenizer
@@ -113,6 +122,6 @@ def plan_reranker(
 
 
 def _longest(items: Sequence[Item], text: Callable[[Item], str], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest text."""
-    longest = sorted(map(text, items), key=len)[-LONGEST:]
+    """The number of tokens of the longest text."""
+    longest = sorted(map(text, items), key=len)[-NUM_LONGEST:]
     return max(map(len, tokenizer(longest, verbose=False)["input_ids"]))

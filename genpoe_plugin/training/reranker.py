@@ -22,25 +22,26 @@ from transformers.pytorch_utils import Conv1D
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_directory
 from genpoe_plugin.selection.reranking import Reranker
-from genpoe_plugin.training.arguments import RerankerTraining
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.reranker_data import RerankerExample
-from genpoe_plugin.training.state import Progress
 from genpoe_plugin.training.trainer import train
+from genpoe_plugin.training.trainer_state import Progress
+from genpoe_plugin.training.training_arguments import RerankerTraining
 
 
 class RerankerLearner:
-    """A reranker, with an adapter unless every weight learns, and the groups that it learns from.
+    """A reranker in training, with a LoRA adapter or with all weights.
 
     Args:
-        reranker: what to start from; it is changed in place.
-        arguments: the training's.
-        examples: at least one.
-        held_out: ranked whole by :meth:`validate`.
+        reranker: the initial reranker; it is changed in place.
+        arguments: the training arguments.
+        examples: training data, at least one example.
+        held_out: held-out examples; :meth:`validate` ranks all their passages.
 
     Raises:
-        InputError: weights in bfloat16 are to learn, or there are no layers of the names given.
+        InputError: all weights are trained but are not float32, or there are no layers with the names in
+            ``lora_targets``.
     """
 
     name = "reranker"
@@ -54,20 +55,22 @@ class RerankerLearner:
     ) -> None:
         self.reranker = reranker
         self.arguments = arguments
-        self.drawn_from = examples
+        self.training_set = examples
         self.held_out = held_out
         if arguments.lora_rank:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(arguments.seed)
                 reranker.model = cast(PreTrainedModel, _with_adapter(reranker.model, arguments))
         elif reranker.model.dtype != torch.float32:
-            raise InputError("training every weight needs dtype float32; bfloat16 is for a LoRA adapter's frozen base")
+            raise InputError(
+                "training all weights needs dtype float32; bfloat16 is for the frozen base of a LoRA adapter"
+            )
         if arguments.gradient_checkpointing:
             reranker.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def examples(self) -> int:
-        return len(self.drawn_from)
+        return len(self.training_set)
 
     @property
     def module(self) -> nn.Module:
@@ -78,22 +81,23 @@ class RerankerLearner:
         self.reranker.model = cast(PreTrainedModel, wrapped)
 
     def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
-        """For each draw the cross-entropy of its positive among its group."""
+        """The cross-entropy of each draw's positive among its group, ``[n]``."""
         groups = [
-            draw_group(self.drawn_from[draw.example], self.arguments.negatives, draw, self.arguments.seed)
+            draw_group(self.training_set[draw.example], self.arguments.negatives, draw, self.arguments.seed)
             for draw in draws
         ]
         scores = self.reranker.yes_logits(self.reranker.encode([pair for group in groups for pair in group]))
         return group_losses(scores, [len(group) for group in groups])
 
     def validate(self, process: int, processes: int) -> dict[str, float]:
+        """MRR@10 and recall@1 on the held-out examples; see `Learner.validate`."""
         if not self.held_out:
             return {}
         ranks = positive_ranks(self.reranker, self.held_out[process::processes])
         return ranking_quality(gather_object(ranks) if processes > 1 else ranks)
 
     def save(self, directory: Path, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """The merged model, in FlagEmbedding's format; the adapter alone beside it in ``adapter/``."""
+        """Write the model with merged adapter, in FlagEmbedding's format, and the adapter alone in ``adapter/``."""
         model = cast(PreTrainedModel, getattr(self.module, "module", self.module))
         model.load_state_dict(weights, strict=False)
         merged: PreTrainedModel = model
@@ -111,7 +115,7 @@ class RerankerLearner:
 
 
 def positive_ranks(reranker: Reranker, examples: Sequence[RerankerExample]) -> list[int]:
-    """The rank of the best positive among all passages of each example; a tie counts against it."""
+    """The rank of each example's best positive among all its passages; in a tie, negatives come first."""
     pairs = [(example.query, text) for example in examples for text in example.pos + example.neg]
     scores = reranker.score(pairs)
     ranks = []
@@ -123,7 +127,7 @@ def positive_ranks(reranker: Reranker, examples: Sequence[RerankerExample]) -> l
 
 
 def ranking_quality(ranks: Sequence[int]) -> dict[str, float]:
-    """Mean MRR@10 and recall@1 of positives with these ranks."""
+    """MRR@10 and recall@1 for the given ranks of positives."""
     return {
         "mrr@10": sum(1 / rank for rank in ranks if rank <= 10) / len(ranks),
         "recall@1": sum(rank == 1 for rank in ranks) / len(ranks),
@@ -131,10 +135,11 @@ def ranking_quality(ranks: Sequence[int]) -> dict[str, float]:
 
 
 def group_losses(scores: Tensor, sizes: Sequence[int]) -> Tensor:
-    """For each group the cross-entropy of its first score, its positive's, among all its scores: ``[groups]``.
+    """The cross-entropy of each group's first score (its positive's) among all its scores, ``[groups]``.
 
     Args:
-        scores: [sum of sizes], the groups one after the other.
+        scores: the scores of all groups in turn, ``[sum of sizes]``.
+        sizes: the number of scores in each group.
     """
     groups = pad_sequence(list(scores.split(list(sizes))), batch_first=True, padding_value=-torch.inf)
     first = torch.zeros(len(sizes), dtype=torch.long, device=scores.device)
@@ -142,14 +147,18 @@ def group_losses(scores: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def draw_group(example: RerankerExample, negatives: int, draw: Draw, seed: int) -> list[tuple[str, str]]:
-    """The query with a positive, then with each of up to ``negatives`` negatives: one use of an example."""
+    """The (query, passage) pairs of one draw: a positive, then up to ``negatives`` negatives."""
     rng = draw.rng(seed, "group")
     passages = [rng.choice(example.pos), *rng.sample(example.neg, min(negatives, len(example.neg)))]
     return [(example.query, passage) for passage in passages]
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers inside the attention modules: q, k, v, o, by whatever names the family has them."""
+    """Names of the linear layers inside the attention modules (query, key, value, output), in any model family.
+
+    Raises:
+        InputError: there are no such layers.
+    """
     names = {
         f"{outer}.{inner}"
         for outer, attention in model.named_modules()
@@ -163,7 +172,7 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
 
 
 def _with_adapter(model: PreTrainedModel, arguments: RerankerTraining) -> peft.PeftModel:
-    """Put LoRA layers into ``model`` itself and freeze the rest."""
+    """Add LoRA layers to ``model`` in place and freeze its other weights."""
     lora = peft.LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]
@@ -186,12 +195,19 @@ def train_reranker(
     held_out: Sequence[RerankerExample] = (),
     accelerator: Accelerator | None = None,
 ) -> Progress:
-    """Train ``reranker`` and write it, going on where an earlier run with the same arguments stopped.
+    """Train ``reranker`` and write it to ``out``; resume an earlier run with the same arguments.
 
     Args:
-        identity: what else decides the result, such as the data's hash: a run with another is another run.
-        held_out: decides which weights are best; without it the last are kept.
-        accelerator: of a distributed run.
+        reranker: the initial reranker; it is changed in place.
+        arguments: the training arguments.
+        examples: training data.
+        out: directory of the trained reranker.
+        identity: other facts that decide the result, such as the data's hash; with other facts, it is another run.
+        held_out: examples that decide which weights are best; without them, the last weights are written.
+        accelerator: device and processes of a distributed run.
+
+    Returns:
+        The progress of the run.
 
     Raises:
         InputError: see :class:`RerankerLearner` and :func:`~genpoe_plugin.training.trainer.train`.

@@ -17,13 +17,20 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.selection.reranking import DEFAULT_PROMPT
 
-# Passages kept to draw random negatives from, however large the files are.
+# Largest number of passages to draw random negatives from, whatever the size of the files.
 POOL_SIZE = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class RerankerExample:
-    """A query with passage strings that answer it and passage strings that do not, best retrieved first."""
+    """A query with positive and negative passage strings.
+
+    Attributes:
+        query: the query.
+        pos: strings of passages with an answer, in the retriever's order.
+        neg: strings of passages without an answer, in the retriever's order.
+        prompt: the reranker's prompt.
+    """
 
     query: str
     pos: tuple[str, ...]
@@ -33,7 +40,7 @@ class RerankerExample:
 
 @dataclass(frozen=True, slots=True)
 class RerankerDataCounts:
-    """What became of the questions."""
+    """Counts of the questions that were read, written and left out."""
 
     questions: int
     written: int
@@ -42,28 +49,28 @@ class RerankerDataCounts:
 
 
 def read_examples(path: str | Path) -> list[RerankerExample]:
-    """Read reranker data (.gz too); a line without a prompt has the default one.
+    """Read reranker data, also from ``.gz``; a line without a prompt gets the default prompt.
 
     Raises:
-        InputError: a line is not such an object (the message names file and line), prompts differ, or there is none.
+        InputError: a line is malformed (the message names file and line), prompts differ, or there are no examples.
     """
     examples: list[RerankerExample] = []
     for record, where in read_json_objects(path):
         query, prompt = record.get("query", ""), record.get("prompt", DEFAULT_PROMPT)
         for key, text in (("query", query), ("prompt", prompt)):
             if not isinstance(text, str) or not text.strip():
-                raise InputError(f'{where}: "{key}" has to be a string that is not empty')
+                raise InputError(f'{where}: "{key}" must be a non-empty string')
         for key in ("pos", "neg"):
             texts = record.get(key)
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-                raise InputError(f'{where}: "{key}" has to be a list of at least one passage, strings')
+                raise InputError(f'{where}: "{key}" must be a list of at least one passage string')
         example = RerankerExample(query, tuple(record["pos"]), tuple(record["neg"]), prompt)
         check_characters("".join([query, prompt, *example.pos, *example.neg]), where)
         if examples and prompt != examples[0].prompt:
-            raise InputError(f"{where}: not the prompt of the lines before; a reranker has one prompt")
+            raise InputError(f"{where}: the prompt differs from earlier lines; a reranker has one prompt")
         examples.append(example)
     if not examples:
-        raise InputError(f"{path}: no examples; make some with `genpoe data reranker`")
+        raise InputError(f"{path}: no examples; create them with `genpoe data reranker`")
     return examples
 
 
@@ -77,23 +84,31 @@ def write_reranker_data(
     seed: int = 0,
     prompt: str = DEFAULT_PROMPT,
 ) -> RerankerDataCounts:
-    """Turn retrieval results (files that :func:`read_questions` reads) into reranker data, a question at a time.
+    """Convert retrieval results to reranker data, question by question.
 
     A question's passages with an answer are its positives, the others its negatives, in the retriever's order and
-    each text once. Questions without a positive or with fewer than ``min_negatives`` negatives are left out.
+    without duplicates. Questions without a positive or with fewer than ``min_negatives`` negatives are left out.
 
     Args:
-        negatives: kept per question, at most.
-        min_negatives: as many as ``negatives``, where None.
-        random_negatives: fill up to ``negatives`` with other questions' passages that do not hold an answer.
-        seed: of the random negatives.
+        results: files that :func:`read_questions` reads.
+        out: the file to write.
+        negatives: largest number of negatives per question.
+        min_negatives: smallest number of negatives per question; ``negatives`` by default.
+        random_negatives: fill up to ``negatives`` with passages of other questions that contain no answer.
+        seed: seed of the random negatives.
+        prompt: the reranker's prompt.
+
+    Returns:
+        Counts of the questions.
 
     Raises:
-        InputError: a file is malformed, or no question can be used; nothing is written then.
+        InputError: a file is malformed, or no question can be used; nothing is written.
     """
     min_negatives = negatives if min_negatives is None else min_negatives
     if not 1 <= min_negatives <= negatives:
-        raise InputError(f"{min_negatives} negatives at least and {negatives} at most: must be 1 <= least <= most")
+        raise InputError(
+            f"min_negatives is {min_negatives}, negatives is {negatives}; must be 1 <= min_negatives <= negatives"
+        )
     pool = _draw_pool(results, seed) if random_negatives else []
     questions = written = without_positive = too_few_negatives = 0
     with atomic_file(out) as temporary:
@@ -117,7 +132,7 @@ def write_reranker_data(
         if not written:
             raise InputError(
                 f"{results[0]}: none of {questions} questions has a passage with an answer and at least "
-                f"{min_negatives} without; retrieve more passages, ask for fewer, or add random negatives"
+                f"{min_negatives} without; retrieve more passages, lower min_negatives, or add random negatives"
             )
     return RerankerDataCounts(questions, written, without_positive, too_few_negatives)
 
@@ -127,7 +142,7 @@ def _questions(results: Sequence[str | Path]) -> Iterator[Question]:
 
 
 def _split(question: Question) -> tuple[list[str], list[str]]:
-    """Distinct strings of the passages with an answer and of those without; a text among both is a positive."""
+    """Distinct strings of the passages with and without an answer; a string in both lists is a positive."""
     pos: dict[str, None] = {}
     neg: dict[str, None] = {}
     for retrieved in question.passages:
@@ -139,7 +154,7 @@ def _split(question: Question) -> tuple[list[str], list[str]]:
 
 
 def _draw_pool(results: Sequence[str | Path], seed: int) -> list[Passage]:
-    """A uniform sample of all passages, at most ``POOL_SIZE`` (reservoir sampling: one pass, bounded memory)."""
+    """A uniform sample of at most ``POOL_SIZE`` passages, by reservoir sampling: one pass, bounded memory."""
     rng = random.Random(f"pool-{seed}")
     pool: list[Passage] = []
     passages = (retrieved.passage for question in _questions(results) for retrieved in question.passages)
@@ -154,9 +169,9 @@ def _draw_pool(results: Sequence[str | Path], seed: int) -> list[Passage]:
 def _random_negatives(
     question: Question, taken: set[str], pool: Sequence[Passage], count: int, rng: random.Random
 ) -> list[str]:
-    """Up to ``count`` passages of ``pool`` that hold no answer to ``question`` and are not ``taken``."""
+    """Up to ``count`` strings of passages in ``pool`` that contain no answer to ``question`` and are not ``taken``."""
     drawn: list[str] = []
-    # Twice as many draws as wanted, and some: a small pool may not hold enough, and it must end.
+    # The number of draws is bounded, because a small pool may not contain enough passages.
     for passage in rng.sample(pool, min(len(pool), 2 * count + 16)):
         if len(drawn) == count:
             break

@@ -1,6 +1,6 @@
-"""The loop of both trainings: draws, gradients, steps, validation, and savings that a killed run goes on from.
+"""The training loop for rerankers and hypernetworks: draws, gradients, steps, validation, saving and resuming.
 
-Under ``accelerate launch`` every process takes its share of each batch; alone, nothing is distributed.
+Under ``accelerate launch``, every process computes its share of each batch.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
-from genpoe_plugin.training.arguments import TrainingArguments
 from genpoe_plugin.training.curves import write_curves
 from genpoe_plugin.training.draws import Draw, batch_at
-from genpoe_plugin.training.state import Progress, find_state, full_state, load_state, read_progress, save_state
+from genpoe_plugin.training.trainer_state import Progress, find_state, full_state, load_state, read_progress, save_state
+from genpoe_plugin.training.training_arguments import TrainingArguments
 
 RECORD = "training.json"
-"""Written last: a directory that has it holds a finished run."""
+"""The run's record. It is written last, so a directory with it holds a finished run."""
 STATE = "trainer_state"
 BEST = "best.safetensors"
 
 
 class Learner(Protocol):
-    """What a trainer trains.
+    """The model, data and loss of a training.
 
     Attributes:
-        name: for people, such as "reranker".
-        module: the parameters of it that require gradients learn; the trainer may wrap it.
-        examples: how many there are to draw from.
+        name: name for messages, such as "reranker".
+        module: the module to train: its parameters that require gradients. The trainer may wrap it.
+        examples: number of examples to draw from.
     """
 
     name: str
@@ -51,17 +51,32 @@ class Learner(Protocol):
     def examples(self) -> int: ...
 
     def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
-        """The loss of each of ``draws``, ``[n]``, differentiable; ``step`` decides what a whole batch shares."""
+        """The loss of each draw, ``[n]``, differentiable.
+
+        Args:
+            draws: the examples of a (micro) batch.
+            step: the optimizer step; it seeds random choices for the whole batch.
+        """
 
     def validate(self, process: int, processes: int) -> dict[str, float]:
-        """Measures on held-out data; empty without such data.
+        """Measures on held-out data, by name; empty without such data.
 
-        The first decides which weights are best, the next only where it does not. More is better, but of a ``loss``.
-        Every process calls it for its share, and each gets the measures of all.
+        The first measure decides which weights are best, the next ones break ties. Higher is better, except for
+        ``loss``. Every process measures its share, and each gets the measures of all data.
+
+        Args:
+            process: rank of this process.
+            processes: number of processes.
         """
 
     def save(self, directory: Path, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write the checkpoint of ``weights`` (all that learn, and buffers), file by file."""
+        """Write a checkpoint.
+
+        Args:
+            directory: directory of the checkpoint.
+            weights: all trained weights and buffers.
+            record: facts about the training, for the checkpoint.
+        """
 
 
 def train(
@@ -71,20 +86,23 @@ def train(
     out: Path,
     accelerator: Accelerator,
 ) -> Progress:
-    """Train ``learner``, from where an earlier run with the same arguments stopped, and write ``out``.
+    """Train ``learner`` and write its checkpoint to ``out``; resume an earlier run with the same arguments.
 
     Args:
-        identity: everything else that decides the result, by name: model, data, form.
-        out: gets what the learner saves (of the best validation, or of the last step without one), the curves and
-            ``training.json``; ``last/`` holds the last step's weights where others were better; ``trainer_state/`` is
-            there until the run is finished.
+        learner: model, data and loss.
+        arguments: arguments of the training.
+        identity: everything that decides the result, by name: arguments, model, data, form.
+        out: directory for the learner's checkpoint (of the best validation, or of the last step without validation),
+            the curves and ``training.json``. ``last/`` holds the last step's weights if earlier ones were better.
+            ``trainer_state/`` exists until the run is finished.
+        accelerator: device and processes of the run.
 
     Returns:
-        The whole run, also if it was finished before.
+        The progress of the whole run, also if it was already finished.
 
     Raises:
-        InputError: ``out`` holds another run or something else, or the loss is no longer a number.
-        KeyboardInterrupt: the user stopped it; everything is saved.
+        InputError: ``out`` holds another run or something else, or the loss is not finite.
+        KeyboardInterrupt: interrupted; the state is saved.
     """
     run = _Run(learner, arguments, out, accelerator)
     identity = {**identity, "processes": accelerator.num_processes}
@@ -95,7 +113,7 @@ def train(
 
 
 def finished_run(out: Path, identity: Mapping[str, Any]) -> Progress | None:
-    """The run that ``out`` holds, if it is this one and finished; None if it is unfinished or ``out`` is empty.
+    """The finished run in ``out``; None if the run is unfinished or ``out`` is empty.
 
     Raises:
         InputError: ``out`` holds a run with other arguments, or something else.
@@ -108,15 +126,17 @@ def finished_run(out: Path, identity: Mapping[str, Any]) -> Progress | None:
         raise InputError(f"{out}: holds something that is not a training run; give another directory")
     else:
         return None
-    mine, theirs = json.loads(json.dumps(identity)), progress.arguments
-    if different := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
-        changes = "; ".join(f"{name} was {theirs.get(name)}, is {mine.get(name)}" for name in different)
+    requested, stored = json.loads(json.dumps(identity)), progress.arguments
+    if different := sorted(
+        name for name in requested.keys() | stored.keys() if requested.get(name) != stored.get(name)
+    ):
+        changes = "; ".join(f"{name} was {stored.get(name)}, is {requested.get(name)}" for name in different)
         raise InputError(f"{out}: holds a run with other arguments ({changes}); give another --out or delete it")
     return progress if (out / RECORD).is_file() else None
 
 
 def is_finished(out: Path) -> bool:
-    """Whether ``out`` holds a finished run, whichever."""
+    """Whether ``out`` holds a finished run, with any arguments."""
     return (out / RECORD).is_file()
 
 
@@ -130,6 +150,8 @@ def _read_record(path: Path) -> Progress:
 
 
 class _Run:
+    """One run of the training loop."""
+
     def __init__(self, learner: Learner, arguments: TrainingArguments, out: Path, accelerator: Accelerator) -> None:
         self.learner = learner
         self.arguments = arguments
@@ -146,7 +168,7 @@ class _Run:
             self.weights = [weight for weight in learner.module.parameters() if weight.requires_grad]
 
     def optimise(self, identity: Mapping[str, Any]) -> Progress:
-        """Take the steps that are left."""
+        """Run the remaining steps."""
         progress = Progress(dict(identity))
         if (saved := find_state(self.out / STATE)) is not None:
             progress = read_progress(saved)
@@ -175,11 +197,11 @@ class _Run:
                 if stop or progress.step == self.steps or progress.step % self.arguments.save_every == 0:
                     self._save(progress)
                 if stop and (progress.step < self.steps or self._unvalidated(progress)):
-                    raise KeyboardInterrupt(self._saved(progress))
+                    raise KeyboardInterrupt(self._saved_message(progress))
         return progress
 
     def _due(self, step: int) -> bool:
-        """Whether there is a validation after this step."""
+        """Whether a validation follows this step."""
         return step == self.steps or step % (self.arguments.validate_every or self.steps) == 0
 
     def _unvalidated(self, progress: Progress) -> bool:
@@ -187,21 +209,21 @@ class _Run:
         steps = [validation["step"] for validation in progress.validations]
         return bool(steps) and self._due(progress.step) and progress.step not in steps
 
-    def _saved(self, progress: Progress) -> str:
-        return f"saved at step {progress.step} of {self.steps} in {self.out}; the same command goes on"
+    def _saved_message(self, progress: Progress) -> str:
+        return f"saved at step {progress.step} of {self.steps} in {self.out}; rerun the same command to resume"
 
     def _step(self, step: int, asked_to_stop: Callable[[], bool]) -> tuple[float, bool]:
-        """One optimizer step: the mean loss of its batch, and whether any process was asked to stop."""
+        """Run one optimizer step; return the mean loss of its batch, and whether any process should stop."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = self.arguments.batch_size
         batch = batch_at(step, self.learner.examples, size * processes, self.arguments.seed)
         share = -(-len(batch) // processes)
         micro = min(self.arguments.micro_batch_size or size, share)
-        mine = batch[rank::processes]
-        # Every process makes as many passes as any, or the others would wait for it: what it lacks weighs nothing.
-        weights = [1 / len(batch)] * len(mine) + [0.0] * (share - len(mine))
-        mine = mine + [batch[0]] * (share - len(mine))
-        torch.manual_seed(_number(self.arguments.seed, step, rank))
+        draws = batch[rank::processes]
+        # All processes run the same number of passes, because they wait for each other: missing examples have weight 0.
+        weights = [1 / len(batch)] * len(draws) + [0.0] * (share - len(draws))
+        draws = draws + [batch[0]] * (share - len(draws))
+        torch.manual_seed(_seed(self.arguments.seed, step, rank))
         rate = self.arguments.rate_at(step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -209,23 +231,23 @@ class _Run:
         total = 0.0
         for start in range(0, share, micro):
             with self._synchronised(start + micro >= share), self._precision():
-                losses = self.learner.losses(mine[start : start + micro], step)
+                losses = self.learner.losses(draws[start : start + micro], step)
                 loss = (losses * torch.tensor(weights[start : start + micro], device=losses.device)).sum()
-                # Gradients are averaged over processes, so each counts as often as there are processes.
+                # The weights already average over all processes; the factor undoes accelerate's own averaging.
                 self.accelerator.backward(loss * processes)
             total += loss.item()
-        told = torch.tensor([total, float(asked_to_stop())], dtype=torch.float64, device=self.device)
+        sums = torch.tensor([total, float(asked_to_stop())], dtype=torch.float64, device=self.device)
         if processes > 1:
-            told = self.accelerator.reduce(told, "sum")
+            sums = self.accelerator.reduce(sums, "sum")
         self.accelerator.clip_grad_norm_(self.weights, self.arguments.max_gradient_norm)
-        if math.isfinite(told[0].item()):
+        if math.isfinite(sums[0].item()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return told[0].item(), told[1].item() > 0
+        return sums[0].item(), sums[1].item() > 0
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients travel between processes once a step, with the last of its passes."""
+        """Synchronise gradients between processes only in the last pass of a step."""
         if last or self.accelerator.num_processes == 1:
             yield
         else:
@@ -239,26 +261,26 @@ class _Run:
             yield
 
     def _validate(self, progress: Progress) -> None:
-        """Measure, unless that was done before this run was stopped.
+        """Validate the current step, unless an earlier run has done so.
 
         Raises:
-            KeyboardInterrupt: the user stopped it; everything but this validation is saved.
+            KeyboardInterrupt: interrupted; everything except this validation is saved.
         """
         if progress.step in [validation["step"] for validation in progress.validations]:
             return
         self.learner.module.eval()
         alone = self.accelerator.num_processes == 1
         try:
-            # It changes nothing, so that it need not wait. Several processes wait for each other all the same.
+            # Validation changes no state, so Ctrl-C may stop it at once; but several processes wait for each other.
             with torch.no_grad(), _immediate_interrupt() if alone else nullcontext():
                 measures = self.learner.validate(self.accelerator.process_index, self.accelerator.num_processes)
         except KeyboardInterrupt:
             if not alone:
                 raise
             if not progress.step:
-                raise KeyboardInterrupt("stopped before the first step; the same command begins again") from None
+                raise KeyboardInterrupt("stopped before the first step; rerun the same command to start") from None
             self._save(progress)
-            raise KeyboardInterrupt(self._saved(progress)) from None
+            raise KeyboardInterrupt(self._saved_message(progress)) from None
         if not measures:
             return
         earlier = [_quality(validation) for validation in progress.validations[1:]]
@@ -278,7 +300,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def finish(self, progress: Progress) -> Progress:
-        """Write what the run is for, and last of all that it is finished."""
+        """Write checkpoint and curves, and finally the record that marks the run as finished."""
         weights, _ = full_state(self.learner.module, self.optimizer)
         if self.accelerator.is_main_process:
             record = {"arguments": progress.arguments, "steps": progress.step, "validations": progress.validations}
@@ -295,18 +317,18 @@ class _Run:
 
 
 def _quality(measures: Mapping[str, float]) -> tuple[float, ...]:
-    """What is the greater, the better the weights."""
+    """The measures as a tuple that is greater for better weights."""
     return tuple(-value if name == "loss" else value for name, value in measures.items() if name != "step")
 
 
-def _number(*parts: object) -> int:
+def _seed(*parts: object) -> int:
     """A seed that depends on all of ``parts``."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 @contextmanager
 def _immediate_interrupt() -> Iterator[None]:
-    """Let Ctrl-C stop what is running, also where `_deferred_interrupt` would have it wait."""
+    """Let Ctrl-C interrupt the block at once, also inside `_deferred_interrupt`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -319,9 +341,10 @@ def _immediate_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait for the end of a step, so that what is saved is whole; a second one does not wait.
+    """Delay Ctrl-C until the end of a step, so that the saved state is consistent; a second Ctrl-C acts at once.
 
-    Yields a function that says whether it was pressed.
+    Yields:
+        A function that returns whether Ctrl-C was pressed.
     """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -329,11 +352,11 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         return
     earlier = signal.getsignal(signal.SIGINT)
 
-    def press(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         pressed.set()
         signal.signal(signal.SIGINT, earlier)
 
-    signal.signal(signal.SIGINT, press)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield pressed.is_set
     finally:

@@ -1,4 +1,4 @@
-"""A hypernetwork in training on held-out questions: exact match and F1 as at test time, and the loss of the answers."""
+"""Validation of a hypernetwork in training on held-out questions: exact match, F1, and the loss of the answers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ MAX_NEW_TOKENS = 32
 
 
 class Validation:
-    """Held-out questions with the passages that they are answered with.
+    """Held-out questions with their selected passages.
 
     Args:
-        questions: with their passages; in the order of their rerank scores, if they have some, as in evaluation.
+        questions: questions with passages; questions without passages are left out. Rerank scores decide the order of
+            passages and the gates, as in an evaluation.
         model, tokenizer: the LLM.
-        layers: of the experts.
-        num_passages: experts a question, at most.
-        batch_size: questions answered at a time.
+        layers: the layers with experts.
+        num_passages: largest number of experts per question.
+        batch_size: questions per forward pass.
 
     Raises:
         InputError: no question has a passage.
@@ -48,7 +49,7 @@ class Validation:
     ) -> None:
         self.questions = [question for question in questions if question.passages]
         if not self.questions:
-            raise InputError("no validation question has passages; `genpoe retrieve` finds some")
+            raise InputError("no validation question has passages; add them with `genpoe retrieve`")
         self.model = model
         self.tokenizer = tokenizer
         self.layers = layers
@@ -60,20 +61,25 @@ class Validation:
         ]
 
     def measure(self, generator: ExpertGenerator, process: int, processes: int) -> dict[str, float]:
-        """EM, F1 and loss of all questions, of which this process answers every ``processes``-th one.
+        """EM, F1 and loss over all questions; this process answers every ``processes``-th question.
 
         The loss is that of a question's first accepted answer, as in training.
+
+        Args:
+            generator: generates the experts.
+            process: rank of this process.
+            processes: number of processes.
         """
         share = -(-len(self.questions) // processes)
-        # As many passes in every process, since those of a sharded hypernetwork wait for each other.
-        mine = [(process + number * processes) % len(self.questions) for number in range(share)]
+        # All processes run the same number of passes, because those of a sharded hypernetwork wait for each other.
+        assigned = [(process + number * processes) % len(self.questions) for number in range(share)]
         answers: dict[int, tuple[str, float]] = {}
         batches = range(0, share, self.batch_size)
         for begin in tqdm(batches, "Validating", unit="batch", leave=False, disable=process > 0):
-            numbers = mine[begin : begin + self.batch_size]
+            numbers = assigned[begin : begin + self.batch_size]
             examples = [self.examples[number] for number in numbers]
-            found = zip(self._answers(generator, examples), self._losses(generator, examples), strict=True)
-            answers.update(zip(numbers, found, strict=True))
+            results = zip(self._answers(generator, examples), self._losses(generator, examples), strict=True)
+            answers.update(zip(numbers, results, strict=True))
         if processes > 1:
             answers = dict(gather_object(list(answers.items())))
         pairs = [(answers[number][0], question.answers) for number, question in enumerate(self.questions)]

@@ -1,1 +1,1 @@
-"""Generated experts inside vLLM: a model of every supported family, and an engine that brings experts to requests."""
+"""Generated experts on vLLM: a model class for every supported family, and an engine that serves requests."""

@@ -1,4 +1,4 @@
-"""The branch beside the MLP of one layer: every token hears the experts of its request, which LoRA adapters bring."""
+"""The branch beside the MLP of one layer on vLLM: LoRA adapters hold the experts of each request."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from genpoe_plugin.experts.expert import Factors
 from genpoe_plugin.vllm_engine.expert_sets import BASE, DIGITS, PREFIX, START, Carrier, carriers, is_factored
 
 
-class _Nothing(LinearMethodBase):
-    """A linear layer without weights, whose output is zero until an adapter adds to it."""
+class _ZeroOutput(LinearMethodBase):
+    """A linear layer without weights; its output is zero, plus what an adapter adds."""
 
     def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
-        # vLLM puts the slots of adapters where it finds a weight.
+        # vLLM creates the slots for adapters on the device of the weight.
         layer.register_parameter("weight", nn.Parameter(torch.empty(0), requires_grad=False))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ class _Nothing(LinearMethodBase):
 
 
 class _WithoutWeights(QuantizationConfig):
-    """Has vLLM use `_Nothing`: how a layer keeps its weights is what a quantisation decides."""
+    """A quantisation that makes vLLM use `_ZeroOutput`, because quantisations decide how a layer stores its weights."""
 
     def get_name(self) -> Any:
         return "none"
@@ -48,14 +48,14 @@ class _WithoutWeights(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase:
-        return _Nothing()
+        return _ZeroOutput()
 
 
 class Start(nn.Module):
-    """Where in each token's request the experts begin, for which every request's adapter brings the digits.
+    """Computes which tokens the experts act on, from the start position in each request's adapter.
 
     Args:
-        max_tokens: of one forward pass.
+        max_tokens: largest number of tokens in a forward pass.
     """
 
     ones: Tensor
@@ -69,19 +69,19 @@ class Start(nn.Module):
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Which tokens are at or after the start of their request, ``[tokens]``."""
+        """Whether each token is at or after the start of its request, ``[tokens]``."""
         digits = getattr(self, START)(self.ones[: len(positions)])
         return positions >= digits.float() @ self.places
 
 
 class Branch(nn.Module):
-    """``mask ⊙ Σ_k g_k · E_k(x)`` of every token, `x` being what enters the MLP.
+    """``mask ⊙ Σ_k g_k · E_k(x)`` for every token, with ``x`` the input of the MLP.
 
     Args:
-        config: of the hypernetwork.
-        num_passages: at most how many experts a request has.
-        max_tokens: of one forward pass.
-        prefix: the name of this module in the model.
+        config: configuration of the hypernetwork.
+        num_passages: largest number of experts per request.
+        max_tokens: largest number of tokens in a forward pass.
+        prefix: name of this module in the model.
     """
 
     active: Tensor
@@ -104,15 +104,16 @@ class Branch(nn.Module):
         self.register_buffer("active", torch.zeros(max_tokens, 1), persistent=False)
 
     def load(self, factors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the shared matrices of a factored hypernetwork."""
+        """Copy the shared matrices of a factored hypernetwork."""
         for name, value in factors:
             self.get_parameter(name).data.copy_(value)
 
-    def note(self, active: Tensor) -> None:
-        """Which tokens of the coming pass hear their experts."""
+    def set_active(self, active: Tensor) -> None:
+        """Set which tokens of the next forward pass the experts act on, ``[tokens]``."""
         self.active[: len(active), 0] = active.to(self.active.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[tokens, d]`` to the experts' gated output, ``[tokens, d]``."""
         mixed = self._factored(x) if self.factored else self._dense(x)
         return mixed * self.active[: len(x)]
 
@@ -131,7 +132,7 @@ class Branch(nn.Module):
 
 
 def carrier_layer(carrier: Carrier, prefix: str) -> ReplicatedLinear:
-    """A layer that is nothing but what LoRA adapters bring."""
+    """A linear layer whose output comes from LoRA adapters alone."""
     return ReplicatedLinear(
         carrier.inputs,
         carrier.outputs,

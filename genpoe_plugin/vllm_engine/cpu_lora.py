@@ -1,8 +1,8 @@
-"""vLLM's LoRA layers on a CPU: made right for requests without an adapter, and fast for many adapters in a batch.
+"""Fix vLLM's LoRA layers on a CPU for requests without an adapter, and make them fast for many adapters in a batch.
 
-vLLM 0.32's CPU code looks up every token's adapter by a slot number that is -1 for a token without one, and so applies
-the last slot to it; its GPU kernels return early instead. It also copies the adapter's weights once for every token of
-a prompt. tests/vllm/test_cpu_lora.py fails as soon as vLLM has mended the former.
+vLLM 0.32's CPU code selects a token's adapter by slot number. For tokens without an adapter, the number is -1, so it
+applies the last slot; the GPU kernels return early instead. It also copies the adapter's weights once per token.
+tests/lm/vllm/test_cpu_lora.py fails once vLLM has fixed the former.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-_LONG = 8
-"""From so many tokens in a row with one adapter on, a product of their own costs less than to copy weights."""
+_MIN_RUN = 8
+"""Smallest run of tokens with one adapter for which a separate product is faster than copying weights."""
 
 
 class SegmentedPunica(PunicaWrapperCPU):
-    """Neighbouring tokens with the same adapter share one product, and those without one have none."""
+    """Computes one product for neighbouring tokens with the same adapter, and none for tokens without an adapter."""
 
     def add_lora_linear(
         self,
@@ -30,7 +30,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         **_: Any,
     ) -> None:
-        """As vLLM's: ``y += x · Aᵀ · Bᵀ`` with each token's own A and B, in place."""
+        """As in vLLM: ``y += x · Aᵀ · Bᵀ`` with each token's own A and B, in place."""
         (a,), (b,) = lora_a_stacked, lora_b_stacked
         for rows, slots in self._groups():
             if isinstance(slots, int):
@@ -40,10 +40,10 @@ class SegmentedPunica(PunicaWrapperCPU):
                 y[rows] += scale * torch.bmm(inner, b[slots, 0].mT).squeeze(1)
 
     def _groups(self) -> list[tuple[slice | Tensor, int | Tensor]]:
-        """Rows that are computed together and their slot, or slots; the same for all layers of a pass."""
+        """Groups of rows that are computed together, with their slot or slots; the same for all layers of a pass."""
         indices = self.token_lora_indices
         slots, counts = torch.unique_consecutive(indices, return_counts=True)
-        long = (counts >= _LONG) & (slots >= 0)
+        long = (counts >= _MIN_RUN) & (slots >= 0)
         groups: list[tuple[slice | Tensor, int | Tensor]] = []
         ends = counts.cumsum(0)
         for slot, count, end in zip(slots[long].tolist(), counts[long].tolist(), ends[long].tolist(), strict=True):
@@ -54,10 +54,10 @@ class SegmentedPunica(PunicaWrapperCPU):
         return groups
 
 
-def mend(model: nn.Module) -> None:
-    """Have the LoRA layers of ``model`` compute as `SegmentedPunica` does."""
+def fix_cpu_lora(model: nn.Module) -> None:
+    """Make the LoRA layers of ``model`` compute with `SegmentedPunica`."""
     for module in model.modules():
         punica = getattr(module, "punica_wrapper", None)
         if type(punica) is PunicaWrapperCPU:
-            # Of the object itself, which vLLM goes on telling which token has which adapter.
+            # Changes the class of the object itself, because vLLM keeps updating this object with each token's adapter.
             punica.__class__ = SegmentedPunica

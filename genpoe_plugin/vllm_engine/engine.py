@@ -1,4 +1,4 @@
-"""An LLM on vLLM whose every request has its own experts, each set loaded from memory when its turn comes."""
+"""An engine that serves every request on vLLM with its own experts, and loads expert sets when they are needed."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import load_lower_layers, load_tokenizer
 from genpoe_plugin.prompts import cut_passages, tokens_from
-from genpoe_plugin.vllm_engine.arguments import check_vllm, engine_arguments
+from genpoe_plugin.vllm_engine.engine_arguments import check_vllm, engine_arguments
 from genpoe_plugin.vllm_engine.expert_sets import expert_set
 
-MESSAGE = 2**28
-"""Bytes of expert sets that travel to the workers at a time; on the way each of them has a copy."""
+MESSAGE_BYTES = 2**28
+"""Largest size of a message with expert sets to the workers; each worker holds a copy meanwhile."""
 
 Key = tuple[tuple[str, ...], tuple[float, ...], int]
 
 
 @dataclass(frozen=True)
 class ExpertRequest:
-    """One prompt with its experts.
+    """A prompt with its experts.
 
     Attributes:
         prompt: token ids.
-        sampling: vLLM's parameters of this request.
-        passages: strings of the passages that become its experts, at most as many as the engine was made for.
-        gates: one for each passage.
+        sampling: vLLM's sampling parameters.
+        passages: strings of the passages that become experts, at most the engine's ``num_passages``.
+        gates: one gate per passage.
         start: the first position of the prompt that the experts act on.
     """
 
@@ -54,11 +54,11 @@ class ExpertRequest:
 
     @property
     def key(self) -> Key:
-        """Equal for requests that can share an expert set."""
+        """The key of the expert set; requests with equal keys share a set."""
         return self.passages, self.gates, self.start
 
 
-def load_makers(
+def load_expert_models(
     pretrained: str,
     hypernetwork: str,
     *,
@@ -67,37 +67,53 @@ def load_makers(
     dtype: str = "auto",
     revision: str | None = None,
 ) -> tuple[Hypernetwork, PreTrainedModel, PreTrainedTokenizerBase]:
-    """What makes experts ahead of vLLM: a hypernetwork, as much of the LLM as it reads passages with, the tokenizer.
+    """Load the models that generate experts ahead of vLLM.
+
+    Args:
+        pretrained: directory or hub id of the LLM.
+        hypernetwork: directory or hub id of the hypernetwork.
+        tokenizer: tokenizer of the LLM, if it is not in ``pretrained``.
+        device: device of the models.
+        dtype: dtype of the LLM's layers.
+        revision: revision of the LLM.
+
+    Returns:
+        The hypernetwork, the layers of the LLM that read passages, and the tokenizer.
 
     Raises:
-        InputError: either cannot be loaded, or they do not belong together.
+        InputError: a model cannot be loaded, the two do not match, or the experts are in the LLM's attention.
     """
     config = HypernetworkConfig.from_dict(read_record(resolve_checkpoint(hypernetwork))["hypernetwork"])
     if config.head == "attention":
         raise InputError(
-            f"hypernetwork {hypernetwork} makes experts in the LLM's attention, which do not run on vLLM yet; "
+            f"hypernetwork {hypernetwork} generates experts in the LLM's attention, which do not run on vLLM yet; "
             "use --model genpoe"
         )
     layers = config.layer + 1 if config.states == "contextual" else 1
     model, depth = load_lower_layers(pretrained, layers, device=device, dtype=dtype, revision=revision)
-    words = load_tokenizer(tokenizer or pretrained)
-    return load_hypernetwork(hypernetwork, model, words, depth=depth), model, words
+    loaded_tokenizer = load_tokenizer(tokenizer or pretrained)
+    return load_hypernetwork(hypernetwork, model, loaded_tokenizer, depth=depth), model, loaded_tokenizer
 
 
 @dataclass
 class _Loaded:
-    """An expert set that the workers have: vLLM's name for it, and how many requests under way need it."""
+    """An expert set that the workers have loaded.
+
+    Attributes:
+        lora: vLLM's name for it.
+        users: number of running requests that use it.
+    """
 
     lora: LoRARequest
     users: int = 0
 
 
 class ExpertEngine:
-    """Brings expert sets to a vLLM engine as requests need them.
+    """Serves requests with experts on vLLM, and loads expert sets into the engine as requests need them.
 
     Args:
-        llm: started with `engine_arguments`.
-        store: has the experts, in the dtype of ``llm``.
+        llm: a vLLM engine, started with `engine_arguments`.
+        store: the store of experts, in the dtype of ``llm``.
     """
 
     def __init__(self, llm: LLM, store: ExpertStore) -> None:
@@ -106,13 +122,13 @@ class ExpertEngine:
         config = llm.llm_engine.vllm_config
         assert config.lora_config is not None and config.lora_config.max_cpu_loras is not None
         self.capacity: int = config.lora_config.max_cpu_loras
-        # vLLM's scheduler forgets the adapters of requests that are in another stage of a pipeline, and dies when it
-        # meets more than max_loras of them again. So no more are under way than that.
+        # vLLM's scheduler does not count the adapters of requests that are in another pipeline stage, and fails when
+        # more than max_loras of them return. So at most max_loras are in use at a time.
         several_stages = config.parallel_config.pipeline_parallel_size > 1
         self.at_once = config.lora_config.max_loras if several_stages else self.capacity
         self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
-        one = self.num_passages * footprint(store.config, store.dtype).expert_bytes
-        self._sets_a_message = max(1, MESSAGE // one)
+        set_size = self.num_passages * footprint(store.config, store.dtype).expert_bytes
+        self._sets_per_message = max(1, MESSAGE_BYTES // set_size)
         self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
         self._numbers = itertools.count(1)
         self._requests = itertools.count()
@@ -125,19 +141,19 @@ class ExpertEngine:
 
         Args:
             pretrained, hypernetwork: directories or hub ids.
-            num_passages: at most how many experts a request has.
-            device: where experts are made.
+            num_passages: largest number of experts per request.
+            device: device that generates the experts.
             **engine: engine arguments of ``vllm.LLM``.
 
         Raises:
-            InputError: vLLM is missing or of another version, or the parts or arguments do not fit each other.
+            InputError: vLLM is missing or not supported, or models or arguments do not match.
         """
         check_vllm()
         options = {name: engine[name] for name in ("tokenizer", "dtype", "revision") if engine.get(name)}
-        makers = load_makers(pretrained, hypernetwork, device=device, **options)
-        arguments = engine_arguments(pretrained, hypernetwork, makers[0].config, num_passages, engine)
+        models = load_expert_models(pretrained, hypernetwork, device=device, **options)
+        arguments = engine_arguments(pretrained, hypernetwork, models[0].config, num_passages, engine)
         llm = LLM(pretrained, **{**engine, **arguments})
-        return cls(llm, ExpertStore(*makers, dtype=llm.llm_engine.model_config.dtype))
+        return cls(llm, ExpertStore(*models, dtype=llm.llm_engine.model_config.dtype))
 
     def request(
         self,
@@ -148,15 +164,15 @@ class ExpertEngine:
         gates: Sequence[float] | None = None,
         start: int = 0,
     ) -> ExpertRequest:
-        """A request from texts.
+        """Create a request from texts.
 
         Args:
-            prompt: begins as the tokenizer begins any text.
-            passages: as ``title: text``; those that are longer than 256 tokens are cut.
-            sampling: vLLM's parameters.
-            gates: one for each passage; all alike by default.
-            start: the character of the prompt from which on the experts act: that of the question, where passages
-                stand before it.
+            prompt: the prompt; the tokenizer adds its special tokens.
+            passages: passages as ``title: text``; they are cut at 256 tokens.
+            sampling: vLLM's sampling parameters.
+            gates: one gate per passage; equal by default.
+            start: index of the prompt's first character that the experts act on, such as the beginning of the question
+                after passages.
         """
         tokenizer = self.store.tokenizer
         ids = tokenizer(prompt)["input_ids"]
@@ -166,10 +182,14 @@ class ExpertEngine:
         return ExpertRequest(ids, sampling, strings, weights, begin)
 
     def generate(self, requests: Sequence[ExpertRequest], *, progress: bool = True) -> list[RequestOutput]:
-        """vLLM's outputs of all requests, in their order. Every expert set is loaded when its turn comes, and once.
+        """Generate the outputs of all requests, in their order; expert sets are loaded when they are needed.
+
+        Args:
+            requests: the requests.
+            progress: whether to show a progress bar.
 
         Raises:
-            InputError: a request has more passages than the engine was made for, or not a gate for each.
+            InputError: a request has more passages than ``num_passages``, or not one gate per passage.
         """
         for number, request in enumerate(requests):
             if len(request.passages) > self.num_passages:
@@ -180,7 +200,7 @@ class ExpertEngine:
                 raise InputError(f"request {number}: {len(request.gates)} gates for {len(request.passages)} passages")
         present = self.llm.llm_engine.list_loras()
         for key in [key for key, loaded in self._loaded.items() if loaded.lora.lora_int_id not in present]:
-            # Somebody removed it. Asked for it all the same, the engine would look for a file, and die.
+            # The adapter was removed by other code; the engine would look for its file and fail.
             del self._loaded[key]
         waiting = deque(enumerate(requests))
         running: dict[str, int] = {}
@@ -206,9 +226,9 @@ class ExpertEngine:
         return [outputs[number] for number in range(len(requests))]
 
     def _admit(self, waiting: deque[tuple[int, ExpertRequest]], running: dict[str, int]) -> None:
-        """Hand requests over to vLLM, as many as there is room for expert sets."""
+        """Pass as many requests to vLLM as there is room for their expert sets."""
         room = self.at_once - sum(loaded.users > 0 for loaded in self._loaded.values())
-        # Loading stops the engine for a moment, so it is done for many at a time.
+        # Loading interrupts the engine, so many sets are loaded at a time.
         if running and room < max(1, self.at_once // 4):
             return
         admitted, needed = [], {}
@@ -238,7 +258,7 @@ class ExpertEngine:
             )
 
     def _exchange(self, needed: dict[Key, ExpertRequest]) -> None:
-        """Have the workers load the sets that they lack, in place of those that were not used for longest."""
+        """Load missing sets into the workers, in place of the least recently used ones."""
         for key in needed:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
@@ -249,13 +269,13 @@ class ExpertEngine:
         removed = idle[: max(0, len(self._loaded) + len(missing) - self.capacity)]
         numbers = [self._loaded.pop(key).lora.lora_int_id for key in removed]
         requests = list(missing.items())
-        for begin in range(0, len(requests), self._sets_a_message):
+        for begin in range(0, len(requests), self._sets_per_message):
             tensors: dict[str, torch.Tensor] = {}
-            some = requests[begin : begin + self._sets_a_message]
-            experts = self.store.experts([request.passages for _, request in some])
-            for (key, request), group in zip(some, experts, strict=True):
+            block = requests[begin : begin + self._sets_per_message]
+            experts = self.store.experts([request.passages for _, request in block])
+            for (key, request), group in zip(block, experts, strict=True):
                 number = next(self._numbers)
-                # A name for every content: the prefix cache knows an adapter by its name.
+                # Names are never reused, because the prefix cache identifies an adapter by its name.
                 self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, "/in/memory"))
                 parts = expert_set(group, request.gates, request.start)
                 tensors |= {f"{number}/{name}": part for name, part in parts.items()}

@@ -1,11 +1,11 @@
-"""An expert set: the experts, gates and start of one request, as the tensors that vLLM's LoRA machinery carries.
+"""Expert sets: the experts, gates and start of one request, as tensors of a LoRA adapter for vLLM.
 
-A LoRA adapter is a pair of matrices A, B for a layer, which adds ``B · A · x``. Our layers add nothing of their own, so
-what an adapter brings is all that they compute:
+A LoRA adapter adds ``B · A · x`` to a layer. Our layers have no weights of their own, so they output only what the
+adapter adds:
 
-    factored     up    A = I, B = the cores M_u of all experts, one below the other
+    factored     up    A = I, B = the cores M_u of all experts, stacked vertically
                  down  A = the cores g · M_d, side by side, B = I
-    dense        up0, up1, ...      A = W1, B = W2          one of each an expert
+    dense        up0, up1, ...      A = W1, B = W2          one of each per expert
                  down0, down1, ...  A = W3, B = g · W4
     both         start A = 1, B = the digits of the first position that the experts act on
 """
@@ -21,16 +21,22 @@ from torch import Tensor
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import DenseExperts, Experts, FactoredExperts
 
-# Whole numbers up to the base are exact in bfloat16, and three digits are more than any context has tokens.
+# Integers up to the base are exact in bfloat16, and three digits exceed the length of any context.
 BASE, DIGITS = 256, 3
-# Not "up_proj" or "experts": vLLM takes such names for layers of the LLM itself.
+# vLLM takes names such as "up_proj" or "experts" for layers of the LLM itself.
 PREFIX = "genpoe_"
 START = f"{PREFIX}start"
 
 
 @dataclass(frozen=True)
 class Carrier:
-    """The sizes of a layer that carries a part of an expert set: of what goes in, in between, and out."""
+    """The sizes of a layer that holds a part of an expert set.
+
+    Attributes:
+        inputs: input width.
+        rank: rank of the LoRA adapter.
+        outputs: output width.
+    """
 
     inputs: int
     rank: int
@@ -38,12 +44,12 @@ class Carrier:
 
 
 def is_factored(config: HypernetworkConfig) -> bool:
-    """Whether experts are two cores between matrices that all share."""
+    """Whether experts are two cores between shared matrices."""
     return config.head != "dense"
 
 
 def carriers(config: HypernetworkConfig, num_passages: int) -> dict[str, Carrier]:
-    """The layers that carry sets of up to ``num_passages`` experts, by name."""
+    """The layers that hold sets of up to ``num_passages`` experts, by name."""
     start = {START: Carrier(1, 1, DIGITS)}
     if is_factored(config):
         size = config.core_size
@@ -61,15 +67,15 @@ def carriers(config: HypernetworkConfig, num_passages: int) -> dict[str, Carrier
 
 
 def expert_set(experts: Experts, gates: Sequence[float], start: int) -> dict[str, Tensor]:
-    """The tensors of a set, without the identities, which need not travel (`adapters` puts them in).
+    """The tensors of an expert set, without identity matrices, which `adapters` adds.
 
     Args:
-        experts: with one leading dimension ``[K]``.
-        gates: K of them.
+        experts: experts with one leading dimension ``[K]``.
+        gates: K gates.
         start: the first position that the experts act on.
 
     Returns:
-        By name of the carrier, with ``.A`` or ``.B`` after it; in the experts' dtype, contiguous.
+        Contiguous tensors in the experts' dtype on the CPU; a key is the carrier's name with ``.A`` or ``.B``.
     """
     gate = torch.tensor(gates, dtype=torch.float32)[:, None, None].to(experts.weights[0].device)
     parts: dict[str, Tensor] = {}
@@ -87,7 +93,7 @@ def expert_set(experts: Experts, gates: Sequence[float], start: int) -> dict[str
 
 
 def adapters(parts: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every carrier that a set speaks to, from what `expert_set` made."""
+    """The matrices A and B for every carrier of a set, from the result of `expert_set`."""
     pairs = {}
     for name in dict.fromkeys(name[:-2] for name in parts):
         a, b = parts.get(f"{name}.A"), parts.get(f"{name}.B")

@@ -1,4 +1,4 @@
-"""vLLM's models with the branch beside one MLP, by one mixin for all families."""
+"""vLLM's models with the branch beside one MLP; one mixin serves all families."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from genpoe_plugin.checkpoints.checkpoint import WEIGHTS, resolve_checkpoint
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Factors
 from genpoe_plugin.vllm_engine.branch import Branch, Start
-from genpoe_plugin.vllm_engine.cpu_lora import mend
+from genpoe_plugin.vllm_engine.cpu_lora import fix_cpu_lora
 from genpoe_plugin.vllm_engine.expert_sets import START
 
 
 def _with_branch(mlp: Any) -> Any:
-    """An MLP class whose output has that of a module ``genpoe`` added."""
+    """A subclass of an MLP class that adds the output of its module ``genpoe``."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return mlp.forward(self, x) + self.genpoe(x)
@@ -34,10 +34,10 @@ def _with_branch(mlp: Any) -> Any:
 
 
 class WithExperts:
-    """Puts the branch into a vLLM model.
+    """Adds the branch to a vLLM model.
 
-    What it has to know is in ``hf_config.genpoe``: ``hypernetwork`` (directory or hub id, on every node),
-    ``config`` (of the hypernetwork) and ``num_passages``.
+    Its settings are in ``hf_config.genpoe``: ``hypernetwork`` (directory or hub id, accessible from every node),
+    ``config`` (the hypernetwork's configuration) and ``num_passages``.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
@@ -47,33 +47,34 @@ class WithExperts:
         self._hypernetwork = settings["hypernetwork"]
         self.branch_name = f"model.layers.{config.layer}.mlp.genpoe"
         layer = self.model.layers[config.layer]  # type: ignore[attr-defined]
-        # With pipeline parallelism the layer may be another process's.
+        # With pipeline parallelism, the layer may be in another process.
         self._has_branch = not isinstance(layer, PPMissingLayer)
-        self._mended = not current_platform.is_cpu()
+        self._needs_cpu_fix = current_platform.is_cpu()
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
-        # In every process, for vLLM cannot start one that adapters have nothing to do with.
+        # In every process, because vLLM cannot start a process without any layer for adapters.
         self.genpoe = Start(tokens)
         if self._has_branch:
             layer.mlp.genpoe = Branch(config, settings["num_passages"], tokens, self.branch_name)
-            # The names of the MLP's weights must stay, so it changes its class and is not wrapped.
+            # Changing the class instead of wrapping keeps the names of the MLP's weights.
             layer.mlp.__class__ = _with_branch(type(layer.mlp))
 
     @property
     def branch(self) -> Branch:
+        """The branch, in the process that has its layer."""
         return self.get_submodule(self.branch_name)  # type: ignore[attr-defined]
 
     def carrier_path(self, name: str) -> str:
-        """The name in this model of the layer that carries a part of expert sets."""
+        """The name in this model of the layer that holds a part of expert sets."""
         return f"genpoe.{name}" if name == START else f"{self.branch_name}.{name}"
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._mended:
-            mend(self)  # type: ignore[arg-type]
-            self._mended = True
+        if self._needs_cpu_fix:
+            fix_cpu_lora(self)  # type: ignore[arg-type]
+            self._needs_cpu_fix = False
         if self._has_branch:
-            # Here and not in the layer, which has no positions, and outside of what is compiled.
-            self.branch.note(self.genpoe(positions))
+            # Here and not in the layer: the layer has no positions, and this code is outside of the compiled part.
+            self.branch.set_active(self.genpoe(positions))
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

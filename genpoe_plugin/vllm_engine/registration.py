@@ -1,18 +1,18 @@
-"""Making vLLM find our models. It calls `register` in every one of its processes (``vllm.general_plugins``)."""
+"""Register our models with vLLM, which calls `register` in each of its processes (``vllm.general_plugins``)."""
 
 from __future__ import annotations
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma")
-"""The families of LLMs that experts can be served beside, as in the names of their classes."""
+"""The supported families of LLMs, as in the names of their classes."""
 
 
 def architecture(family: str) -> str:
-    """The name under which vLLM knows the model class of a family."""
+    """The name of a family's model class in vLLM."""
     return f"GenPoE{family}ForCausalLM"
 
 
 def register() -> None:
-    """Tell vLLM the names of our models; nothing is imported before one is used."""
+    """Register the names of our models; their module is imported on first use."""
     from vllm import ModelRegistry
 
     for family in FAMILIES:

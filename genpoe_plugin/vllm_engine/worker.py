@@ -1,4 +1,4 @@
-"""What runs beside vLLM's workers: taking in expert sets, from memory and not from files."""
+"""An extension of vLLM's workers that loads expert sets from memory instead of files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class ExpertWorker:
     model_runner: Any
 
     def genpoe_exchange(self, removed: Sequence[int], added: bytes) -> None:
-        """Forget the expert sets ``removed`` and take in others.
+        """Unload some expert sets and load others.
 
         Args:
-            removed: numbers of sets that no request needs any more.
-            added: safetensors; every name is the number of a set, a slash, and a name of its `expert_set`.
+            removed: numbers of sets to unload.
+            added: sets to load, as safetensors; a tensor's name is the number of the set, a slash, and its name in
+                `expert_set`.
         """
         manager = self.model_runner.lora_manager
         for number in removed:
@@ -39,5 +40,5 @@ class ExpertWorker:
                 path = self.model_runner.get_model().carrier_path(name)
                 layers[path] = LoRALayerWeights(path, a.shape[0], a.shape[0], a, b)
             rank = max(layer.rank for layer in layers.values())
-            # vLLM's own way in, `add_adapter`, reads files.
+            # vLLM's own `add_adapter` reads files.
             manager._adapter_manager.add_adapter(LoRAModel(number, rank, layers))

@@ -9,8 +9,8 @@ from benchmarks import training
 from benchmarks.memory import peak_bytes, tensors_of
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 
 @pytest.fixture

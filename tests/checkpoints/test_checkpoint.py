@@ -122,7 +122,7 @@ def test_a_checkpoint_from_before_there_were_two_heads(saved, llm, tokenizer):
     [
         ({"colour": 1}, "unknown field colour"),
         ({"head": "sparse"}, "head is 'sparse'; it must be one of dense, factored, memory"),
-        ({"head": "factored"}, "damaged or of another shape"),
+        ({"head": "factored"}, "damaged, or its shapes differ"),
     ],
 )
 def test_a_configuration_of_another_hypernetwork_is_refused(saved, llm, tokenizer, change, message):
@@ -162,7 +162,7 @@ def _saved_with_another_token(tokenizer, directory):
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
 def test_a_missing_file_is_named(saved, llm, tokenizer, file):
     (saved[0] / file).unlink()
-    with pytest.raises(InputError, match=rf"{file} is missing; the command that made it writes both"):
+    with pytest.raises(InputError, match=rf"{file} is missing; a checkpoint has config.json and model.safetensors"):
         load_hypernetwork(saved[0], llm, tokenizer)
 
 

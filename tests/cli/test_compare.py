@@ -54,7 +54,7 @@ def test_the_command_of_a_row(results: Path) -> None:
         "lm_eval run --model genpoe --model_args mode=genpoe,passages=shuffled,seed=0",
     ]
     other = run(results, "--reproduce", "t, board 2 of 2:1").output.splitlines()
-    assert other[0] == "# put together from lm_eval's record of the run"
+    assert other[0] == "# reconstructed from lm_eval's record of the run"
     assert other[1].startswith("lm_eval --model hf --model_args pretrained=llm --tasks t --num_fewshot 2")
 
 

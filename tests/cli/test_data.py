@@ -80,7 +80,7 @@ def test_the_list_has_every_name_and_what_to_do_instead() -> None:
     assert run.exit_code == 0, run.output
     first = [line.split()[0].rstrip(":") for line in run.output.splitlines() if line]
     assert {resource.name for resource in RESOURCES} | {*UNAVAILABLE} <= {*first}
-    assert "`genpoe retrieve` makes them" in run.output
+    assert "create them with `genpoe retrieve`" in run.output
     [wikipedia] = [line for line in run.output.splitlines() if line.startswith("data.wikipedia_split.psgs_w100")]
     assert "21,015,324 passages" in wikipedia and "CC BY-SA" in wikipedia
 
@@ -107,14 +107,14 @@ def test_download_of_a_name_and_of_a_prefix(served: HTTPFile, tmp_path: Path) ->
     assert "not downloaded" not in run.output
     run = CliRunner().invoke(main, ["data", "download", names[1], "--out", str(out)])
     assert run.exit_code == 0
-    assert run.stdout.startswith(f"{out}/data/retriever/qas/nq-dev.csv: was there already")
+    assert run.stdout.startswith(f"{out}/data/retriever/qas/nq-dev.csv: already downloaded")
 
 
 def test_download_says_what_a_prefix_does_not_bring(served: HTTPFile, tmp_path: Path) -> None:
     run = CliRunner().invoke(main, ["data", "download", "data.retriever_results", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     assert run.stdout.count("not downloaded: ") == 2
-    assert "not downloaded: DPR publishes no results for TriviaQA; `genpoe retrieve` makes them" in run.stdout
+    assert "not downloaded: DPR publishes no results for TriviaQA; create them with `genpoe retrieve`" in run.stdout
 
 
 @pytest.mark.parametrize("name", ["data.reader.nq.single.train", "nq", "data.retriever.qas.nq-train"])
@@ -140,4 +140,4 @@ def test_ctrl_c_says_how_to_go_on(served: HTTPFile, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(resources, "download", interrupted)
     run = CliRunner().invoke(main, ["data", "download", "data.retriever.qas.nq-dev", "--out", str(tmp_path)])
     assert run.exit_code == 130
-    assert "the same command goes on" in run.stderr
+    assert "rerun the same command to resume" in run.stderr

@@ -47,7 +47,7 @@ def test_experts_in_all_layers(llm_dir: Path, tokenizer, tmp_path: Path) -> None
     result = run(llm_dir, tmp_path / "out")
     assert result.exit_code == 0, result.output
     # Three layers, two KV heads of width 8, keys and values, float32.
-    assert result.stdout == f"{tmp_path / 'out'}: experts in 3 layers (0,1,2), 384 bytes a token of a passage\n"
+    assert result.stdout == f"{tmp_path / 'out'}: experts in 3 layers (0,1,2), 384 bytes per passage token\n"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     model = AutoModelForCausalLM.from_pretrained(llm_dir)
     loaded = load_hypernetwork(tmp_path / "out", model, tokenizer)
@@ -73,7 +73,7 @@ def test_layers_by_name_and_a_checkpoint_is_replaced(llm_dir: Path, tokenizer, t
         (("--layers", "-1"), "layer -1 is not in LlamaForCausalLM"),
         (("--layers", "one"), "'one' is not a list of layers such as 5,11,12"),
         (("--layers", ""), "is not a list of layers"),
-        (("--layers", "0", "--calibrate", "QUESTIONS", "--keep", "0.9"), "give one of the two"),
+        (("--layers", "0", "--calibrate", "QUESTIONS", "--keep", "0.9"), "leave out --layers or --calibrate"),
         (("--max-layers", "2"), "need --calibrate QUESTIONS"),
         (("--max-bytes", "2KB"), "need --calibrate QUESTIONS"),
         (("--keep", "0.9"), "need --calibrate QUESTIONS"),
@@ -91,7 +91,7 @@ def test_layers_by_name_and_a_checkpoint_is_replaced(llm_dir: Path, tokenizer, t
             "without.jsonl: no question has a passage that contains one of its answers",
         ),
         (("--preset", "paper"), "'paper' is not 'attention'"),
-        (("--dtype", "float31"), "dtype float31: no such number format"),
+        (("--dtype", "float31"), "dtype float31: no such dtype"),
         (("--device", "gpu7"), "gpu7"),
     ],
 )
@@ -208,7 +208,7 @@ def test_as_many_questions_of_each_file(llm_dir: Path, questions: Path, tmp_path
 
 def test_nothing_fits(llm_dir: Path, questions: Path, tmp_path: Path) -> None:
     result = run(llm_dir, tmp_path / "out", "--calibrate", questions, "--max-bytes", "0.01KB")
-    assert_one_line(result, "no choice of layers keeps within the limits")
+    assert_one_line(result, "no choice of layers is within the limits")
     assert not (tmp_path / "out").exists()
 
 

@@ -81,7 +81,7 @@ def test_shards_are_encoded_once_for_any_index(encoder: Path, tmp_path: Path) ->
     (tmp_path / "part").mkdir()
     (tmp_path / "part.json").rename(tmp_path / "part" / "shards.json")
     result = run("index", "build", "--shards", tmp_path / "part", "--out", tmp_path / "other")
-    assert result.exit_code == 2 and "part: 2 of 2 shards are missing; `genpoe index encode` goes on" in result.stderr
+    assert result.exit_code == 2 and "part: 2 of 2 shards are missing; rerun `genpoe index encode`" in result.stderr
 
 
 def test_only_the_first_of_many_processes_builds(
@@ -105,7 +105,7 @@ def test_the_same_command_does_not_build_again(encoder: Path, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "encode_shards", lambda *a, **o: pytest.fail("encoded again"))
         again = run("index", "build", *options)
-    assert again.exit_code == 0 and "built already" in again.stdout
+    assert again.exit_code == 0 and "already built" in again.stdout
     assert run("index", "build", *options, "--factory", "SQ8").stdout.endswith("SQ8, recall@3 1.000\n")
 
 
@@ -113,7 +113,7 @@ def test_index_type_is_chosen_and_tuned(encoder: Path, tmp_path: Path) -> None:
     result = build(TSV, tmp_path, "--encoder", encoder, "--memory", "2.5 GB")
     assert result.exit_code == 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Flat: ")]
-    assert "3 passages of 16 numbers, exact search: 0.0 GB" in line
+    assert "3 passages (dimension 16), exact search: 0.0 GB" in line
 
     rng = random.Random(0)
     text = "".join(f"{i}\t{' '.join(rng.choices(WORDS, k=9))}\t\n" for i in range(400))
@@ -171,7 +171,7 @@ def test_factory(encoder: Path, tmp_path: Path) -> None:
     [
         (TSV + "4\tno title\n", [], "passages.tsv:5: 2 fields"),
         (TSV + "4\t \tfox\n", [], "passages.tsv:5: passage '4' has no text"),
-        (TSV + "2\tfox again\t\n", [], "passages.tsv:5: id '2' is also that of"),
+        (TSV + "2\tfox again\t\n", [], "passages.tsv:5: id '2' is also the id of"),
         ("id\ttext\ttitle\n", [], "no passages"),
         (TSV, ["--factory", "Flt"], "factory 'Flt'"),
         (TSV, ["--encoder", "no-such/encoder"], "no-such/encoder: "),
@@ -190,7 +190,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_too_few_passages_keep_what_is_encoded(encoder: Path, tmp_path: Path) -> None:
     result = build(TSV, tmp_path, "--encoder", encoder, "--factory", "IVF64,Flat")
-    assert result.exit_code == 2 and "64 centroids take more than 3 passages" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and "64 centroids need more than 3 passages" in result.stderr.splitlines()[-1]
     assert Shards.open(tmp_path / "index.building" / "shards").is_complete
     assert build(TSV, tmp_path, "--encoder", encoder).exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "passages.tsv"]

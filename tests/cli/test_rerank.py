@@ -124,12 +124,12 @@ def test_dprs_format(results: Path, tmp_path: Path, reranker: ByLength) -> None:
 
 
 def test_ctrl_c_and_again(results: Path, tmp_path: Path, reranker: ByLength, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORED", 1)
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORE_BLOCK", 1)
     run(results, tmp_path / "whole.jsonl")
     reranker.fails_at = "q2"
     stopped = run(results, tmp_path / "out.jsonl")
     assert stopped.exit_code == 130 and not (tmp_path / "out.jsonl").exists()
-    assert stopped.stderr.splitlines()[-1].startswith("interrupted; 1 questions are kept in ")
+    assert stopped.stderr.splitlines()[-1].startswith("interrupted; 1 questions are saved in ")
     reranker.fails_at = "q1"  # it is not scored again
     again = run(results, tmp_path / "out.jsonl")
     assert again.exit_code == 0, again.output
@@ -144,7 +144,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, reranker: ByLe
         "cut.json": b'[{"question": "q", "answers": ["a"], "ctxs": [{"id": 1, "text": "t"}]}',
         "pickled.json": pickle.dumps([{"question": "q"}]),
     }
-    messages = ["no such file", "no questions", "no question has passages; find some", "not JSON", "a pickle"]
+    messages = ["no such file", "no questions", "no question has passages; add them", "not JSON", "a pickle"]
     for (name, content), message in zip(files.items(), messages, strict=True):
         if content is not None:
             (tmp_path / name).write_bytes(content)

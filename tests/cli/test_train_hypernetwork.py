@@ -20,9 +20,9 @@ from genpoe_plugin import device_memory
 from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from tests.gguf_llm import write_gguf
 from train_cli.main import main
 from train_cli.train_hypernetwork import hypernetwork as command
@@ -191,15 +191,15 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
     [
         ([], "give either --data QUESTIONS or --pretrain PASSAGES"),
         (["--data", "x", "--pretrain", "y"], "give either --data"),
-        (["--pretrain", "{empty}"], "no passage has the 30 words that are needed"),
+        (["--pretrain", "{empty}"], "every passage is too short; 30 words are needed"),
         (
             ["--data", "{data}", "--preset", "memory", "--layers", "0,1"],
-            "--layers: --preset memory has experts in one layer, which --layer names; with --preset recommended or",
+            "--layers: --preset memory has experts in one layer, give --layer; or give --preset recommended or",
         ),
-        (["--data", "{data}", "--layer", "1"], "--layer: give --layers, which may be one, with --preset recommended"),
+        (["--data", "{data}", "--layer", "1"], "--layer: give --layers with --preset recommended"),
         (["--data", "{data}", "--rank", "8"], "--rank is for experts beside an MLP; give --preset paper or memory"),
-        (["--data", "{data}", "--init", "{missing}"], "neither a directory nor a repository"),
-        (["--data", "{data}", "--init", "x", "--layer", "1"], "--layer: the form is that of --init x"),
+        (["--data", "{data}", "--init", "{missing}"], "neither a directory nor a reachable hub repository"),
+        (["--data", "{data}", "--init", "x", "--layer", "1"], "--layer: --init x decides the form"),
         (["--data", "{data}", "--preset", "attention", "--layers", "7"], "layer 7 is not in"),
         (["--data", "{data}", "--preset", "attention", "--window", "0"], "window is 0"),
         (["--data", "{data}", "--preset", "memory", "--window", "2"], "window is for head 'attention'"),
@@ -207,7 +207,7 @@ def test_passages_alone_are_learned_from(llm_dir, tmp_path: Path) -> None:
         (["--data", "{data}", "--preset", "attention", "--place", "mlp"], "no MLP is below layer 0"),
         (["--data", "{data}", "--preset", "memory", "--place", "mlp"], "place is for head 'attention'"),
         (["--data", "{data}", "--head", "attention"], "--head attention: give --preset recommended"),
-        (["--pretrain", "{data}", "--unanswerable", "0.5"], "--unanswerable and --num-passages are for questions"),
+        (["--pretrain", "{data}", "--unanswerable", "0.5"], "--unanswerable and --num-passages need questions"),
     ],
 )
 def test_what_experts_in_the_attention_cannot_be(llm_dir, data, tmp_path: Path, options, message) -> None:
@@ -251,7 +251,7 @@ def test_the_same_command_again_says_that_it_is_done(llm_dir: Path, data: Path, 
     first = run(llm_dir, data, tmp_path / "out", "--max-steps", 2)
     again = run(llm_dir, data, tmp_path / "out", "--max-steps", 2)
     assert again.exit_code == 0
-    assert again.stdout == f"{tmp_path / 'out'}: finished before; delete it to train again\n{first.stdout}"
+    assert again.stdout == f"{tmp_path / 'out'}: already finished; delete it to train again\n{first.stdout}"
     assert "Training" not in again.stderr
 
 
@@ -340,7 +340,7 @@ def test_the_card_has_the_command_and_the_scores(llm_dir: Path, data: Path, tmp_
     assert hashlib.sha256(data.read_bytes()).hexdigest() in card
     assert "| first | 0 |" in card and "curves.png" in card and "--model genpoe" in card
     again = run(llm_dir, data, out, *options)
-    assert again.exit_code == 0 and "finished before" in again.stdout
+    assert again.exit_code == 0 and "already finished" in again.stdout
 
 
 def test_options_are_the_settings_with_their_defaults() -> None:
@@ -358,7 +358,7 @@ def test_options_are_the_settings_with_their_defaults() -> None:
         (None, "data.jsonl: no such file"),
         ("", "data.jsonl: the file is empty"),
         (line(*FACTS[0]) + "\n{", "data.jsonl:2: not JSON"),
-        (line(*FACTS[0]) + '\n\n{"question": "who"}\n', "data.jsonl:3: a question needs a list of answers"),
+        (line(*FACTS[0]) + '\n\n{"question": "who"}\n', "data.jsonl:3: a question needs a list of answer strings"),
         (line("who", "a", " ") + "\n", "data.jsonl:1, \"ctxs\", item 1: passage '1' has no text"),
         (line("who", "nobody", "says something else") + "\n", "no training example"),
         ('{"question": "who", "answer": ["a"]}\n', "no training example"),
@@ -387,7 +387,7 @@ def test_bad_data_is_one_line(llm_dir: Path, data: Path, tmp_path: Path, content
         (["--max-steps", 0], "max_steps is 0; it must be"),
         (["--batch-size", 0], "batch_size is 0; it must be"),
         (["--learning-rate", 0], "learning_rate is 0.0; it must be"),
-        (["--knowledge", 1.5], "knowledge is 1.5; it is a share"),
+        (["--knowledge", 1.5], "knowledge is 1.5; it must be from 0 to 1"),
         (["--model", "no/such/llm"], "LLM no/such/llm: cannot be loaded"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "float3"], "float3"),

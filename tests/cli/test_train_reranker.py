@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from genpoe_plugin.selection.reranking import Reranker
-from genpoe_plugin.training.arguments import RerankerTraining
+from genpoe_plugin.training.training_arguments import RerankerTraining
 from train_cli.main import main
 from train_cli.train_reranker import reranker as command
 

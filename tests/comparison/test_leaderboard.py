@@ -13,9 +13,9 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.synthetic_results import documents, genpoe_facts, write_run
-from genpoe_plugin.comparison.files import write
 from genpoe_plugin.comparison.leaderboard import NO_KNOWLEDGE, Board, System, compare
 from genpoe_plugin.comparison.markdown import markdown
+from genpoe_plugin.comparison.output_files import write
 from genpoe_plugin.errors import InputError
 
 N = 60
@@ -204,7 +204,7 @@ def test_costs_are_of_answering_where_that_is_known(tmp_path: Path) -> None:
 
 def test_an_unknown_metric_is_refused_with_those_there_are(tmp_path: Path) -> None:
     write_run(tmp_path, scores(0.5), docs=DOCS)
-    with pytest.raises(InputError, match="metric rouge: no run has it; these are there: em"):
+    with pytest.raises(InputError, match="metric rouge: no run has it; the runs have em"):
         compare([tmp_path], metric="rouge")
 
 

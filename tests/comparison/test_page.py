@@ -176,7 +176,7 @@ def test_every_plot_has_axes_units_and_n(comparison: Comparison) -> None:
             assert re.search(r"n ?= ?[\d,]+", words), plot.title
             assert re.search(r"\b(0|20|50|100)\b", words), plot.title
             assert len(set(re.findall(r'\bid="([^"]+)"', svg))) == len(re.findall(r'\bid="', svg))
-    assert "time a question (ms" in found[4].wide and "peak memory of the process (GiB)" in found[5].wide
+    assert "time per question (ms" in found[4].wide and "peak memory of the process (GiB)" in found[5].wide
     wide = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", found[3].wide))
     counts = {name: part.n for name, part in board.systems[0].by_rank.items()}
     assert counts == {"1": 18, "2": 18, "3": 18, "not found": 36}

@@ -86,17 +86,17 @@ def without(name: str):
 @pytest.mark.parametrize(
     ("which", "damage", "said"),
     [
-        ("results", truncate, "not whole JSON"),
+        ("results", truncate, "not valid JSON"),
         ("results", lambda path: path.write_text("[1]"), "not the results of lm_eval"),
         ("results", lambda path: path.write_text('{"results": {}}'), "configs, versions, config, n-shot missing"),
         ("samples", Path.unlink, "run lm_eval with --log_samples"),
-        ("samples", truncate, "t_2026-01-01T00-00-00.000000.jsonl:6: not whole JSON"),
+        ("samples", truncate, "t_2026-01-01T00-00-00.000000.jsonl:6: not valid JSON"),
         ("samples", one_less, "has 5 of 6 questions"),
         ("samples", lambda path: path.write_text(""), "is empty"),
         ("samples", other_score, "em is 0.5000 in the results and 0.3333 over the samples"),
-        ("samples", other_question, "holds other samples than the results are of"),
+        ("samples", other_question, "does not belong to these results"),
         ("samples", without("em"), "6 samples have no em"),
-        ("samples", without("doc_id"), "not as lm_eval writes it"),
+        ("samples", without("doc_id"), "not in lm_eval's format"),
         ("samples", without("prompt_hash"), "not lm_eval's samples (no 'prompt_hash')"),
     ],
 )
@@ -160,7 +160,7 @@ def test_passages_are_those_of_the_trace(tmp_path: Path) -> None:
     write_run(tmp_path, {"em": EM}, docs=DOCS, genpoe=genpoe_facts(num_passages=2), trace=True)
     comparison = compare([tmp_path], draws=20)
     (system,) = comparison.boards[0].systems
-    assert system.used.given.tolist() == [1, 1, 0, 0, 0, 1] and system.used.ranks.tolist() == [1, 2, 3, 0, 0, 1]
+    assert system.used.answer_given.tolist() == [1, 1, 0, 0, 0, 1] and system.used.ranks.tolist() == [1, 2, 3, 0, 0, 1]
     part = system.by_given
     assert (part["present"].n, part["absent"].n) == (3, 3)
     assert part["present"].mean == pytest.approx(np.mean([EM[0], EM[1], EM[5]]))
@@ -182,7 +182,7 @@ def test_lines_of_other_prompts_and_docs_are_passed_over(tmp_path: Path) -> None
     others += [{**line, "doc_id": line["doc_id"] + 7, "prompt_hash": "1" * 64} for line in others]
     trace.write_text("".join(json.dumps(line) + "\n" for line in [*others, *lines, *others]))
     used = [compare([tmp_path / folder], draws=20).boards[0].systems[0].used for folder in ("a", "b")]
-    assert used[0].given.tolist() == used[1].given.tolist() == [1, 1, 0, 0, 0]
+    assert used[0].answer_given.tolist() == used[1].answer_given.tolist() == [1, 1, 0, 0, 0]
     assert all("other" not in used[1].line(place)["prompt"] for place in range(5))
 
 

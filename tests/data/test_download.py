@@ -49,7 +49,7 @@ def break_off(file: HTTPFile, target: Path) -> int:
     module.PAUSES = ()
     file.cuts = [CUT]
     try:
-        with pytest.raises(InputError, match="the same command goes on"):
+        with pytest.raises(InputError, match="rerun the same command to resume"):
             download(file.url, target)
     finally:
         module.PAUSES = pauses
@@ -151,7 +151,7 @@ def test_an_answer_that_begins_elsewhere_is_not_used(file: HTTPFile, target: Pat
 
 def test_fewer_bytes_than_the_server_says_are_no_file(file: HTTPFile, target: Path) -> None:
     file.cuts = [len(BODY) - 1] + [UNREAD, 0] * 10
-    with pytest.raises(InputError, match=r"/file: the .* of 327,803 bytes; the same command goes on") as error:
+    with pytest.raises(InputError, match=r"/file: the .* of 327,803 bytes; rerun the same command to resume") as error:
         download(file.url, target)
     assert "\n" not in str(error.value)
     assert not target.exists()
@@ -203,7 +203,7 @@ def test_no_network(target: Path) -> None:
 
 def test_a_server_that_does_not_say_the_size(file: HTTPFile, target: Path) -> None:
     file.says_size = False
-    with pytest.raises(InputError, match="does not say how large"):
+    with pytest.raises(InputError, match="does not report the file's size"):
         download(file.url, target)
     assert not target.parent.exists()
 
@@ -216,7 +216,7 @@ def test_a_file_that_is_there(file: HTTPFile, target: Path) -> None:
     file.failures = [503]
     assert download(file.url, target) is False
     target.write_bytes(BODY[:-1])
-    with pytest.raises(InputError, match=r"data\.tsv\.gz: has 327,802 bytes, the server's 327,803; remove it"):
+    with pytest.raises(InputError, match=r"data\.tsv\.gz: has 327,802 bytes, the server's file has 327,803; delete it"):
         download(file.url, target)
     assert target.read_bytes() == BODY[:-1]
 

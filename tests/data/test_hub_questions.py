@@ -37,7 +37,7 @@ def test_other_splits_of_the_large_one_are_not_touched(hub: Path) -> None:
 def test_another_form_is_one_line_with_the_row(hub: Path) -> None:
     file = hub / "rajpurkar/squad/plain_text/validation-00000-of-00001.parquet"
     write_parquet(file, [{**HUB_ROWS["squad"][0], "question": ""}])
-    with pytest.raises(InputError, match=r"^rajpurkar/squad, validation, row 1: a question has to be a string"):
+    with pytest.raises(InputError, match=r"^rajpurkar/squad, validation, row 1: a question must be a non-empty string"):
         list(read_hub_questions("rajpurkar/squad", "validation"))
 
 

@@ -96,7 +96,7 @@ def test_dpr_results_give_each_passage_once(tmp_path: Path) -> None:
 def test_one_id_for_two_passages_of_a_result_is_refused(tmp_path: Path) -> None:
     ctxs = [{"id": "a", "text": "first"}, {"id": "a", "text": "second"}]
     line = json.dumps({"question": "q", "answers": ["x"], "ctxs": ctxs})
-    with pytest.raises(InputError, match=r"r\.jsonl:1, \"ctxs\", item 2: id 'a' already"):
+    with pytest.raises(InputError, match=r"r\.jsonl:1, \"ctxs\", item 2: id 'a' is already"):
         list(read_passages(write(tmp_path / "r.jsonl", line)))
 
 
@@ -119,7 +119,7 @@ def test_one_id_for_two_passages_of_a_result_is_refused(tmp_path: Path) -> None:
         ("a.jsonl", '{"id": 1, "title": "a"}\n', r"a\.jsonl:1: .*\"text\""),
         ("a.jsonl", '{"id": 1, "title": 3, "text": "a"}\n', r"a\.jsonl:1: .*\"title\""),
         ("a.jsonl", '{"id": 1, "text": "a\\u0000b"}\n', r"a\.jsonl:1: NUL"),
-        ("a.jsonl", '{"id": 1, "text": "a\\ud83d"}\n', r"a\.jsonl:1: .*half a character"),
+        ("a.jsonl", '{"id": 1, "text": "a\\ud83d"}\n', r"a\.jsonl:1: .*is a lone surrogate"),
         ("a.jsonl", '{"ctxs": 3}\n', r"a\.jsonl:1, \"ctxs\": expected a list"),
         ("a.jsonl", '{"format": "genpoe-retrieval", "version": 9}\n', r"a\.jsonl:1: version 9"),
         ("a.json", '[\n{"ctxs": [\n', r"a\.json:3: not JSON"),

@@ -113,18 +113,18 @@ def without(name: str, *fields: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (without("squad", "title"), r"not what a record of SQuAD has \(KeyError: 'title'\)"),
-        ({**without("squad"), "answers": {"text": []}}, "a question needs a list of answers"),
-        ({"title": "T", "paragraphs": [{"context": "c"}]}, r"SQuAD's file has \(KeyError: 'qas'\)"),
-        (without("hotpotqa", "answer"), r"HotpotQA or 2WikiMultihopQA has \(KeyError: 'answer'\)"),
-        ({**without("2wiki"), "context": [["T", ["s"], 3]]}, r"2WikiMultihopQA has \(ValueError: "),
-        ({**without("2wiki"), "answer": None}, "a question needs a list of answers"),
-        ({**without("narrativeqa"), "document": {}}, r"NarrativeQA has \(KeyError: 'summary'\)"),
-        (without("mquake", "new_answer"), r"MQuAKE has \(KeyError: 'new_answer'\)"),
-        ({**without("mquake"), "requested_rewrite": [7]}, r"MQuAKE has \(TypeError: "),
-        ({**without("popqa"), "possible_answers": "politician"}, r"PopQA has \(JSONDecodeError: "),
-        ({**without("popqa"), "question": ""}, "a question has to be a string that is not empty"),
-        ({**without("tqa"), "answer": {}}, r"TriviaQA has \(KeyError: 'value'\)"),
+        (without("squad", "title"), r"not a valid record of SQuAD \(KeyError: 'title'\)"),
+        ({**without("squad"), "answers": {"text": []}}, "a question needs a list of answer strings"),
+        ({"title": "T", "paragraphs": [{"context": "c"}]}, r"SQuAD's file \(KeyError: 'qas'\)"),
+        (without("hotpotqa", "answer"), r"HotpotQA or 2WikiMultihopQA \(KeyError: 'answer'\)"),
+        ({**without("2wiki"), "context": [["T", ["s"], 3]]}, r"2WikiMultihopQA \(ValueError: "),
+        ({**without("2wiki"), "answer": None}, "a question needs a list of answer strings"),
+        ({**without("narrativeqa"), "document": {}}, r"NarrativeQA \(KeyError: 'summary'\)"),
+        (without("mquake", "new_answer"), r"MQuAKE \(KeyError: 'new_answer'\)"),
+        ({**without("mquake"), "requested_rewrite": [7]}, r"MQuAKE \(TypeError: "),
+        ({**without("popqa"), "possible_answers": "politician"}, r"PopQA \(JSONDecodeError: "),
+        ({**without("popqa"), "question": ""}, "a question must be a non-empty string"),
+        ({**without("tqa"), "answer": {}}, r"TriviaQA \(KeyError: 'value'\)"),
     ],
 )
 def test_a_malformed_record_is_one_line_with_its_place(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -137,14 +137,14 @@ def test_a_malformed_record_is_one_line_with_its_place(tmp_path: Path, row: dict
 def test_a_broken_table_of_popqa(tmp_path: Path) -> None:
     path = write_original("popqa", tmp_path)
     path.write_text(path.read_text() + "1\tx\n")
-    with pytest.raises(InputError, match=r"popQA\.tsv:3: 2 fields, where the first line names 17 columns"):
+    with pytest.raises(InputError, match=r"popQA\.tsv:3: 2 fields, but the first line has 17 columns"):
         list(read_questions(path))
 
 
 def test_a_broken_parquet_file(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "q.parquet", HUB_ROWS["squad"])
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"q\.parquet: not a whole Parquet file") as caught:
+    with pytest.raises(InputError, match=r"q\.parquet: not a complete Parquet file") as caught:
         list(read_questions(path))
     assert "\n" not in str(caught.value)
 
@@ -152,7 +152,7 @@ def test_a_broken_parquet_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "edit", "message"),
     [
-        ("qaps.csv", None, r"qaps\.csv: no such file; a folder of questions is a clone of deepmind/narrativeqa"),
+        ("qaps.csv", None, r"qaps\.csv: no such file; a folder of questions must be a clone of deepmind/narrativeqa"),
         ("qaps.csv", lambda text: text.replace("answer1,", "answer,"), r"qaps\.csv: no column 'answer1'"),
         ("qaps.csv", lambda text: text + "x,test\n", r"qaps\.csv:4: fewer fields"),
         ("qaps.csv", lambda text: text.replace("0025577", "9"), r"qaps\.csv:3: document '9043.*' has no summary"),

@@ -86,7 +86,7 @@ def test_a_prefix_stands_for_all_below(prefix: str, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("data.retriever_results.trivia.train", "`genpoe retrieve` makes them"),
+        ("data.retriever_results.trivia.train", "create them with `genpoe retrieve`"),
         ("data.retriever_results.nq.single.wikipedia_passages", "pickles.*`genpoe index build`"),
         ("data.retriever_results.nq.single-adv-hn.wikipedia_passages_0", "pickles.*`genpoe index build`"),
         ("data.reader.nq.single.train", "pickles"),
@@ -94,7 +94,7 @@ def test_a_prefix_stands_for_all_below(prefix: str, names: list[str]) -> None:
         ("checkpoint.retriever.single.nq.bert-base-encoder", "pickles.*facebook/dpr-ctx_encoder-single-nq-base"),
         ("pretrained", "on the hub"),
         ("original.narrativeqa", "`git clone` deepmind/narrativeqa"),
-        ("original.2wiki.dev", r"hub\.2wiki has the questions"),
+        ("original.2wiki.dev", r"use hub\.2wiki"),
         ("data.retriever.qas.nq_train", r"did you mean data\.retriever\.qas\.nq-train\?"),
         ("", "no such resource"),
     ],

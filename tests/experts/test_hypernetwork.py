@@ -112,7 +112,7 @@ def test_a_memory_says_what_was_found_where_its_address_is_called(make_hypernetw
 @pytest.mark.parametrize("gradients", [True, False])
 def test_experts_equal_the_definition(make_hypernetwork, monkeypatch, encoder, normalise, gradients):
     """As they are trained, and as they are generated for questions, a part at a time."""
-    monkeypatch.setattr("genpoe_plugin.experts.hypernetwork.PART", 100)
+    monkeypatch.setattr("genpoe_plugin.experts.hypernetwork.CPU_BLOCK", 100)
     hypernetwork = make_hypernetwork(normalise=normalise, **encoder)
     states, mask = states_and_mask()
     with torch.set_grad_enabled(gradients):
@@ -366,7 +366,7 @@ def test_presets_take_changes_and_name_what_is_wrong():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_written_into_memory_are_the_generated_ones(make_hypernetwork, monkeypatch, head, dtype):
     """The rows that are named, and no others."""
-    monkeypatch.setattr("genpoe_plugin.experts.hypernetwork.PART", 100)
+    monkeypatch.setattr("genpoe_plugin.experts.hypernetwork.CPU_BLOCK", 100)
     hypernetwork = make_hypernetwork(head=head, **({"encoder": "attention"} if head == "memory" else {}))
     states, mask = states_and_mask()
     # With gradients, where the dense head takes another way.

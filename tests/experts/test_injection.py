@@ -235,9 +235,18 @@ class Counting:
             {"past_key_values": Unknown()},
             "past_key_values is a Unknown; experts need one of transformers' Cache classes",
         ),
-        ({"memory": Counting()}, "a cache is given as memory; experts know it as past_key_values or cache alone"),
-        ({"layer_past": ()}, "a cache is given as layer_past; experts know it as past_key_values or cache alone"),
-        ({"cache_params": Unknown()}, "a cache is given as cache_params; experts know it as past_key_values or cache"),
+        (
+            {"memory": Counting()},
+            "unknown cache argument memory; with experts, pass the cache as past_key_values or cache",
+        ),
+        (
+            {"layer_past": ()},
+            "unknown cache argument layer_past; with experts, pass the cache as past_key_values or cache",
+        ),
+        (
+            {"cache_params": Unknown()},
+            "unknown cache argument cache_params; with experts, pass the cache as past_key_values or cache",
+        ),
     ],
 )
 def test_a_cache_that_is_not_known_is_refused(make_llm, rows, prompts, given, message):

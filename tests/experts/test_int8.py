@@ -8,7 +8,7 @@ import torch
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.int8 import Int8Experts
@@ -52,7 +52,10 @@ def test_answers_are_nearly_the_same_from_a_quarter_of_the_bytes(make_llm, token
     expected, found = logits(llm, tokenizer, whole), logits(llm, tokenizer, small)
     assert (found - expected).abs().max() < 0.05 * expected.std()
     assert not torch.equal(found, expected)
-    bytes_of = [sum(w.nbytes for w in store._slab.weights) / len(store._slab.weights[0]) for store in (whole, small)]
+    bytes_of = [
+        sum(w.nbytes for w in store._device_pool.weights) / len(store._device_pool.weights[0])
+        for store in (whole, small)
+    ]
     width = 8
     assert bytes_of[1] / bytes_of[0] == pytest.approx((width + 4) / (4 * width))
     again = store_of(llm, tokenizer, dtype=torch.int8, files=ExpertFiles(tmp_path, "int8"))
@@ -69,5 +72,5 @@ def test_experts_in_sixteen_bits_serve_an_llm_in_thirty_two(make_llm, tokenizer)
 
 def test_experts_beside_an_mlp_are_refused(make_llm, tokenizer):
     network = Hypernetwork(HypernetworkConfig.preset("paper", hidden_size=32, layer=1, rank=4, expert_width=8))
-    with pytest.raises(InputError, match="cannot be kept in int8"):
+    with pytest.raises(InputError, match="cannot be stored in int8"):
         ExpertStore(network, make_llm("llama"), tokenizer, dtype=torch.int8)

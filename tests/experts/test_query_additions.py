@@ -171,7 +171,7 @@ def test_sizes_and_refusals(make_llm, tokenizer):
     assert more == 2 * 3 * (plain.hidden_size + plain.num_heads * plain.head_width)
     fused = make_llm("phi3")  # one product for queries, keys and values
     network = Hypernetwork(replace(attention_config(fused, (1,)), query_rank=3))
-    with pytest.raises(InputError, match="layer 1 of Phi3ForCausalLM has no q_proj of its own"):
+    with pytest.raises(InputError, match="layer 1 of Phi3ForCausalLM has no separate q_proj"):
         ExpertGenerator(network, fused, tokenizer)
     with pytest.raises(InputError, match="query_rank is 0; it must be a positive whole number"):
         replace(plain, query_rank=0)

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
-from genpoe_plugin.experts.slab import Slab
 from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.experts.unit_pool import UnitPool
 
 PASSAGES = {
     "a": "Rossini: Gioachino Rossini was an Italian composer born in Pesaro in 1792.",
@@ -50,7 +50,7 @@ class Recorder:
 
     def held_bytes(self) -> int:
         """The memory that the store keeps alive for experts, whole storages counted."""
-        kept = (*self.store._slab.weights, *self.store._host.weights, *self.store._form.weights)
+        kept = (*self.store._device_pool.weights, *self.store._host_pool.weights, *self.store._form.weights)
         return sum({w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in kept}.values())
 
 
@@ -269,7 +269,7 @@ def test_what_failed_is_neither_kept_nor_in_the_way(make_store):
 def test_what_the_device_drops_the_host_keeps(make_store, room):
     """The host's part is that of an accelerator's run; here both are on the CPU."""
     recorder = make_store(room)
-    recorder.store._host = Slab(3, recorder.store._form.weights, torch.device("cpu"))
+    recorder.store._host_pool = UnitPool(3, recorder.store._form.weights, torch.device("cpu"))
     first = {letter: recorder.ask(letter).experts.weights for letter in "abcd"}
     recorder.generated()
     for letter in "dcb" if room == 1 else "dcba":
@@ -283,7 +283,7 @@ def test_what_the_device_drops_the_host_keeps(make_store, room):
 
 def test_prepared_experts_fill_device_and_host(make_store):
     recorder = make_store(2)
-    recorder.store._host = Slab(2, recorder.store._form.weights, torch.device("cpu"))
+    recorder.store._host_pool = UnitPool(2, recorder.store._form.weights, torch.device("cpu"))
     recorder.store.prepare(PASSAGES.values(), progress=False)
     assert sorted(recorder.generated()) == ["a", "b", "c", "d"]
     for letters in ("ab", "cd"):

@@ -15,7 +15,7 @@ from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork, into_windows
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.states import hidden_states, keys_and_values
+from genpoe_plugin.experts.llm_states import hidden_states, keys_and_values
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
 from genpoe_plugin.training.creation import attention_config

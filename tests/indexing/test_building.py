@@ -101,14 +101,14 @@ def test_tuning_anew(shards: Shards, vectors: np.ndarray, fixed_corpus: Callable
     assert tuned.fingerprint != index.fingerprint
     passages, encoder = fixed_corpus(2 * vectors[:30])
     others = encode_shards(passages, encoder, tmp_path / "others", progress=False)
-    with pytest.raises(InputError, match=r"others: shards of other passages .*fixed.* in .*index"):
+    with pytest.raises(InputError, match=r"others: these shards have other passages .*fixed.* in .*index"):
         retune(index, others, 0.9, progress=False)
 
 
 def test_a_recall_out_of_reach_is_said(shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = build_index(shards, tmp_path / "index", factory="PQ2x4", recall=0.99, progress=False)
     reached = index.manifest["search"]["recall"]
-    assert reached < 0.9 and f"recall@20 of this index is {reached:.3f} at most, not 0.99" in caplog.text
+    assert reached < 0.9 and f"recall@20 of this index is at most {reached:.3f}, below the target 0.99" in caplog.text
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -282,20 +282,20 @@ def test_bad_builds_are_one_line(
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "index").exists()
 
-    refused("factory 'Flt': not one that FAISS can make", factory="Flt")
+    refused("factory 'Flt': FAISS cannot create it", factory="Flt")
     refused(
-        r"factory 'IVF1024,Flat': 1,024 centroids take more than 700 passages to train on; 39,936 are what FAISS asks",
+        r"factory 'IVF1024,Flat': 1,024 centroids need more than 700 passages to train on; FAISS advises 39,936",
         factory="IVF1024,Flat",
     )
     refused("factory 'IDMap,Flat': FAISS cannot fill .*add_with_ids", factory="IDMap,Flat")
     refused(r"0.1 GB of memory: too little for 700 passages", memory=10**8)
     with monkeypatch.context() as patched:
         patched.setattr(building.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-        refused(r"index.building: 0.0 GB are needed on the disk, 0.0 GB are free; what is finished is kept")
+        refused(r"index.building: 0.0 GB are needed on the disk, 0.0 GB are free; finished work is saved")
     passages, encoder = fixed_corpus(vectors)
     part = Shards.create(tmp_path / "part", encoder, count=20, digest="d", shard_size=10)
     part.write(0, passages[:10], vectors[:10])
-    refused(r"part: 1 of 2 shards are missing; `genpoe index encode` goes on", part)
+    refused(r"part: 1 of 2 shards are missing; rerun `genpoe index encode`", part)
     whole = encode_shards(passages[:20], encoder, tmp_path / "whole", shard_size=10, progress=False)
     path = whole.path(1, ".npy")
     path.write_bytes(path.read_bytes()[:-4])
@@ -310,7 +310,7 @@ def test_few_passages_to_train_on_are_said(
     shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
     build_index(shards, tmp_path / "index", factory="IVF32,PQ4x4", progress=False)
-    assert "'IVF32,PQ4x4': 700 passages to train on for 32 centroids, and 1,248 are what FAISS asks" in caplog.text
+    assert "'IVF32,PQ4x4': only 700 passages to train on for 32 centroids; FAISS advises 1,248" in caplog.text
     assert "WARNING" not in capfd.readouterr().err  # of FAISS itself, many times
 
 
@@ -321,7 +321,7 @@ def test_damaged_unfinished_files_are_named(shards: Shards, tmp_path: Path, monk
             build_index(shards, tmp_path / "index", factory="IVF8,Flat", progress=False)
     trained = tmp_path / "index.building" / "trained.faiss"
     trained.write_bytes(trained.read_bytes()[:50])
-    with pytest.raises(InputError, match=r"trained.faiss: damaged .*delete it and run the same command again"):
+    with pytest.raises(InputError, match=r"trained.faiss: damaged .*delete it and rerun the same command"):
         build_index(shards, tmp_path / "index", factory="IVF8,Flat", progress=False)
     trained.unlink()
     assert len(build_index(shards, tmp_path / "index", factory="IVF8,Flat", progress=False)) == COUNT
@@ -344,7 +344,7 @@ def test_a_full_disk_loses_nothing(shards: Shards, tmp_path: Path) -> None:
     sizes = [100, 1000, len(whole[VECTORS]) - 1, len(whole["passages.arrow"]) - 1]
     for limit in sizes:
         assert in_child(lambda limit=limit: work(limit)) == 1
-        assert re.fullmatch(r".*: cannot be written \(File too large\); .* kept, .*goes on", said.read_text())
+        assert re.fullmatch(r".*: cannot be written \(File too large\); .* saved; rerun .*", said.read_text())
         assert not (tmp_path / "index").exists()
     build_index(shards, tmp_path / "index", factory=REFINED, progress=False)
     assert content(tmp_path / "index") == whole

@@ -42,7 +42,7 @@ def test_the_digest_is_of_the_passages_not_of_their_file(tmp_path: Path) -> None
         ('1\tabc\tT\n2\t"broken\tT\n3\tabc\tT\n', "p.tsv:2: broken quoting"),
         ("1\tabc\tT\n2\ta\0c\tT\n", "p.tsv:2: NUL character"),
         ("1\tabc\tT\n2\t  \tT\n", "p.tsv:2: passage '2' has no text"),
-        ("id\ttext\ttitle\n7\tabc\tT\n\n8\tabc\tT\n7\tother\tU\n", "p.tsv:5: id '7' is also that of .*p.tsv:2"),
+        ("id\ttext\ttitle\n7\tabc\tT\n\n8\tabc\tT\n7\tother\tU\n", "p.tsv:5: id '7' is also the id of .*p.tsv:2"),
         ("id\ttext\ttitle\n", "p.tsv: no passages"),
     ],
 )
@@ -54,7 +54,7 @@ def test_a_malformed_file_is_one_line_with_its_place(tmp_path: Path, text: str, 
 
 def test_the_first_repetition_is_named_among_many(tmp_path: Path) -> None:
     lines = [f"{number % 3000}\ttext\t\n" for number in range(5000)]
-    with pytest.raises(InputError, match=r"p.tsv:3001: id '0' is also that of .*p.tsv:1;") as caught:
+    with pytest.raises(InputError, match=r"p.tsv:3001: id '0' is also the id of .*p.tsv:1;") as caught:
         check_corpus(write(tmp_path / "p.tsv", "".join(lines[:3000] + lines[3000:3900])))
     assert "unique" in str(caught.value)
     check_corpus(write(tmp_path / "p.tsv", "".join(lines[:3000])))
@@ -63,5 +63,5 @@ def test_the_first_repetition_is_named_among_many(tmp_path: Path) -> None:
 def test_hashes_that_collide_are_no_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "hash", lambda text: len(text), raising=False)
     assert check_corpus(PASSAGES).count == 3
-    with pytest.raises(InputError, match="passage 4: id '2' is also that of passage 2"):
+    with pytest.raises(InputError, match="passage 4: id '2' is also the id of passage 2"):
         check_corpus([*PASSAGES, Passage("2", "", "other")])

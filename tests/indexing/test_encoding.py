@@ -356,7 +356,7 @@ def test_who_is_waited_for_is_said(
     monkeypatch.setattr(encoding.time, "sleep", sleep)
     encode(file, tmp_path / "shards", progress=True)
     check_whole(tmp_path / "shards")
-    line = f"shard-00002: process 7 on far encodes it; if that has ended, delete {path}"
+    line = f"shard-00002: waiting for process 7 on far; if that process has ended, delete {path}"
     assert capfd.readouterr().err.count(line) == 1
 
 
@@ -369,7 +369,7 @@ def test_bad_passages_are_found_before_anything_is_encoded(file: Path, tmp_path:
         ('x\t"broken\tT\n', "passages.tsv:23: broken quoting"),
         ("x\ta\0c\tT\n", "passages.tsv:23: NUL"),
         ("x\t \tT\n", "passages.tsv:23: passage 'x' has no text"),
-        ("id3\tabc\tT\n", "passages.tsv:23: id 'id3' is also that of .*passages.tsv:4;"),
+        ("id3\tabc\tT\n", "passages.tsv:23: id 'id3' is also the id of .*passages.tsv:4;"),
     ]:
         file.write_text(lines + last)
         with pytest.raises(InputError, match=message):
@@ -392,7 +392,7 @@ def test_a_known_file_is_not_looked_through_again(file: Path, tmp_path: Path, mo
     encode(copy, tmp_path / "shards")
     assert len(looked) == 1
     file.write_text(file.read_text().replace("word", "Word"))
-    with pytest.raises(InputError, match=r"begun with 22 passages of digest .*, not 22 passages of digest"):
+    with pytest.raises(InputError, match=r"created with 22 passages of digest .*, not 22 passages of digest"):
         encode(file, tmp_path / "shards")
 
 
@@ -401,7 +401,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(file: Path, tmp_path: Path) ->
         if PASSAGES[SIZE] in batch:
             file.write_text(file.read_text().replace("word", "Word"))
 
-    with pytest.raises(InputError, match=r"passages.tsv: changed while it was encoded"):
+    with pytest.raises(InputError, match=r"passages.tsv: changed during the encoding"):
         encode(file, tmp_path / "shards", Numbering(change))
     assert Shards.open(tmp_path / "shards").missing() == [1, 2, 3, 4, 5]
     with pytest.raises(InputError, match="changed"):
@@ -413,7 +413,7 @@ def test_interruption_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
         if PASSAGES[SIZE] in batch:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match=r"1 of 6 shards are in .*the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"1 of 6 shards are saved in .*rerun the same command to resume"):
         encode(file, tmp_path / "shards", Numbering(interrupt))
     assert not list((tmp_path / "shards").glob("*.claim"))
     encode(file, tmp_path / "shards")
@@ -424,7 +424,7 @@ def test_too_little_memory_on_the_device_is_one_line(file: Path, tmp_path: Path)
     def exhaust(batch: Sequence[Passage]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    with pytest.raises(InputError, match="too little memory for batches of this size"):
+    with pytest.raises(InputError, match="too little memory; give a smaller batch size"):
         encode(file, tmp_path / "shards", Numbering(exhaust))
 
 
@@ -457,7 +457,9 @@ def test_a_file_that_cannot_grow_is_one_line(file: Path, tmp_path: Path) -> None
     options = begun(file, tmp_path)
     for limit, name in [(10, "shards.json"), (60, "shard-00000.claim"), (140, "shard-00000"), (300, "shard-00000")]:
         assert exit_code(in_child(lambda limit=limit: work(limit))) == 1
-        assert re.fullmatch(rf".*/{name}: cannot be written \(File too large\); .* goes on .*", said.read_text())
+        assert re.fullmatch(
+            rf".*/{name}: cannot be written \(File too large\); .*rerun the same command.*", said.read_text()
+        )
         assert not list(directory.glob(".*")) and (name.endswith(".claim") or not list(directory.glob("*.claim")))
         shards = Shards.create(directory, Numbering(), **options)
         assert len(shards.missing()) == 6

@@ -62,7 +62,7 @@ def test_what_is_chosen_fits_and_can_be_made(count: int, dimension: int) -> None
         except InputError as error:
             # The advice, with as much as it says, is what is chosen then.
             assert "\n" not in str(error) and f"{memory / 1e9:.1f} GB of memory: too little" in str(error)
-            advised = str(error).split("; ")[1].split(" takes ")[0]
+            advised = str(error).split("; ")[1].split(" needs ")[0]
             needed = describe_factory(advised, count, dimension).peak
             assert needed > memory and choose_factory(count, dimension, needed).peak <= needed
             continue

@@ -61,7 +61,7 @@ def test_what_is_read_is_what_was_written(
 def test_a_shard_counts_once_all_its_files_are_there(fixed_corpus: Corpus, numbers: np.ndarray, tmp_path: Path) -> None:
     shards = make(fixed_corpus, numbers, tmp_path / "shards", leave_out=[0])
     assert shards.missing() == [0] and not shards.is_complete
-    with pytest.raises(InputError, match=r"shard-00000.npy: damaged or missing .*run the same command again"):
+    with pytest.raises(InputError, match=r"shard-00000.npy: damaged or missing .*rerun the same command"):
         shards.vectors(0)
     for suffix in (".npy", ".arrow", ".json"):
         shards = make(fixed_corpus, numbers, tmp_path / suffix)
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_noticed_on_open(
 ) -> None:
     path = make(fixed_corpus, numbers, tmp_path / "shards").path(1, suffix)
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(InputError, match=f"shard-00001{suffix}: damaged .*delete it and run") as caught:
+    with pytest.raises(InputError, match=f"shard-00001{suffix}: damaged .*delete it and rerun") as caught:
         Shards.open(tmp_path / "shards")
     assert "\n" not in str(caught.value)
     path.unlink()
@@ -102,7 +102,7 @@ def test_a_header_that_says_otherwise_is_noticed(fixed_corpus: Corpus, numbers: 
     with pytest.raises(InputError, match=r"shard-00001.npy: .*int16"):
         Shards.open(tmp_path / "shards").vectors(1)
     shards.path(0, ".npy").write_bytes(pickle.dumps(np.zeros(3)))
-    with pytest.raises(InputError, match=r"shard-00000.npy: .*not whole vectors"):
+    with pytest.raises(InputError, match=r"shard-00000.npy: .*incomplete vectors"):
         shards.vectors(0)
 
 
@@ -115,10 +115,10 @@ def test_a_folder_goes_on_only_as_it_was_begun(fixed_corpus: Corpus, numbers: np
     assert Shards.create(tmp_path / "shards", encoder, **begun, source={"path": "moved"}).is_complete
     for change, message in [
         ({"digest": "another", "count": 7}, "1,054 passages of digest digest, not 7 passages of digest another"),
-        ({"shard_size": 5}, "532 passages a shard, not 5 passages a shard"),
+        ({"shard_size": 5}, "532 passages per shard, not 5 passages per shard"),
         ({"dtype": "float32"}, "vectors in float16, not vectors in float32"),
     ]:
-        with pytest.raises(InputError, match=f"begun with {message}; go on"):
+        with pytest.raises(InputError, match=f"created with {message}; use the earlier"):
             Shards.create(tmp_path / "shards", encoder, **begun | change)
     encoder.fingerprint, encoder.precision = "another-fingerprint", "bfloat16"
     with pytest.raises(
@@ -155,7 +155,7 @@ def test_what_is_no_folder_of_shards(fixed_corpus: Corpus, numbers: np.ndarray, 
     with pytest.raises(InputError, match="holds something that is not a folder of shards"):
         Shards.create(tmp_path, encoder, count=3, digest="d")
     for impossible in ({"count": 0}, {"shard_size": 0}, {"dtype": "int8"}):
-        with pytest.raises(InputError, match="at least one"):
+        with pytest.raises(InputError, match="at least 1"):
             Shards.create(tmp_path / "new", encoder, **{"count": 3, "digest": "d"} | impossible)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -194,7 +194,7 @@ def test_what_was_not_announced_is_not_stored(fixed_corpus: Corpus, numbers: np.
     shards = make(fixed_corpus, numbers, tmp_path / "shards", leave_out=[0, 1])
     passages = fixed_corpus(numbers)[0]
     for block, vectors in [(passages[:3], numbers[:3]), (passages[: BLOCK + 20], numbers[: BLOCK + 19])]:
-        with pytest.raises(InputError, match="was announced"):
+        with pytest.raises(InputError, match="expected"):
             shards.write(0, block, vectors)
     assert shards.missing() == [0, 1]
 

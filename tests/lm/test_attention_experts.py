@@ -330,7 +330,7 @@ def test_every_window_of_a_rolling_text_has_its_experts(
 def test_half_precision(make_attention_lm, make_llm, docs, generation):
     lm = make_attention_lm(layers=SOME, pretrained=make_llm("llama").to(torch.bfloat16))
     assert len(lm.generate_until(generation(docs))) == len(docs)
-    assert {weight.dtype for weight in lm.store._slab.weights} == {torch.bfloat16}
+    assert {weight.dtype for weight in lm.store._device_pool.weights} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
@@ -342,7 +342,7 @@ def test_experts_in_fewer_bits(make_attention_lm, docs, choices, tmp_path, dtype
     assert found != expected
     assert all(abs(one - other) < 0.05 * abs(other) for (one, _), (other, _) in zip(found, expected, strict=True))
     assert small.fingerprint != plain.fingerprint and len(list(tmp_path.iterdir())) == 2
-    assert small.store._slab.weights[0].dtype == getattr(torch, dtype)
+    assert small.store._device_pool.weights[0].dtype == getattr(torch, dtype)
     assert make_attention_lm(expert_dtype=dtype, expert_store=str(tmp_path)).loglikelihood(choices(docs)) == found
     with pytest.raises(InputError, match="expert_dtype=int4: not one of float32, float16, bfloat16, int8"):
         make_attention_lm(expert_dtype="int4")

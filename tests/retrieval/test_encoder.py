@@ -257,7 +257,7 @@ def test_wrong_models_are_refused(
     config.projection_dim = 16
     DPRContextEncoder(config).save_pretrained(wide)
     shutil.copy(context / "vocab.txt", wide)
-    refused(f"{question},{wide}", "vectors of 32 and 16 numbers")
+    refused(f"{question},{wide}", "dimensions 32 and 16")
 
 
 def test_truncated_weights_are_refused(

@@ -128,9 +128,9 @@ def test_rows_of_an_index_that_finds_fewer_end_in_minus_one(fixed_corpus: Corpus
 
 def test_search_refuses_what_it_cannot_answer(fixed_corpus: Corpus, tmp_path: Path) -> None:
     index = build(fixed_corpus, np.eye(4, dtype=np.float32), tmp_path / "index")
-    with pytest.raises(InputError, match="0 passages asked for"):
+    with pytest.raises(InputError, match="k is 0; it must be at least 1"):
         index.search(np.ones((1, 4)), 0)
-    with pytest.raises(InputError, match="vectors of 4 numbers"):
+    with pytest.raises(InputError, match="the index has vectors of dimension 4"):
         index.search(np.ones((1, 5)), 1)
     assert index.search(np.ones((0, 4)), 3)[1].shape == (0, 3)
 
@@ -189,15 +189,15 @@ def truncate(path: Path) -> None:
         (lambda d: (d / MANIFEST).unlink(), r"index: not an index \(no index.json\)"),
         (lambda d: (d / VECTORS).unlink(), r"index.faiss: no file where"),
         (lambda d: (d / PASSAGES).unlink(), r"passages.arrow: no file where"),
-        (lambda d: truncate(d / MANIFEST), r"index.json: not the description"),
-        (lambda d: (d / MANIFEST).write_text("{}"), r"index.json: something else"),
-        (lambda d: (d / MANIFEST).write_text("[]"), r"index.json: not the description"),
-        (lambda d: (d / MANIFEST).write_bytes(b"\xff"), r"index.json: not the description"),
-        (lambda d: edit_manifest(d, version=1), r"index.json: version 1 where version 2 .*build it again"),
-        (lambda d: edit_manifest(d, format="recipe"), r"index.json: something else where version 2"),
-        (lambda d: edit_manifest(d, search={}), r"index.json: not the description"),
-        (lambda d: edit_manifest(d, files={}), r"index.json: not the description"),
-        (lambda d: edit_manifest(d, count="4"), r"index.json: not the description"),
+        (lambda d: truncate(d / MANIFEST), r"index.json: not a valid index manifest"),
+        (lambda d: (d / MANIFEST).write_text("{}"), r"index.json: another format"),
+        (lambda d: (d / MANIFEST).write_text("[]"), r"index.json: not a valid index manifest"),
+        (lambda d: (d / MANIFEST).write_bytes(b"\xff"), r"index.json: not a valid index manifest"),
+        (lambda d: edit_manifest(d, version=1), r"index.json: version 1 instead of version 2 .*build the index again"),
+        (lambda d: edit_manifest(d, format="recipe"), r"index.json: another format instead of version 2"),
+        (lambda d: edit_manifest(d, search={}), r"index.json: not a valid index manifest"),
+        (lambda d: edit_manifest(d, files={}), r"index.json: not a valid index manifest"),
+        (lambda d: edit_manifest(d, count="4"), r"index.json: not a valid index manifest"),
         (lambda d: truncate(d / VECTORS), r"index.faiss: .* bytes where"),
         (lambda d: truncate(d / PASSAGES), r"passages.arrow: .* bytes where"),
         (lambda d: truncate(d / IDS), r"ids.npy: .* bytes where"),
@@ -257,7 +257,7 @@ class OnGPUs:
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         self.fetched.append(k)
-        assert k <= index_module.GPU_RESULTS
+        assert k <= index_module.MAX_GPU_RESULTS
         return self.index.search(vectors, k)
 
 
@@ -265,7 +265,7 @@ def test_gpus_search_where_there_are_any_and_they_can(
     fixed_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     copies: list[OnGPUs] = []
-    monkeypatch.setattr(index_module, "GPU_RESULTS", 8)
+    monkeypatch.setattr(index_module, "MAX_GPU_RESULTS", 8)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: copies.append(OnGPUs(index)) or copies[0])
     index = build(fixed_corpus, np.ones((100, 4), np.float32), tmp_path / "index")

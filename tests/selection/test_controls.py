@@ -78,22 +78,22 @@ def test_gold_keeps_only_passages_with_an_answer_in_order():
 def test_drawn_passages_differ_and_lack_the_answer(count, seed):
     pool = [Passage(str(i), "", "right" if i % 3 == 0 else f"wrong {i}") for i in range(60)]
     question = Question("who", ("right",))
-    found = controls.drawn(question, pool, count, seed)
+    found = controls.random_passages(question, pool, count, seed)
     assert [entry.rank for entry in found] == list(range(1, count + 1))
     assert len({entry.passage.id for entry in found}) == count
     assert all(entry.passage.text != "right" for entry in found)
-    assert controls.drawn(question, pool, count, seed) == found, "whatever was drawn before"
+    assert controls.random_passages(question, pool, count, seed) == found, "whatever was drawn before"
 
 
 def test_drawn_passages_depend_on_question_and_seed():
     pool = [Passage(str(i), "", f"text {i}") for i in range(1000)]
-    draws = {controls.drawn(Question(name, ()), pool, 4, seed) for name in ("who", "what") for seed in (0, 1)}
+    draws = {controls.random_passages(Question(name, ()), pool, 4, seed) for name in ("who", "what") for seed in (0, 1)}
     assert len(draws) == 4
 
 
 def test_a_pool_of_answers_only_gives_nothing():
     pool = [Passage(str(i), "", "right") for i in range(5)]
-    assert controls.drawn(Question("who", ("right",)), pool, 2, 0) == ()
+    assert controls.random_passages(Question("who", ("right",)), pool, 2, 0) == ()
 
 
 def test_one_constant_passage():

@@ -60,7 +60,7 @@ def test_reranked_by_score_then_by_the_retrievers_rank() -> None:
 
 
 def test_questions_come_before_the_last_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORED", 10)
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORE_BLOCK", 10)
     drawn = []
 
     def ask() -> Iterator[Question]:
@@ -74,7 +74,7 @@ def test_questions_come_before_the_last_is_asked(monkeypatch: pytest.MonkeyPatch
 
 
 def test_retrieved_block_by_block_and_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpoe_plugin.selection.result_files.SEARCHED", 16)
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SEARCH_BLOCK", 16)
     by_text = {item.question: item for item in QUESTIONS}
     blocks = []
 
@@ -125,7 +125,7 @@ def stops_after(count: int, error: type[BaseException]):
 
 def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_results(tmp_path / "whole.jsonl", QUESTIONS, rerank, {"a": 1})
-    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORED", 1)
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORE_BLOCK", 1)
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     with pytest.raises(Stopped):
         make_results(out, QUESTIONS, stops_after(7, Stopped), {"a": 1})
@@ -148,7 +148,9 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path, monkeypatch
 
 
 def test_an_interrupt_says_what_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt, match=r"3 questions are kept in .*out\.json\.part, and the same command"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"3 questions are saved in .*out\.json\.part; rerun the same command to resume"
+    ):
         make_results(tmp_path / "out.json", QUESTIONS, stops_after(3, KeyboardInterrupt), {}, form="dpr")
     assert [path.name for path in tmp_path.iterdir()] == ["out.json.part"]
     assert len(list(read_questions(tmp_path / "out.json.part"))) == 3
@@ -160,10 +162,10 @@ def test_what_another_run_began_is_not_gone_on_from(tmp_path: Path) -> None:
         make_results(out, QUESTIONS, stops_after(3, Stopped), {"reranker": "a", "k": 2})
     begun = part.read_bytes()
     for header, questions, message in [
-        ({"reranker": "b", "k": 2}, QUESTIONS, "out.part: begun with reranker 'a', not 'b'; delete it"),
-        ({"reranker": "a"}, QUESTIONS, "out.part: begun with something else; delete it"),
-        ({"reranker": "a", "k": 2}, QUESTIONS[1:], "out.part: question 1 is another one"),
-        ({"reranker": "a", "k": 2}, QUESTIONS[:2], "out.part: question 3 is another one"),
+        ({"reranker": "b", "k": 2}, QUESTIONS, "out.part: started with reranker 'a', not 'b'; delete it"),
+        ({"reranker": "a"}, QUESTIONS, "out.part: started with something else; delete it"),
+        ({"reranker": "a", "k": 2}, QUESTIONS[1:], "out.part: question 1 differs from the input"),
+        ({"reranker": "a", "k": 2}, QUESTIONS[:2], "out.part: question 3 differs from the input"),
     ]:
         with pytest.raises(InputError) as caught:
             make_results(out, questions, rerank, header)

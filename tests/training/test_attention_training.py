@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from genpoe_plugin.data.passages import Passage
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.examples import (
-    CONTINUED,
-    GIVEN,
+    PROMPT_WORDS,
+    TARGET_WORDS,
     TrainingExample,
     draw_wrong_passages,
     passage_examples,
 )
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner
-from genpoe_plugin.training.passage_states import KeepingGenerator
+from genpoe_plugin.training.llm_state_cache import CachingGenerator
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 EXAMPLES = [
     TrainingExample("where was he born", "Pesaro", "Rossini: Gioachino Rossini was born in Pesaro."),
@@ -81,7 +81,7 @@ def test_passages_are_read_once_and_make_the_same_experts(make_llm, tokenizer, h
     if head == "memory":
         config = config.preset("memory", hidden_size=32, layer=1, core_size=8, num_queries=4)
     network = Hypernetwork(config).requires_grad_(False)
-    plain, keeping = (make(network, llm, tokenizer) for make in (ExpertGenerator, KeepingGenerator))
+    plain, keeping = (make(network, llm, tokenizer) for make in (ExpertGenerator, CachingGenerator))
     expected, _ = plain.generate_units(PASSAGES)
     passes = count_passes(llm)
     found, places = keeping.generate_units(PASSAGES)
@@ -99,18 +99,18 @@ def test_passages_are_read_once_and_make_the_same_experts(make_llm, tokenizer, h
 def test_states_beyond_the_budget_go_and_come_back_from_the_folder(make_llm, tokenizer, tmp_path):
     llm = make_llm("llama")
     network = Hypernetwork(replace(attention_config(llm, (1,)), addition_rank=4)).requires_grad_(False)
-    one = KeepingGenerator(network, llm, tokenizer)
+    one = CachingGenerator(network, llm, tokenizer)
     one.embed(PASSAGES[:1])
-    room = sum(states.nbytes for states in one._kept.values())
+    room = sum(states.nbytes for states in one._cache.values())
     for files, times in ((None, 2), (ExpertFiles(tmp_path, "states"), 1)):
-        generator = KeepingGenerator(network, llm, tokenizer, most_bytes=2 * room, files=files)
+        generator = CachingGenerator(network, llm, tokenizer, max_bytes=2 * room, files=files)
         passes = count_passes(llm)
         for _ in range(2):
             for passage in PASSAGES:
                 generator.embed([passage])
                 assert generator._bytes <= 2 * room
         assert len(passes) == times * len(PASSAGES)
-    later = KeepingGenerator(network, llm, tokenizer, files=ExpertFiles(tmp_path, "states"))
+    later = CachingGenerator(network, llm, tokenizer, files=ExpertFiles(tmp_path, "states"))
     passes = count_passes(llm)
     for mine, theirs in zip(later.embed(PASSAGES), one.embed(PASSAGES), strict=True):
         assert torch.equal(mine, theirs)
@@ -178,7 +178,7 @@ def test_a_passage_is_learned_from_by_going_on_with_it(make_llm, tokenizer):
     assert len({one.question for one in drawn}) > 1
     for one, loss in zip(drawn, found, strict=True):
         assert f"{one.question} {one.answer}" in text
-        assert (len(one.question.split()), len(one.answer.split())) == (GIVEN, CONTINUED)
+        assert (len(one.question.split()), len(one.answer.split())) == (PROMPT_WORDS, TARGET_WORDS)
         whole = tokenizer(f"{one.question} {one.answer}")["input_ids"]
         count = len(whole) - len(tokenizer(one.question)["input_ids"])
         units, _ = learner.generator.generate_units([example.passage])

@@ -181,7 +181,7 @@ def test_parts_leave_cheapest_first_until_one_is_left(tmp_path):
     gain = sum(loss.prices.values())
     for point in found.points:
         missing = sum(price for part, price in loss.prices.items() if part[0] not in point.config.layers)
-        assert point.nats == pytest.approx(2.0 + missing) and point.kept == pytest.approx(1 - missing / gain)
+        assert point.nats == pytest.approx(2.0 + missing) and point.gain_share == pytest.approx(1 - missing / gain)
         assert point.bytes == len(point.config.layers) * 2 * 8 * 4 * 10
     assert found.chosen is found.points[3]
     assert (found.closed_book, found.prompt, found.questions) == (2.0 + gain, 1.0, 3)
@@ -207,7 +207,9 @@ def test_layers_go_with_all_their_heads(tmp_path):
 def test_where_experts_gain_nothing_there_is_no_share_to_keep(tmp_path):
     """Said before the parts are measured."""
     loss = Known({(0, 0): -1.0, (1, 0): 0.5}, 1)
-    with pytest.raises(InputError, match=r"experts in all layers and 1[.]500 without any: there is no gain") as error:
+    with pytest.raises(
+        InputError, match=r"experts in all layers and 1[.]500 without experts: there is no gain"
+    ) as error:
         calibrate(loss, Limits(keep=0.9), tmp_path / "progress", {})
     assert "\n" not in str(error.value) and len(loss.asked) == 3
     calibrate(loss, Limits(max_layers=1), tmp_path / "progress", {})

@@ -21,12 +21,12 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.selection.reranking import Reranker
-from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner, train_hypernetwork
 from genpoe_plugin.training.reranker import train_reranker
 from genpoe_plugin.training.reranker_data import read_examples
+from genpoe_plugin.training.training_arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.validation import Validation
 
 CITIES = ("Rome", "Paris", "Vienna", "Oslo", "Lima", "Cairo", "Quito")

@@ -10,11 +10,11 @@ from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.decoder import find_mlp
-from genpoe_plugin.training.arguments import HypernetworkTraining
 from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, draw_passages
 from genpoe_plugin.training.hypernetwork import HypernetworkLearner, train_hypernetwork
+from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 CONFIGURATION = HypernetworkConfig(
     hidden_size=32, layers=(1,), rank=4, expert_width=16, base="random", generator_gain=1.0

@@ -21,7 +21,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.states import hidden_states
+from genpoe_plugin.experts.llm_states import hidden_states
 from genpoe_plugin.training.batches import Batch, answer_logits, divergences, token_losses
 from genpoe_plugin.training.memory import HypernetworkPlan, MemoryEstimate, Part, RerankerPlan, check_fits
 from genpoe_plugin.training.model_size import AdapterSize, LanguageModelSize

@@ -96,5 +96,5 @@ def test_what_is_no_llm_is_said_in_one_line(tmp_path: Path, content: str | None)
 
 
 def test_an_unknown_dtype(llm_dir: Path) -> None:
-    with pytest.raises(InputError, match="dtype float23: no such number format"):
+    with pytest.raises(InputError, match="dtype float23: no such dtype"):
         read_size(str(llm_dir), dtype="float23")

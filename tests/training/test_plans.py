@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.training.arguments import HypernetworkTraining, RerankerTraining
 from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.devices import accelerator_on
@@ -21,6 +20,7 @@ from genpoe_plugin.training.hypernetwork import HypernetworkLearner
 from genpoe_plugin.training.model_size import LanguageModelSize
 from genpoe_plugin.training.plans import plan_hypernetwork, plan_reranker
 from genpoe_plugin.training.reranker_data import RerankerExample
+from genpoe_plugin.training.training_arguments import HypernetworkTraining, RerankerTraining
 
 EXAMPLES = [
     TrainingExample("who is it", "Marie Curie", "Marie Curie: " + "She discovered radium. " * 3),

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.selection.reranking import Reranker
-from genpoe_plugin.training.arguments import RerankerTraining
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.reranker import (
     RerankerLearner,
@@ -29,6 +28,7 @@ from genpoe_plugin.training.reranker import (
     train_reranker,
 )
 from genpoe_plugin.training.reranker_data import RerankerExample, read_examples
+from genpoe_plugin.training.training_arguments import RerankerTraining
 
 MakeData = Callable[..., Path]
 EXAMPLE = RerankerExample("q", ("p1", "p2"), ("n1", "n2", "n3", "n4"))

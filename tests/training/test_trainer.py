@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.training import state
-from genpoe_plugin.training.arguments import TrainingArguments
+from genpoe_plugin.training import trainer_state
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw, batch_at, steps_per_epoch
-from genpoe_plugin.training.state import Progress
 from genpoe_plugin.training.trainer import RECORD, STATE, train
+from genpoe_plugin.training.trainer_state import Progress
+from genpoe_plugin.training.training_arguments import TrainingArguments
 
 INPUTS = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.randn(7, generator=torch.Generator().manual_seed(2))
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(tmp_path: Path, wh
 
         if where.startswith("step"):
             learner.before_step = lambda step: kill() if step == int(where[5:]) else None
-        state.save_file = write
+        trainer_state.save_file = write
         run(learner, Wary(out))
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -205,7 +205,7 @@ def test_ctrl_c_saves_after_the_step_and_says_how_to_go_on(tmp_path: Path) -> No
     learner, out = Regression(), tmp_path / "stopped"
     learner.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 5 else None
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match=r"saved at step 6 of 15 in .*; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"saved at step 6 of 15 in .*; rerun the same command to resume"):
         run(learner, out)
     assert signal.getsignal(signal.SIGINT) is handler
     steps: list[int] = []
@@ -242,7 +242,11 @@ def test_ctrl_c_in_a_validation_stops_at_once_and_the_validation_is_made_up_for(
     whole = run(Validated(), tmp_path / "whole", settings)
     handler = signal.getsignal(signal.SIGINT)
     begin = time.monotonic()
-    said = f"saved at step {step} of 15 in .*; the same command goes on" if step else "before the first step; the same"
+    said = (
+        f"saved at step {step} of 15 in .*; rerun the same command to resume"
+        if step
+        else "before the first step; rerun the same"
+    )
     with pytest.raises(KeyboardInterrupt, match=said):
         run(Validated([step]), tmp_path / "stopped", settings)
     assert time.monotonic() - begin < 10 and signal.getsignal(signal.SIGINT) is handler

@@ -68,5 +68,5 @@ def test_measures_are_those_of_each_question_alone(
 
 
 def test_without_passages_there_is_nothing_to_validate(make_llm: Callable[..., Any], tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="no validation question has passages; `genpoe retrieve` finds some"):
+    with pytest.raises(InputError, match="no validation question has passages; add them with `genpoe retrieve`"):
         Validation(QUESTIONS[2:3], make_llm("llama"), tokenizer, layers=(1,), num_passages=2, batch_size=2)

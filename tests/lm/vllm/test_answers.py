@@ -156,7 +156,7 @@ def test_experts_of_an_earlier_run(make_vllm, generation, many, tmp_path, monkey
     requests = generation(many[:10])
     first = make_vllm(expert_store=str(tmp_path), dtype="bfloat16")
     answers = first.generate_until(requests)
-    assert {weight.dtype for weight in first.store._slab.weights} == {torch.bfloat16}
+    assert {weight.dtype for weight in first.store._device_pool.weights} == {torch.bfloat16}
     again = make_vllm(expert_store=str(tmp_path), dtype="bfloat16")
     made = []
     monkeypatch.setattr(again.store._generator, "write", lambda *asked: made.append(asked))

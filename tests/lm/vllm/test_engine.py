@@ -178,7 +178,7 @@ def test_large_sets_travel_by_parts(start, tokenizer, monkeypatch):
     requests = make_requests(tokenizer, 24)
     expected = [output.outputs[0].token_ids for output in started.generate(requests, progress=False)]
     expert = 4 * (4 * 64 + 16 * 4 + 4 * 16 + 64 * 4)  # bytes of four matrices; at most three experts a set
-    monkeypatch.setattr(module, "MESSAGE", 7 * expert)
+    monkeypatch.setattr(module, "MESSAGE_BYTES", 7 * expert)
     for number in started.llm.llm_engine.list_loras():
         started.llm.llm_engine.remove_lora(number)
     sizes, rpc = [], started.llm.collective_rpc

@@ -27,10 +27,10 @@ def no_engine(monkeypatch):
         ({"hypernetwork": None}, "genpoe train hypernetwork"),
         ({"hypernetwork": "/no/such/checkpoint"}, "/no/such/checkpoint"),
         ({"pretrained": "/no/such/llm"}, "LLM /no/such/llm: cannot be loaded"),
-        ({"data_parallel_size": 2}, "data_parallel_size=2: experts are brought to one engine"),
-        ({"lora_local_path": "/lora"}, "lora_local_path=/lora: experts use vLLM's adapters themselves"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2: experts work with a single engine"),
+        ({"lora_local_path": "/lora"}, "lora_local_path=/lora: experts use vLLM's LoRA adapters"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules="),
-        ({"max_lora_rank": 1}, "has core_size 6, and max_lora_rank=1; train one with less"),
+        ({"max_lora_rank": 1}, "has core_size 6, and max_lora_rank=1; train one with a smaller core_size"),
         ({"max_cpu_loras": 2}, "max_cpu_loras=2 is less than max_loras=4"),
         ({"hf_overrides": len}, "hf_overrides must be a dictionary"),
     ],
@@ -63,14 +63,14 @@ def test_an_architecture_without_a_class(make_vllm, make_llm, tokenizer, make_hy
     config = HypernetworkConfig(hidden_size=64, layers=(1,), expert_width=16, core_size=6, head="factored")
     llm = AutoModelForCausalLM.from_pretrained(tmp_path)
     save_hypernetwork(tmp_path / "hypernetwork", Hypernetwork(config), llm, tokenizer, {})
-    with pytest.raises(InputError, match="is a GPTNeoXForCausalLM; on vLLM, experts stand beside Llama, Qwen2"):
+    with pytest.raises(InputError, match="is a GPTNeoXForCausalLM; on vLLM, experts support Llama, Qwen2"):
         make_vllm(pretrained=str(tmp_path), hypernetwork=str(tmp_path / "hypernetwork"))
 
 
 @pytest.mark.parametrize("form", [{"head": "dense", "rank": 513}, {"head": "factored", "core_size": 600}])
 def test_a_rank_beyond_the_engines(make_vllm, make_hypernetwork_dir, form):
     directory = make_hypernetwork_dir(hidden_size=64, **form)
-    with pytest.raises(InputError, match=r"has (rank 513|core_size 600), and vLLM's greatest LoRA rank is 512"):
+    with pytest.raises(InputError, match=r"has (rank 513|core_size 600), and vLLM's largest LoRA rank is 512"):
         make_vllm(hypernetwork=str(directory))
 
 

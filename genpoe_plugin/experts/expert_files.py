@@ -1,8 +1,8 @@
-"""Experts on disk, for later runs: a folder of safetensors files, each with the experts of one generation.
+"""Experts on disk, for later runs: a folder of safetensors files, each with one generated batch of experts.
 
-Below the folder given, one for every way to make experts, named by its fingerprint: so experts of another checkpoint
-or precision are never taken for these. Files are named at random, written whole or not at all, and never changed, so
-several processes may write at once; what each of them has is in its header.
+Each combination of checkpoint, precision and other settings that decide an expert has a fingerprint, which names its
+subfolder, so experts made with other settings are never read. Files have random names, are written atomically and never
+change, so several processes may write at once. The header of a file lists its passages.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from genpoe_plugin.experts.expert import Weights
 from genpoe_plugin.files import atomic_file
 
 FORMAT = 2
-"""Of the experts, for their fingerprint: it rises whenever the same passage becomes other tensors."""
+"""Version of the experts, part of their fingerprint. It increases when the same passage yields other tensors."""
 PASSAGES, UNITS = "passages", "units"
 
 
 class ExpertFiles:
-    """What is in the folder when it is opened, and what is added.
+    """Experts in a folder: those present when it is opened, and those added since.
 
     Args:
-        fingerprint: of all that makes experts what they are, but for the passage.
+        folder: the expert store; the files are in its subfolder ``fingerprint``.
+        fingerprint: hash of everything that decides an expert, except the passage.
 
     Raises:
         InputError: a file is damaged.
@@ -40,7 +41,7 @@ class ExpertFiles:
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder) / fingerprint
-        self._places: dict[str, tuple[Path, int, int]] = {}  # file, first unit, number of units
+        self._locations: dict[str, tuple[Path, int, int]] = {}  # file, first unit, number of units
         self._open: dict[Path, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -52,41 +53,42 @@ class ExpertFiles:
             self._add(path, names, units)
 
     def __contains__(self, passage: str) -> bool:
-        return _name(passage) in self._places
+        return _name(passage) in self._locations
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def read(self, passages: Sequence[str]) -> Weights:
-        """The units of passages that are all there, one expert's after the other's, on the CPU.
+        """The units of ``passages``, expert by expert, on the CPU; all passages must be in the folder.
 
-        Only their bytes are read.
+        Only the bytes of these units are read.
         """
         rows: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
-        place = 0
+        total = 0
         for passage in passages:
-            path, first, units = self._places[_name(passage)]
-            rows[path] += zip(range(place, place + units), range(first, first + units), strict=True)
-            place += units
-        found: Weights = ()
+            path, first, units = self._locations[_name(passage)]
+            rows[path] += zip(range(total, total + units), range(first, first + units), strict=True)
+            total += units
+        weights: Weights = ()
         for path, pairs in rows.items():
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
-            places, numbers = (torch.tensor(column) for column in zip(*pairs, strict=True))
-            # Mapped into memory, so that selecting reads no other rows.
+            targets, sources = (torch.tensor(column) for column in zip(*pairs, strict=True))
+            # The file is memory-mapped, so selecting rows reads no others.
             names = sorted(self._open[path].keys(), key=lambda name: int(name.removeprefix("weight")))
             stored = [self._open[path].get_tensor(name) for name in names]
-            found = found or tuple(weight.new_empty((place, *weight.shape[1:])) for weight in stored)
-            for weight, source in zip(found, stored, strict=True):
-                weight[places] = source[numbers]
-        return found
+            weights = weights or tuple(weight.new_empty((total, *weight.shape[1:])) for weight in stored)
+            for weight, source in zip(weights, stored, strict=True):
+                weight[targets] = source[sources]
+        return weights
 
     def write(self, passages: Sequence[str], weights: Weights, units: Sequence[int] | None = None) -> None:
         """Add experts.
 
         Args:
-            weights: their units, one expert's after the other's.
-            units: how many each of them has; without it, one.
+            passages: the experts' passages.
+            weights: the experts' units, expert by expert.
+            units: the number of units of each expert; one by default.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -105,9 +107,9 @@ class ExpertFiles:
 
     def _add(self, path: Path, names: Sequence[str], units: Sequence[int]) -> None:
         first = 0
-        for name, own in zip(names, units, strict=True):
-            self._places[name] = path, first, own
-            first += own
+        for name, count in zip(names, units, strict=True):
+            self._locations[name] = path, first, count
+            first += count
 
 
 def _name(passage: str) -> str:

@@ -1,4 +1,4 @@
-"""The arguments of both trainings: how long, how fast, in what precision, and on what."""
+"""The training arguments of rerankers and hypernetworks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from genpoe_plugin.training.draws import steps_per_epoch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments:
-    """How to optimise.
+    """Arguments of the optimisation.
 
     Attributes:
-        epochs: passes over the examples.
-        max_steps: optimizer steps, instead of whole epochs.
-        batch_size: examples an optimizer step, of each process.
-        micro_batch_size: examples that a process holds in memory at a time (all of its batch by default); gradients
-            are accumulated, so the result does not depend on it.
-        learning_rate: peak of AdamW's rate, reached after ``warmup_ratio`` of the steps and then lowered by a cosine
-            to ``final_rate`` of it.
-        max_gradient_norm: gradients are clipped to this length.
-        precision: in which the forward pass computes; the weights that learn stay in float32.
-        validate_every: steps between two validations; at the end only by default.
-        save_every: steps between two savings of all that a resumed run needs.
+        epochs: number of passes over the examples.
+        max_steps: number of optimizer steps; replaces ``epochs``.
+        batch_size: examples per optimizer step and process.
+        micro_batch_size: examples per forward pass of a process, the whole batch by default. Gradients are accumulated,
+            so the result does not depend on it.
+        learning_rate: peak learning rate of AdamW.
+        warmup_ratio: share of the steps with linear warm-up; a cosine decay follows.
+        final_rate: final learning rate, as a share of the peak.
+        weight_decay: weight decay of AdamW.
+        max_gradient_norm: largest norm of the gradient; larger gradients are clipped.
+        precision: precision of the forward pass; trained weights stay in float32.
+        validate_every: steps between validations; by default only at the end.
+        save_every: steps between saves of the trainer's state, for resuming.
         seed: random seed for initialisation, data order and sampling.
+
+    Raises:
+        InputError: an argument is out of range.
     """
 
     epochs: int = 1
@@ -60,11 +65,11 @@ class TrainingArguments:
                 raise InputError(f"{name} is {value}; it must be one of {', '.join(choices)}")
 
     def steps(self, examples: int, processes: int) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return self.max_steps or self.epochs * steps_per_epoch(examples, self.batch_size * processes)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of step ``step`` of ``steps``, counted from 0: linear warm-up, then a cosine."""
+        """The learning rate of step ``step`` (from 0) of ``steps``: linear warm-up, then cosine decay."""
         warmup = round(self.warmup_ratio * steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
@@ -74,17 +79,17 @@ class TrainingArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class HypernetworkTraining(TrainingArguments):
-    """How to train a hypernetwork.
+    """Arguments of a hypernetwork's training.
 
     Attributes:
-        num_passages: passages an example has at most, one of which states the answer: every number from 1 is drawn
-            equally often. With 1 there are no distractors.
-        knowledge: share of the steps whose prompts also hold the passages as text, as in ``genpoe_rag``; whole steps,
-            since one long prompt would make a batch of short ones as long.
-        distillation: weight of the divergence from the frozen LLM's own distribution with the passages in its prompt,
-            beside cross-entropy, which has what is left of 1.
-        unanswerable: share of the examples whose passages do not state the answer. What they are to be answered with is
-            the LLM's own distribution without experts, over the tokens of the right answer.
+        num_passages: largest number of passages per example, one of which states the answer. Every number from 1 is
+            drawn equally often; 1 means no distractors.
+        knowledge: share of the steps whose prompts also contain the passages, as in ``genpoe_rag``. It applies to whole
+            steps, because one long prompt makes the whole batch long.
+        distillation: weight of the divergence from the frozen LLM's own distribution with the passages in its prompt;
+            cross-entropy has the remaining weight up to 1.
+        unanswerable: share of the examples whose passages do not state the answer. Their target is the LLM's own
+            distribution without experts, over the tokens of the right answer.
     """
 
     num_passages: int = 1
@@ -98,18 +103,21 @@ class HypernetworkTraining(TrainingArguments):
             raise InputError(f"num_passages is {self.num_passages}; it must be at least 1")
         for name in ("knowledge", "distillation", "unanswerable"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerTraining(TrainingArguments):
-    """How to train a reranker; the defaults are those of bge-reranker-v2-gemma. A batch is of groups.
+    """Arguments of a reranker's training; the defaults are those of bge-reranker-v2-gemma.
+
+    An example of a batch is a group: a query with one positive and several negatives.
 
     Attributes:
-        negatives: drawn anew per example and epoch; an example that has fewer uses all of them.
-        lora_rank: of the adapter; 0 trains every weight instead.
-        lora_targets: names of the layers that get one; all linear layers of the attention by default.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        negatives: number of negatives in a group, drawn again in every epoch; all of them if an example has fewer.
+        lora_rank: rank of the LoRA adapter; 0 trains all weights instead.
+        lora_alpha: scaling of the LoRA adapter.
+        lora_targets: names of the layers with an adapter; by default all linear layers of the attention.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
     """
 
     micro_batch_size: int | None = 1
@@ -126,4 +134,4 @@ class RerankerTraining(TrainingArguments):
         if not self.lora_alpha > 0:
             raise InputError(f"lora_alpha is {self.lora_alpha}; it must be above 0")
         if self.lora_rank < 0:
-            raise InputError(f"lora_rank is {self.lora_rank}; it must be 0 (train every weight) or above")
+            raise InputError(f"lora_rank is {self.lora_rank}; it must be 0 (train all weights) or above")

@@ -8,7 +8,7 @@ import torch
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.decoder import find_decoder
 from genpoe_plugin.experts.injection import RowExperts, inject
-from genpoe_plugin.experts.states import hidden_states
+from genpoe_plugin.experts.llm_states import hidden_states
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "gpt2")
 LENGTHS = (9, 4, 1, 6)

@@ -1,7 +1,7 @@
-"""What a run that was stopped needs to go on: weights, optimizer and progress, whole at any moment.
+"""The trainer's state for resuming: weights, optimizer and progress.
 
-Every saving is a directory of its own, ``step-000500``, written under another name and renamed; older ones are deleted
-after that. So whenever the process dies, the highest step that is there is complete.
+Each save is a directory such as ``step-00000500``, written under a temporary name and then renamed; older ones are
+deleted afterwards. So the highest step is complete whenever the process is killed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        arguments: all that decides its result; a run with others is another run.
-        step: optimizer steps done.
-        losses: (step, loss, learning rate) of every step, steps counted from 1.
+        arguments: everything that decides the result; a run with other arguments is another run.
+        step: number of finished optimizer steps.
+        losses: (step, loss, learning rate) of every step, counted from 1.
         validations: ``{"step": ..., measure: value, ...}`` of every validation.
-        best: the step of the best validation so far.
+        best: step of the best validation so far.
     """
 
     arguments: dict[str, Any]
@@ -43,13 +43,13 @@ class Progress:
 
 
 def full_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights that learn (and buffers) and the optimizer's state, on the CPU, gathered from where they are sharded.
+    """Trained weights (with buffers) and the optimizer's state, on the CPU, gathered from all shards.
 
-    To be called in every process of a distributed run.
+    Every process of a distributed run must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, states = get_state_dict(module, optimizer, options=options)
-    # Tied weights are one tensor under several names, which safetensors does not take.
+    # Tied weights are one tensor with several names, which safetensors does not accept.
     whole = {
         name: cast(Tensor, weight).clone(memory_format=torch.contiguous_format) for name, weight in weights.items()
     }
@@ -57,7 +57,7 @@ def full_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
 
 
 def save_state(directory: Path, weights: dict[str, Tensor], states: dict[str, Any], progress: Progress) -> None:
-    """Save what :func:`full_state` gave, and forget what was saved before."""
+    """Save the result of :func:`full_state` and the progress, then delete earlier saves."""
     target = _directory(directory, progress.step)
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -75,12 +75,12 @@ def save_state(directory: Path, weights: dict[str, Tensor], states: dict[str, An
 
 
 def find_state(directory: Path) -> Path | None:
-    """The latest complete saving in ``directory``, if there is one."""
+    """The directory of the latest complete save in ``directory``; None without one."""
     return max(directory.glob("step-*"), default=None)
 
 
 def read_progress(saved: Path) -> Progress:
-    """How far the run was when ``saved`` was written.
+    """Read the progress of the run at the save ``saved``.
 
     Raises:
         InputError: the file is damaged.
@@ -95,10 +95,10 @@ def read_progress(saved: Path) -> Progress:
 
 
 def load_state(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer state back, sharded as ``module`` is.
+    """Restore weights and optimizer state, sharded like ``module``.
 
     Raises:
-        InputError: a file is damaged, or not of this model.
+        InputError: a file is damaged, or belongs to another model.
     """
     try:
         weights = load_file(saved / WEIGHTS)
@@ -116,7 +116,7 @@ def load_state(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer)
         )
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{saved}: damaged or of another model ({reason}); delete it to start over") from error
+        raise InputError(f"{saved}: damaged, or from another model ({reason}); delete it to start over") from error
 
 
 def _directory(directory: Path, step: int) -> Path:

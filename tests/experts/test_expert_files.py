@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.experts.files import ExpertFiles
+from genpoe_plugin.experts.expert_files import ExpertFiles
 
 WEIGHTS = tuple(torch.randn(5, *shape, generator=torch.Generator().manual_seed(1)) for shape in ((3, 4), (2,)))
 NAMES = ["one", "two", "three", "vier: 東京", "five"]

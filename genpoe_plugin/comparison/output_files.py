@@ -1,4 +1,4 @@
-"""A comparison as files: CSV for spreadsheets, JSON for programs."""
+"""Write a comparison as files: HTML page, Markdown, CSV for spreadsheets, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ ROWS, PAIRS, QUESTIONS = "leaderboard.csv", "pairs.csv", "questions.csv"
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
-    """Write all files into ``out``, which may hold those of an earlier comparison; each is whole or not there.
+    """Write all files into ``out``, each atomically; they replace those of an earlier comparison.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        InputError: they cannot be written.
+        InputError: a file cannot be written.
     """
     from genpoe_plugin.comparison.page import page
 
@@ -39,7 +42,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
         PAIRS: lambda: _pairs(comparison),
         QUESTIONS: lambda: _questions(comparison),
     }
-    with writing(out, "nothing of it is half-written"):
+    with writing(out, "no file is incomplete"):
         for name, text in texts.items():
             with atomic_file(out / name) as temporary:
                 temporary.write_text(text(), encoding="utf-8")
@@ -50,7 +53,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
 
 
 def record(comparison: Comparison) -> dict[str, Any]:
-    """Everything but the single questions, which are in the CSV."""
+    """The comparison as JSON data, without the single questions, which are in the CSV."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -138,12 +141,12 @@ def _pairs(comparison: Comparison) -> Iterable[list[Any]]:
 
 
 def _questions(comparison: Comparison) -> Iterable[list[Any]]:
-    """Every question of every board, a line each, with the ranking metric of every system (``#1`` and so on)."""
+    """One line per question of every board, with each system's score on the ranking metric (``#1`` and so on)."""
     most = max(len(board.systems) for board in comparison.boards)
     yield ["board", "task", "metric", "question", "answers", *(f"#{number}" for number in range(1, most + 1))]
     for number, board in enumerate(comparison.boards, 1):
         columns = [system.scores[board.metric].tolist() for system in board.systems]
-        for asked, *scores in zip(board.group.runs[0].questions.tolist(), *columns, strict=True):
-            told = [int(score) if score in (0.0, 1.0) else round(score, 6) for score in scores]
+        for question, *scores in zip(board.group.runs[0].questions.tolist(), *columns, strict=True):
+            rounded = [int(score) if score in (0.0, 1.0) else round(score, 6) for score in scores]
             book = comparison.book
-            yield [number, board.task, board.metric, book.texts[asked], book.targets[asked], *told]
+            yield [number, board.task, board.metric, book.texts[question], book.targets[question], *rounded]

