@@ -140,7 +140,7 @@ def test_a_build_that_fails_leaves_an_index_as_it_was(fixed_corpus: Corpus, tmp_
     passages, encoder = fixed_corpus(vectors)
     not_finite = fixed_corpus(np.where(np.eye(4) > 0, np.nan, 1))[1]
     attempts: list[tuple[object, object, str, str]] = [
-        ([*passages, passages[1]], encoder, "Flat", "passage 5: id 'p1' is also that of passage 2"),
+        ([*passages, passages[1]], encoder, "Flat", "passage 5: id 'p1' is also the id of passage 2"),
         ([], encoder, "Flat", "no passages"),
         (passages, not_finite, "Flat", "fixed: .*'p0' is not finite"),
         (passages, encoder, "Flt", "factory 'Flt'.*could not parse"),
