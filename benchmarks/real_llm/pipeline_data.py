@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.real_llm.commands import run_genpoe
 from benchmarks.real_llm.questions import sample
 from benchmarks.real_retrieval import NQ, SQUAD
 from genpoe_plugin.data.answers import has_answer
-from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.data.passages import Passage, passage_from_ctx, read_json_objects, read_passages
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
@@ -82,24 +79,16 @@ def write_corpus(data: Path, path: Path) -> None:
         for question in read_questions(file_in(data, pattern)):
             for entry in question.passages:
                 seen.setdefault((_line(entry.passage.title), _line(entry.passage.text)))
-    for title, text in _paragraphs(file_in(data, PARAGRAPHS)):
-        seen.setdefault((_line(title), _line(text)))
+    for passage in read_passages(file_in(data, PARAGRAPHS)):
+        seen.setdefault((_line(passage.title), _line(passage.text)))
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(("id", "text", "title"))
         writer.writerows((number, text, title) for number, (title, text) in enumerate(seen, 1))
 
 
-def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
-def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            yield row.get("title", ""), row["text"]
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def retrieve(data: Path, out: Path, encoder: str, device: str) -> None:
@@ -107,15 +96,15 @@ def retrieve(data: Path, out: Path, encoder: str, device: str) -> None:
     corpus, index = out / "corpus.tsv", out / "index"
     write_corpus(data, corpus)
     if not index.is_dir():
-        build = ["index", "build", "--passages", str(corpus), "--encoder", encoder, "--out", str(index)]
-        _genpoe([*build, "--shards", str(out / "shards"), "--factory", "Flat", "--device", device])
+        build = ("index", "build", "--passages", corpus, "--encoder", encoder, "--out", index)
+        run_genpoe(*build, "--shards", out / "shards", "--factory", "Flat", "--device", device)
     for name, data_set in DATA_SETS.items():
         source, found = out / f"{name}.questions.jsonl", out / f"{name}.retrieved.jsonl"
         if not source.is_file():
             write_questions(source, _bare(read_questions(file_in(data, data_set.pattern)), data_set.most))
         if not found.is_file():
-            words = ["retrieve", "--index", str(index), "--questions", str(source), "--out", str(found)]
-            _genpoe([*words, "--num-retrieved", str(RETRIEVED), "--device", device])
+            words = ("retrieve", "--index", index, "--questions", source, "--out", found)
+            run_genpoe(*words, "--num-retrieved", str(RETRIEVED), "--device", device)
 
 
 def _bare(questions: Iterator[Question], most: int) -> list[Question]:
@@ -125,26 +114,26 @@ def _bare(questions: Iterator[Question], most: int) -> list[Question]:
     return [Question(question.question, question.answers) for question in drawn]
 
 
-def _genpoe(words: Sequence[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "train_cli", *words], stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise InputError(f"genpoe {' '.join(words)}: stopped with status {done.returncode}")
-
-
 def asked_file(out: Path, name: str, purpose: str) -> Path:
     return out / "asked" / f"{name}.{purpose}.jsonl"
 
 
-def write_asked(data: Path, out: Path, limit: int) -> None:
+def write_asked(data: Path, retrieval: Path, out: Path, limit: int) -> None:
     """Write the files that are evaluated, ``limit`` questions of each data set at most.
 
     retrieved: with the passages that were retrieved. hops, reversed: multi-hop questions with the two passages that
     they need, in the order of the file and in the other.
+
+    Args:
+        data: the folder of data sets.
+        retrieval: the folder that `retrieve` wrote.
+        out: the folder of the runs; files of another limit in it are replaced.
+        limit: the number of questions.
     """
     for name, data_set in DATA_SETS.items():
         kept = [
             question
-            for question in read_questions(out / f"{name}.retrieved.jsonl")
+            for question in read_questions(retrieval / f"{name}.retrieved.jsonl")
             if not data_set.answerable or any(entry.has_answer for entry in question.passages)
         ][:limit]
         _write(asked_file(out, name, "retrieved"), kept)
@@ -157,21 +146,18 @@ def write_asked(data: Path, out: Path, limit: int) -> None:
 
 
 def _write(path: Path, questions: Sequence[Question]) -> None:
-    if questions and not path.is_file():
+    path.unlink(missing_ok=True)
+    if questions:  # lm_eval refuses a task without questions
         path.parent.mkdir(parents=True, exist_ok=True)
         write_questions(path, questions)
 
 
 def needed_passages(path: Path) -> dict[str, tuple[Passage, ...]]:
     """The passages that a file marks as ``gold``, by question."""
-    opener: Callable = gzip.open if path.suffix == ".gz" else open
-    found = {}
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            gold = [ctx for ctx in row["ctxs"] if ctx.get("gold")]
-            found[row["question"]] = tuple(Passage(ctx["id"], ctx["title"], ctx["text"]) for ctx in gold)
-    return found
+    return {
+        row["question"]: tuple(passage_from_ctx(ctx, where) for ctx in row["ctxs"] if ctx.get("gold"))
+        for row, where in read_json_objects(path)
+    }
 
 
 def _with(question: Question, passages: Sequence[Passage]) -> Question:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_llm.commands import run_genpoe, whole_name
 from benchmarks.real_llm.layers import Layers, Shape, largest_set, read_heads
 from benchmarks.real_llm.questions import file_of, write_files
 from benchmarks.real_llm.rows import StudyRow, study_rows
@@ -73,12 +72,9 @@ class Study:
     def asked(
         cls, llm: str, out: Path, *, limit: int, limit_curve: int | None, limit_nats: int | None, **more: Any
     ) -> Study:
-        """As a command asks for it: limits that are not given are ``limit``.
-
-        Rows are known again by their command, so paths are whole in it, however they are spelt.
-        """
+        """As a command asks for it: limits that are not given are ``limit``."""
         return cls(
-            llm=str(Path(llm).resolve()) if Path(llm).is_dir() else llm,
+            llm=whole_name(llm),
             out=out.resolve(),
             limit=limit,
             limit_curve=limit if limit_curve is None else limit_curve,
@@ -202,10 +198,7 @@ class Study:
         """Write the checkpoint of experts in all layers, unless it is there."""
         if self._checkpoint.is_dir():
             return
-        words = ["experts", "create", "--llm", self.llm, "--preset", "attention", "--out", str(self._checkpoint)]
-        done = subprocess.run([sys.executable, "-m", "train_cli", *words], stdin=subprocess.DEVNULL)
-        if done.returncode:
-            raise InputError(f"genpoe {' '.join(words)}: stopped with status {done.returncode}")
+        run_genpoe("experts", "create", "--llm", self.llm, "--preset", "attention", "--out", self._checkpoint)
 
     def finished(self, rows: Sequence[StudyRow] | None = None) -> list[StudyRow]:
         """Those of ``rows``, or of all rows of the study, that have whole results.

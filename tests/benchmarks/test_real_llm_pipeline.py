@@ -85,7 +85,7 @@ def test_asked_are_the_first_questions_and_of_trivia_those_that_the_corpus_answe
         write_questions(tmp_path / f"{name}.retrieved.jsonl", questions)
     gold = [ctx(1, "is blue", gold=True), ctx(2, "not"), ctx(3, "is red", gold=True)]
     next(data.glob("hotpotqa_distractor*")).write_text(json.dumps({"question": "q4?", "answers": [], "ctxs": gold}))
-    write_asked(data, tmp_path, 2)
+    write_asked(data, tmp_path, tmp_path, 2)
     asked = {name: [q.question for q in read_questions(asked_file(tmp_path, name, "retrieved"))] for name in DATA_SETS}
     assert asked == {name: ["b?", "c?"] if name == "tqa" else ["q4?", "b?"] for name in DATA_SETS}
     (both,) = read_questions(asked_file(tmp_path, "hotpotqa", "hops"))
@@ -94,6 +94,8 @@ def test_asked_are_the_first_questions_and_of_trivia_those_that_the_corpus_answe
     assert [entry.passage.text for entry in other.passages] == ["is red", "is blue"]
     assert [entry.has_answer for entry in both.passages] == [True, False]
     assert not asked_file(tmp_path, "2wiki", "hops").exists()  # none of its questions marks two passages
+    write_asked(data, tmp_path, tmp_path, 1)  # another limit replaces the files
+    assert len(list(read_questions(asked_file(tmp_path, "nq", "retrieved")))) == 1
 
 
 def test_needed_passages_are_those_marked_gold(tmp_path):
@@ -106,7 +108,7 @@ def test_needed_passages_are_those_marked_gold(tmp_path):
 def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
     options = {"device": "cpu", "metadata": {"genpoe_data": {"genpoe_nq": "nq.jsonl"}}}
     path = tmp_path / "matrix.yaml"
-    path.write_text(yaml.safe_dump(matrix(purpose, "llm", tmp_path / "experts", "float32", tmp_path, options)))
+    path.write_text(yaml.safe_dump(matrix(purpose, "llm", "experts", "float32", tmp_path, options)))
     declared = read_matrix(path)
     assert declared.tasks == ("genpoe_nq",) and declared.out == tmp_path / purpose
     gates = {
