@@ -1,9 +1,8 @@
-"""What an evaluation is asked for. Every argument is declared once, and all else about it follows from that.
+"""The arguments of an evaluation. Each is declared once, as a field of `GenPoEArguments`.
 
-A field of `GenPoEArguments` says by `_argument` whether it may decide an answer, which modes and which controls use it,
-and what it means. So it is one line here that puts an argument into the fingerprint of a run
-(`GenPoEArguments.fingerprint`), into what tells two runs of a leaderboard apart (`tells_apart`), among the names
-that the model classes take, and into the table of docs/evaluating.md.
+The declaration (`_argument`) says whether the argument may change an answer, which modes and controls use it, and what
+it means. These follow from it: the fingerprint of a run (`GenPoEArguments.fingerprint`), the settings that distinguish
+runs on a leaderboard (`tells_apart`), the names that the model classes accept, and the table in docs/evaluating.md.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.keeping import DTYPES, ON_DEVICE
+from genpoe_plugin.experts.store_options import DTYPES, ON_DEVICE
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
 from genpoe_plugin.selection.controls import CONTROLS
 from genpoe_plugin.selection.gates import GATES
@@ -30,20 +29,20 @@ _RANKED = tuple(control for control in _WITH_PASSAGES if control not in _DRAWN)
 
 @dataclass(frozen=True)
 class Use:
-    """What an argument is for.
+    """The use of an argument.
 
     Attributes:
-        meaning: in Markdown, for the table of docs/evaluating.md.
-        decides: whether an answer may depend on it. Otherwise it says how a run is made, and not what it is.
-        modes, controls: the values of ``mode`` and of ``passages`` that use it.
-        choices: all its values, None among them where it may be left out; None where they cannot be listed.
-        least: the least value of a whole number.
-        positive: what a number above 0 is; None where it is no such number.
-        loaded: whether it names something that is loaded. A fingerprint of the content then stands for the name.
-        traced: whether the trace shows its effect in every mode with passages, also where no answer depends on it.
-            A response cache keeps the trace, so the fingerprint has it in all of them.
-        later: whether there were runs before there was this argument. It is told of only where it is not the default,
-            so that fingerprints and settings of those runs stay what they are.
+        meaning: description in Markdown, for the table in docs/evaluating.md.
+        decides: whether an answer may depend on the argument.
+        modes, controls: the values of ``mode`` and ``passages`` with which the argument has an effect.
+        choices: all allowed values, including None if the argument is optional; None if they cannot be listed.
+        least: the smallest allowed value of an integer.
+        positive: for a number that must be above 0, its description in the error message; otherwise None.
+        loaded: whether the argument names something to load. Fingerprints then contain the fingerprint of its content.
+        traced: whether the trace shows its effect in every mode with passages, even if no answer depends on it. The
+            response cache keeps the trace, so the fingerprint contains the argument in all of these modes.
+        later: whether the argument is newer than some recorded runs. Fingerprints and settings contain it only if it
+            differs from the default, so those of older runs do not change.
     """
 
     meaning: str
@@ -58,7 +57,7 @@ class Use:
     later: bool = False
 
     def wrong_with(self, value: Any) -> str | None:
-        """What is wrong with a value, or what to give instead; None if nothing is."""
+        """Why the value is invalid, or what to give instead; None if it is valid."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if self.choices is not None and value not in self.choices:
             return f"not one of {', '.join(filter(None, self.choices))}"
@@ -75,12 +74,12 @@ def _argument(default: Any, meaning: str, **use: Any) -> Any:
 
 @dataclass(frozen=True)
 class GenPoEArguments:
-    """What ``--model_args`` may say besides the arguments of lm-eval's own class; checked when made.
+    """The arguments in ``--model_args`` that lm-eval's own class does not have.
 
-    `ARGUMENTS` has the use and the meaning of each, and docs/evaluating.md a table of them.
+    `ARGUMENTS` holds the use of each; docs/evaluating.md has a table of them.
 
     Raises:
-        InputError: a value that cannot be, or a combination that cannot run.
+        InputError: a value is invalid, or a combination of values cannot run.
     """
 
     mode: str = _argument(
@@ -227,7 +226,7 @@ class GenPoEArguments:
 
     @property
     def control(self) -> str:
-        """The passage control as the mode leaves it."""
+        """The passage control in this mode."""
         return control_of(self.mode, self.passages)
 
     @property
@@ -240,16 +239,16 @@ class GenPoEArguments:
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether a question's passages depend on which other questions are in the run."""
+        """Whether the passages of a question depend on the other questions of the run."""
         return self.control == "shuffled" or (self.control in _DRAWN and self.index is None)
 
     def fingerprint(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """What may decide an answer in this mode, by the arguments' names.
+        """The arguments that may change an answer in this mode, with their values.
 
-        The control is not looked at: a response cache is refused once too often rather than once too seldom.
+        It ignores the control, so the response cache may be refused without need, but never accepted wrongly.
 
         Args:
-            loaded: a fingerprint of what was loaded, or None, for each argument that names something to load.
+            loaded: for each argument that names something to load, the fingerprint of what was loaded, or None.
         """
         facts = {}
         for name, use in ARGUMENTS.items():
@@ -266,7 +265,7 @@ ARGUMENTS: dict[str, Use] = {argument.name: argument.metadata["use"] for argumen
 """The use of every argument, by its name."""
 DEFAULTS: dict[str, Any] = {argument.name: argument.default for argument in fields(GenPoEArguments)}
 LOADED = tuple(name for name, use in ARGUMENTS.items() if use.loaded)
-"""Arguments that name something that is loaded."""
+"""The arguments that name something to load."""
 NON_DECIDING = frozenset(
     {
         *(name for name, use in ARGUMENTS.items() if not use.decides),
@@ -278,11 +277,11 @@ NON_DECIDING = frozenset(
         *("max_loras", "max_cpu_loras", "max_lora_rank", "enforce_eager", "disable_log_stats"),
     }
 )
-"""Arguments that say how a run is made and not what it is, ours and others."""
+"""The arguments, ours and those of lm-eval and vLLM, that do not change an answer."""
 
 
 def control_of(mode: str, passages: str) -> str:
-    """The passage control that is left of ``passages``: closed-book has no passages whatever is asked for."""
+    """The passage control in a mode: closed-book always has no passages."""
     return "none" if mode == "closed_book" else passages
 
 
@@ -292,10 +291,12 @@ def is_used(name: str, mode: str, control: str) -> bool:
 
 
 def tells_apart(name: str, value: Any, mode: str, control: str) -> bool:
-    """Whether a run with this argument is another one than a run without it, in ``mode`` and with ``control``.
+    """Whether this value distinguishes a run from one without the argument, in ``mode`` and with ``control``.
 
     Args:
-        name: of any model argument; it counts wherever it is given if it is in neither `ARGUMENTS` nor `NON_DECIDING`.
+        name: any model argument. Names in neither `ARGUMENTS` nor `NON_DECIDING` always distinguish runs.
+        value: its value.
+        mode, control: those of the run.
     """
     if name in NON_DECIDING or value is None:
         return False
@@ -305,10 +306,10 @@ def tells_apart(name: str, value: Any, mode: str, control: str) -> bool:
 
 
 def check_value(name: str, value: Any) -> None:
-    """Check the value of one argument by itself.
+    """Check the value of one argument.
 
     Raises:
-        InputError: it cannot be.
+        InputError: the value is invalid.
     """
     if wrong := ARGUMENTS[name].wrong_with(value):
         raise InputError(f"{name}={value}: {wrong}")

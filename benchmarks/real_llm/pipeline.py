@@ -13,8 +13,10 @@ import click
 import yaml
 
 from benchmarks.real_llm.commands import run_genpoe, whole_name
+from benchmarks.real_llm.layers import Shape
 from benchmarks.real_llm.pipeline_data import DATA_SETS, asked_file, retrieve, write_asked
 from benchmarks.real_retrieval import encoder_name
+from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.files import atomic_file
 
 COUNTS = [1, 2, 4, 8]
@@ -55,6 +57,9 @@ def pipeline(
 
     Rerun the same command to resume.
     """
+    # A wrong name is found before the index is built.
+    Shape.of(llm)
+    read_config(hypernetwork)
     retrieve(data, retrieval, encoder or encoder_name(), device)
     write_asked(data, retrieval, out, limit)
     for purpose in PURPOSES:

@@ -17,7 +17,7 @@ from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import RowExperts
 from genpoe_plugin.experts.int8 import Int8Experts
-from genpoe_plugin.experts.keeping import ON_DEVICE, ON_HOST
+from genpoe_plugin.experts.store_options import ON_DEVICE, ON_HOST
 from genpoe_plugin.experts.unit_pool import UnitPool
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 

@@ -15,13 +15,13 @@ def check_names(cls: type, given: Mapping[str, Any], options: Mapping[str, Any])
     """Check the names of model arguments before anything is loaded.
 
     Args:
-        cls: what takes them, `ARGUMENTS` included. Names that it does not know go to the loader of the LLM, which knows
-            more; so only what is nearly one of its own is refused here.
+        cls: the model class. It passes unknown names on to the loader of the LLM, so only names similar to its own are
+            refused here.
         given: the arguments.
-        options: what lm_eval's own options say.
+        options: the values of lm_eval's own options.
 
     Raises:
-        InputError: the LLM is not named, a name is said twice, or is nearly one of those that ``cls`` itself names.
+        InputError: there is no LLM, an argument is also an option of lm_eval, or a name is a misspelt argument.
     """
     if "pretrained" not in given:
         raise InputError("the model arguments name no LLM; add pretrained=, its folder or its name on the hub")
@@ -37,13 +37,13 @@ def check_names(cls: type, given: Mapping[str, Any], options: Mapping[str, Any])
 
 
 def nearest_name(cls: type, name: str) -> str | None:
-    """The argument of ``cls``, or of a class that it builds on, that is most like ``name``; None if none is."""
+    """The argument of ``cls`` or its base classes that is most similar to ``name``; None if none is."""
     near = get_close_matches(name, accepted_names(*cls.__mro__), 1)
     return near[0] if near else None
 
 
 def accepted_names(*classes: type) -> set[str]:
-    """`ARGUMENTS`, and what the constructors of these classes take by name."""
+    """The names in `ARGUMENTS`, and the named parameters of these classes' constructors."""
     makers = [vars(cls)["__init__"] for cls in classes if cls is not object and "__init__" in vars(cls)]
     every = [parameter for make in makers for parameter in inspect.signature(make).parameters.values()]
     unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

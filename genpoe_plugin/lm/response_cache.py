@@ -1,6 +1,6 @@
-"""lm-eval's response cache (``--use_cache``): whose answers are in it, and which passages they were given with.
+"""Checks of lm-eval's response cache (``--use_cache``): its answers must be of the same run and the same passages.
 
-lm-eval files answers under prompts alone, and a hit never reaches the model. So beside the answers the cache keeps a
+lm-eval stores answers under their prompts, and a cached answer never reaches the model. So the cache also stores the
 fingerprint of the run that filled it, digests of some questions' passages, and the lines of the trace.
 """
 
@@ -26,7 +26,7 @@ Answers = MutableMapping[str, Any]
 
 
 def open_cache(answers: Answers, fingerprint: Mapping[str, Any]) -> None:
-    """Take a cache over for a run with this fingerprint.
+    """Open a cache for a run with this fingerprint.
 
     Raises:
         InputError: it was filled by another model, or with other arguments.
@@ -40,18 +40,18 @@ def open_cache(answers: Answers, fingerprint: Mapping[str, Any]) -> None:
         names = [name for name in {**fingerprint, **saved} if fingerprint.get(name) != saved.get(name)]
         differences = "; ".join(f"{name} was {saved.get(name)}, is {fingerprint.get(name)}" for name in names)
         raise InputError(f"--use_cache: the cache belongs to another run ({differences}); give another path")
-    # Hits never reach the model, so a few questions of each task are asked again in every run.
+    # Cached answers never reach the model, so a few questions of each task are answered again in every run.
     for probe in answers.get(_PROBES, {}):
         answers.pop(probe, None)
 
 
 def traced(answers: Answers) -> Iterator[str]:
-    """The lines of the trace that the cache keeps."""
+    """The lines of the trace in the cache."""
     return (line for key, line in answers.items() if key.startswith(_TRACE))
 
 
 def keep_trace(answers: Answers, lines: Mapping[tuple[Any, ...], str]) -> None:
-    """Keep lines of the trace, by task, doc and hash of the prompt: what they are of will not reach the model again."""
+    """Store lines of the trace, by task, doc and hash of the prompt, for runs whose answers come from the cache."""
     keyed = {f"{_TRACE}{task} {doc_id} {asked}": line for (task, doc_id, asked), line in lines.items()}
     answers.update({key: line for key, line in keyed.items() if answers.get(key) != line})
 
@@ -59,14 +59,16 @@ def keep_trace(answers: Answers, lines: Mapping[tuple[Any, ...], str]) -> None:
 def guard_passages(
     answers: Answers, method: str, requests: Sequence[Instance], questions: Sequence[Question], most: int
 ) -> None:
-    """Refuse a cache whose keys, made of prompts alone, stand for other passages than the docs bring along now.
+    """Check that the answers in a cache were given with the passages that the docs have now.
 
     Args:
-        method: of the model, that is asked.
-        most: passages of a question that are looked at.
+        answers: the cache.
+        method: the method of the model that is called.
+        requests, questions: the requests and their questions.
+        most: number of passages per question to compare.
 
     Raises:
-        InputError: they do, or two docs have one prompt and different passages.
+        InputError: the passages have changed, or two docs have the same prompt and different passages.
     """
     probes: dict[str, str] = answers.get(_PROBES, {})
     digests: dict[str, str] = {}

@@ -1,23 +1,22 @@
-"""What travels beside lm-eval: which row of a batch has which experts, where lm-eval hands on prompts and tokens alone.
+"""Side channels past lm-eval: they assign each row of a batch its experts, although lm-eval passes on only tokens.
 
-A model class of lm-eval gets requests, and its LLM gets batches of token ids. In between, lm-eval sorts, cuts and
-batches with code that knows nothing of passages. Each class here gets something past a place where that code drops it:
+A model class of lm-eval receives requests; its LLM receives batches of token ids. In between, lm-eval sorts, truncates
+and batches prompts, and its code does not know about passages. Each class here carries one thing past that code:
 
-- `PlacedContext` is a string to lm-eval and remembers its request. lm-eval's class on transformers sorts and batches
-  prompts and keeps nothing but the strings, so what a string knows is all that is known of a row.
-- `OriginalKeys` stands between the LLM and the response cache. lm-eval files each answer under the prompt that the LLM
-  was given, with passages in it, and later looks under the prompt that the task made.
-- `Windows` says whose a window of a running text is. lm-eval asks for the likelihood of windows without any string, so
-  their order is all that tells them apart.
-- `BatchExperts` holds the experts of a batch on transformers. lm-eval makes a batch in one method and runs the LLM in
-  another, which is given the token ids alone; and a batch that it makes up, to find the largest that fits in memory, is
-  of no request at all.
-- `EngineOrder` foresees the order of requests on vLLM. lm-eval's class for vLLM sorts them between the method that
-  still has the strings and the one that calls the engine.
+- `PlacedContext` is a prompt string with attributes that identify its request. lm-eval's class for transformers sorts
+  and batches prompts and passes on only the strings.
+- `OriginalKeys` wraps the response cache. lm-eval stores an answer under the prompt that the LLM received, with
+  passages, but looks it up under the prompt that the task made.
+- `Windows` assigns the windows of rolling log-likelihoods to their requests. lm-eval requests their scores without the
+  strings, so only their order identifies them.
+- `BatchExperts` holds the experts of the current batch on transformers. lm-eval makes a batch in one method and runs
+  the LLM in another, which receives only token ids. The batches of its search for the largest batch size belong to no
+  request.
+- `EngineOrder` predicts the order of requests on vLLM. lm-eval's class for vLLM sorts requests after the method that
+  sees the strings and before the method that calls the engine.
 
-Where order is all there is, the token ids are compared on the way, so that another order in another version of lm-eval
-is an error, and no row gets another row's experts. What leaves a run beside lm-eval's results has its own module,
-`genpoe_plugin.lm.saved_results`.
+Where only the order identifies a row, its token ids are compared as well. If another version of lm-eval uses another
+order, the run stops with an error, and no row gets the experts of another row.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from genpoe_plugin.prompts import Prompt
 from genpoe_plugin.selection.pipeline import Selection
 
 Row = tuple[Selection, int]
-"""The passages of a row, and the first of its tokens that sees their experts."""
+"""The selection of a row, and the first of its tokens that the experts act on."""
 
 
 class PlacedContext(str):
     """A prompt as the LLM reads it.
 
     Attributes:
-        original: the prompt as the task made it.
-        selection: the passages that its request is answered with.
-        question_at: the character where the question begins; None where no passage stands before it.
+        original: the prompt that the task made.
+        selection: the passages and gates of the request.
+        question_at: character position of the question; None if there is no passage before it.
     """
 
     original: str
@@ -62,7 +61,7 @@ class PlacedContext(str):
 
 
 class OriginalKeys(CacheHook):
-    """Files answers under the prompts as the task made them."""
+    """Stores answers under the prompts that the task made."""
 
     def __init__(self, hook: CacheHook) -> None:
         self.dbdict = hook.dbdict
@@ -72,26 +71,27 @@ class OriginalKeys(CacheHook):
 
 
 class Windows:
-    """Whose the windows of running texts are, in the order in which lm-eval asks for their scores."""
+    """The selections of the windows of rolling log-likelihoods, in the order in which lm-eval scores them."""
 
     def __init__(self, owners: Iterable[Selection] = ()) -> None:
         self._owners = deque(owners)
 
     def next(self) -> Selection:
-        """That of the next window.
+        """The selection of the next window.
 
-        A data-parallel process with fewer windows than others adds some, whose scores it drops; any will do for those.
+        A data-parallel process with fewer windows than the others adds windows and drops their scores. These get the
+        last selection.
         """
         return self._owners.popleft() if len(self._owners) > 1 else self._owners[0]
 
 
 class BatchExperts:
-    """The experts of the batch that the LLM on transformers runs next.
+    """The experts of the next batch of an LLM on transformers.
 
     Args:
-        store: makes and keeps experts.
+        store: the expert store.
         model: the LLM.
-        layers: those with experts.
+        layers: the layers with experts.
     """
 
     def __init__(self, store: ExpertStore, model: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -102,23 +102,23 @@ class BatchExperts:
         self._probing = False
 
     def foresee(self, selections: Sequence[Selection]) -> None:
-        """Note the passages of all requests to come, for `probing`."""
+        """Record the selections of all requests, for `probing`."""
         self._widest = max(selections, key=lambda selection: len(selection.strings), default=None)
 
     def prepare(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]] | None = None) -> None:
-        """Make the experts of the next batch ready.
+        """Load the experts of the next batch.
 
         Args:
-            rows: those of the batch.
-            tokens: what each of them will begin with, to be compared; None where lm-eval cannot have changed the order.
+            rows: the rows of the batch.
+            tokens: the first token ids of each row, to compare; None if lm-eval cannot have changed the order.
         """
-        self.rows = None  # those of the last batch, or for a moment both would be in memory
+        self.rows = None  # frees the experts of the previous batch first
         self.rows = self._experts(rows)
         self._expected = None if tokens is None else [list(row) for row in tokens]
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """Inside, batches are of no request, and every row has as many experts as any of the requests to come."""
+        """In this context, batches belong to no request; each row gets the largest number of experts of any request."""
         self._probing = True
         try:
             yield
@@ -127,10 +127,10 @@ class BatchExperts:
 
     @contextmanager
     def injected(self, ids: Tensor) -> Iterator[None]:
-        """Inside, the LLM has the experts of this batch.
+        """In this context, the LLM runs with the experts of this batch.
 
         Args:
-            ids: the batch, ``[rows, tokens]``.
+            ids: token ids of the batch, ``[rows, tokens]``.
         """
         rows = self.rows
         if self._probing:
@@ -152,29 +152,29 @@ class BatchExperts:
 
 
 class EngineOrder:
-    """Requests in the order in which lm-eval's class for vLLM hands them to the engine."""
+    """The order in which lm-eval's class for vLLM passes requests to the engine."""
 
     def __init__(self) -> None:
         self._prompts: deque[tuple[PlacedContext, list[int]]] = deque()
         self._scored: deque[tuple[Row, list[int]]] = deque()
 
     def foresee_prompts(self, prompts: Sequence[PlacedContext], ids: Sequence[list[int]]) -> None:
-        """Prompts to generate from, with their token ids."""
+        """Record the prompts to generate from, with their token ids."""
         rows = zip(prompts, ids, strict=True)
         self._prompts = deque(sorted(rows, key=lambda row: (-len(row[1]), row[0])))
 
     def foresee_scored(self, rows: Iterable[tuple[Row, list[int]]]) -> None:
-        """Rows to score, with their token ids."""
+        """Record the rows to score, with their token ids."""
         self._scored = deque(sorted(rows, key=lambda row: (-len(row[1]), tuple(row[1]))))
 
     def next_prompt(self, ids: list[int]) -> PlacedContext:
-        """That of the next request, whose token ids lm-eval may have cut."""
+        """The prompt of the next request; lm-eval may have truncated its token ids."""
         prompt, whole = self._prompts.popleft()
         assert ids == whole or len(ids) < len(whole), "requests are in another order than their experts"
         return prompt
 
     def next_scored(self, ids: list[int]) -> Row:
-        """That of the next request, whose token ids lm-eval may have cut on the left."""
+        """The row of the next request; lm-eval may have truncated its token ids on the left."""
         row, whole = self._scored.popleft()
         assert ids == whole[len(whole) - len(ids) :], "requests are in another order than their experts"
         return row

@@ -79,24 +79,24 @@ class GenPoEVLLM(PassageRequests, VLLM):
         **arguments: Any,
     ) -> None:
         vllm_arguments = self._take_arguments(arguments)
-        asked = self.arguments
-        if asked.expert_dtype is not None:
+        ours = self.arguments
+        if ours.expert_dtype is not None:
             raise InputError(
-                f"expert_dtype={asked.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
+                f"expert_dtype={ours.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
             )
         own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
-        if asked.control != "none":
+        if ours.control != "none":
             load_tokenizer(own.get("tokenizer", pretrained))
         self._engine: ExpertEngine | None = None
-        makers = None
-        device, engine = share_device(None if asked.mode == "closed_book" else device, device_memory, vllm_arguments)
-        if asked.uses_experts:
-            assert asked.hypernetwork is not None
+        expert_models = None
+        device, engine = share_device(None if ours.mode == "closed_book" else device, device_memory, vllm_arguments)
+        if ours.uses_experts:
+            assert ours.hypernetwork is not None
             own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            makers = load_expert_models(pretrained, asked.hypernetwork, device=device, **own)
-            config = makers[0].config
-            asked.layers_of(config)
-            engine |= engine_arguments(pretrained, asked.hypernetwork, config, asked.num_passages, vllm_arguments)
+            expert_models = load_expert_models(pretrained, ours.hypernetwork, device=device, **own)
+            config = expert_models[0].config
+            ours.layers_of(config)
+            engine |= engine_arguments(pretrained, ours.hypernetwork, config, ours.num_passages, vllm_arguments)
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
         self._pretrained = pretrained
         self._order = EngineOrder()
@@ -110,8 +110,8 @@ class GenPoEVLLM(PassageRequests, VLLM):
             "options": options(vllm_arguments, _NO_OPTIONS),
         }
         self._start_requests(facts, device)
-        if makers is not None:
-            self.store = self._expert_store(*makers, dtype)
+        if expert_models is not None:
+            self.store = self._expert_store(*expert_models, dtype)
             self._engine = ExpertEngine(self.model, self.store)
 
     @property

@@ -1,4 +1,4 @@
-"""Gates: how much each of a question's passages counts, from their scores."""
+"""Gates: the weights of a question's passages, computed from their scores."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ GATES = ("softmax", "retriever", "uniform")
 
 
 def softmax(scores: Sequence[float], temperature: float = 1.0) -> tuple[float, ...]:
-    """Gates that add up to 1, the softmax of ``scores / temperature``.
+    """The softmax of ``scores / temperature``.
 
     Args:
-        scores: K finite ones; the higher, the better.
-        temperature: above 0. A large one makes the gates equal, a small one leaves the best passage alone.
+        scores: K finite scores; higher is better.
+        temperature: above 0. A high temperature makes the gates equal; a low one selects the best passage.
 
     Returns:
-        K gates.
+        K gates, which add up to 1.
     """
     weights = [math.exp((score - max(scores)) / temperature) for score in scores]
     return tuple(weight / sum(weights) for weight in weights)
 
 
 def uniform(count: int) -> tuple[float, ...]:
-    """As many equal gates, which add up to 1."""
+    """Equal gates that add up to 1."""
     return (1 / count,) * count if count else ()
 
 
 def passage_gates(
     question: str, passages: Sequence[RetrievedPassage], kind: str = "softmax", temperature: float = 1.0
 ) -> tuple[float, ...]:
-    """The gates of the passages that a question is answered with.
+    """The gates of the passages selected for a question.
 
     Args:
-        question: for error messages.
-        passages: K of them.
-        kind: of `GATES`: ``softmax`` of the rerank scores, ``retriever`` for that of the retriever's scores, or
-            ``uniform``. Where a passage has no rerank score, ``softmax`` is uniform as well.
-        temperature: of a softmax.
+        question: the question, for error messages.
+        passages: K passages.
+        kind: one of `GATES`: ``softmax`` of the rerank scores, ``retriever`` (softmax of the retriever's scores), or
+            ``uniform``. If a passage has no rerank score, ``softmax`` gives equal gates.
+        temperature: temperature of the softmax.
 
     Returns:
         K gates, which add up to 1.
 
     Raises:
-        InputError: a passage has no score, and the retriever's scores or a temperature were asked for.
+        InputError: a passage lacks the score that ``retriever``, or a temperature other than 1, needs.
     """
     if kind == "uniform" or len(passages) < 2:
         return uniform(len(passages))
-    # A passage that no retriever has found has a score of 0 in all files and docs.
+    # Files and docs give passages without a retriever a score of 0.
     found = [entry.score or None if kind == "retriever" else entry.rerank_score for entry in passages]
     scores = [score for score in found if score is not None]
     if len(scores) == len(passages):
