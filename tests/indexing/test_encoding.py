@@ -266,7 +266,8 @@ def test_two_ranks_share_the_work(file: Path, tmp_path: Path, capfd: pytest.Capt
     for rank, child in enumerate(children):  # each began with its own share
         first = next(identifier for process, identifier in lines if int(process) == child)
         assert PASSAGES.index(next(p for p in PASSAGES if p.id == first)) // SIZE == rank
-    assert capfd.readouterr().err.count("encoding passages: 100%") == 1
+    bars = capfd.readouterr().err.split("\n")  # a bar is redrawn within its line, more often on a slow machine
+    assert sum("encoding passages: 100%" in bar for bar in bars) == 1
 
 
 def test_the_other_rank_does_what_a_killed_one_had_claimed(
