@@ -22,6 +22,7 @@ from train_cli.main import LazyCommand, LazyGroup
         "router": LazyCommand(
             "benchmarks.real_llm.router:router", "The attention on the passage with the answer, among several."
         ),
+        "figure": LazyCommand("benchmarks.real_llm.figure:figure", "The picture of the method, with a real example."),
         "adapter": LazyCommand("benchmarks.real_llm.lora:adapter", "RAG's adapter, for a study of trainings."),
         "demo-questions": LazyCommand(
             "benchmarks.real_llm.demo_questions:demo_questions", "The questions that `genpoe demo` asks."
