@@ -153,7 +153,7 @@ def _trace(
 ) -> Iterator[dict[str, Any]]:
     facts = genpoe["fingerprint"]
     for number, doc in enumerate(docs):
-        asked = prompt.format(doc["question"])
+        question_prompt = prompt.format(doc["question"])
         texts = [ctx["text"] for ctx in doc["ctxs"][: facts["num_passages"]]]
         retrieved = [
             {
@@ -162,7 +162,7 @@ def _trace(
             }
             for entry in passages_from_ctxs(doc["ctxs"], "")
         ]
-        given = [dict(ctx, title=f"Title {number}", gate=0.25) for ctx in retrieved[: facts["num_passages"]]]
+        used = [dict(ctx, title=f"Title {number}", gate=0.25) for ctx in retrieved[: facts["num_passages"]]]
         yield {
             "task": task,
             "doc_id": number,
@@ -170,8 +170,8 @@ def _trace(
             "mode": facts["mode"],
             "control": facts["passages"],
             "hypernetwork": facts["hypernetwork"],
-            "prompt_hash": sha256(asked.encode()).hexdigest(),
-            "prompt": knowledge_block(texts) + asked if facts["mode"] in PROMPT_MODES else asked,
+            "prompt_hash": sha256(question_prompt.encode()).hexdigest(),
+            "prompt": knowledge_block(texts) + question_prompt if facts["mode"] in PROMPT_MODES else question_prompt,
             "retrieved": retrieved,
-            "passages": given,
+            "passages": used,
         }

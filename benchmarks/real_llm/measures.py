@@ -58,8 +58,8 @@ class Paired:
         if whole.low <= 0 <= whole.high:
             return None
         means = self.columns.mean(0)
-        drawn = self._resampled
-        shares = (drawn[:, experts] - drawn[:, without]) / (drawn[:, prompt] - drawn[:, without])
+        resampled = self._resampled
+        shares = (resampled[:, experts] - resampled[:, without]) / (resampled[:, prompt] - resampled[:, without])
         tail = expanded_tail(len(self.columns))
         low, high = np.quantile(shares, [tail, 1 - tail])
         value = (means[experts] - means[without]) / (means[prompt] - means[without])

@@ -56,7 +56,7 @@ def test_shards_hold_the_vectors_and_are_not_written_twice(tmp_path: Path, monke
     stored = np.concatenate([shards.vectors(number) for number in shards.numbers])
     assert stored.dtype == np.float16
     np.testing.assert_array_equal(stored, vectors.vectors(0, 1500).astype(np.float16))
-    drawn = []
-    monkeypatch.setattr(ClusteredVectors, "vectors", lambda self, *rows: drawn.append(rows))
+    calls = []
+    monkeypatch.setattr(ClusteredVectors, "vectors", lambda self, *rows: calls.append(rows))
     write_shards(vectors, tmp_path / "shards")
-    assert not drawn
+    assert not calls

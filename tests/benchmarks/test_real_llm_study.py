@@ -44,9 +44,9 @@ class Trains(LmEval):
             result = CliRunner().invoke(main, words[1:])
             self.output += result.output
             return SimpleNamespace(returncode=result.exit_code)
-        given = dict(pairwise(words))
-        pairs = given["--model_args"].split(",")
-        self.arguments[Path(given["--output_path"]).name] = dict(pair.split("=", 1) for pair in pairs)
+        lm_eval_options = dict(pairwise(words))
+        pairs = lm_eval_options["--model_args"].split(",")
+        self.arguments[Path(lm_eval_options["--output_path"]).name] = dict(pair.split("=", 1) for pair in pairs)
         return super().__call__(command, **options)
 
 
@@ -95,9 +95,9 @@ def test_a_study_trains_evaluates_and_writes_its_results(run, stand_in, data, tm
     weights = load_file(adapter / "adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name), "it has learned"
 
-    asked = {q.question for f in (out / "questions").glob("*-gold.jsonl") for q in read_questions(f)}
+    evaluated = {q.question for f in (out / "questions").glob("*-gold.jsonl") for q in read_questions(f)}
     training = list(read_questions(next(out.glob("training-*.jsonl"))))
-    assert len(training) == 8 and not asked & {question.question for question in training}
+    assert len(training) == 8 and not evaluated & {question.question for question in training}
 
     study = json.loads((out / LADDER).read_text())
     found = {(row["row"], row["passage"]): row for row in study["rows"]}

@@ -51,8 +51,8 @@ class Letters:
         counts = Counter(text.lower())
         return np.array([counts[chr(97 + i)] for i in range(26)], np.float32) / 10
 
-    def encode_questions(self, asked):
-        return np.stack([self._encode(question) for question in asked])
+    def encode_questions(self, texts):
+        return np.stack([self._encode(question) for question in texts])
 
     def encode_passages(self, passages):
         return np.stack([self._encode(passage.string) for passage in passages])
@@ -72,8 +72,8 @@ def data(tmp_path: Path) -> Path:
         text = f"The {name} was found in {year}."
         ctx = {"id": name, "title": name, "text": text, "score": "0", "has_answer": True}
         rows.append({"question": f"when was the {name} found", "answers": [str(year)], "ctxs": [ctx]})
-        asked = [{"question": f"In which year was the {name} found?", "answers": [{"text": str(year)}]}]
-        paragraphs.append({"context": text, "qas": asked})
+        qas = [{"question": f"In which year was the {name} found?", "answers": [{"text": str(year)}]}]
+        paragraphs.append({"context": text, "qas": qas})
     (folder / "nq-open-gold-passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "squad-v1.1-part.json").write_text(json.dumps({"data": [{"title": "things", "paragraphs": paragraphs}]}))
     return folder
@@ -89,17 +89,17 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sample_is_the_beginning_of_a_larger_one_and_depends_on_the_seed():
-    asked = [Question(f"question {number}", ("a",)) for number in range(50)]
-    assert sample(asked, 10, 0) == sample(asked, 30, 0)[:10]
-    assert sample(asked, 10, 0) != sample(asked, 10, 1)
-    assert len({question.question for question in sample(asked, 50, 0)}) == 50
+    pool = [Question(f"question {number}", ("a",)) for number in range(50)]
+    assert sample(pool, 10, 0) == sample(pool, 30, 0)[:10]
+    assert sample(pool, 10, 0) != sample(pool, 10, 1)
+    assert len({question.question for question in sample(pool, 50, 0)}) == 50
 
 
 def test_each_distinct_question_has_only_its_own_passage():
     wrong, right = passage("w", "no", 1, False), passage("r", "yes", 2, True)
-    asked = [Question("Who?", ("yes",), (wrong, right)), Question("who", ("yes",), (right,)), Question("What", ("a",))]
-    (kept,) = with_gold(asked)
-    (gold,) = kept.passages
+    items = [Question("Who?", ("yes",), (wrong, right)), Question("who", ("yes",), (right,)), Question("What", ("a",))]
+    (only,) = with_gold(items)
+    (gold,) = only.passages
     assert gold.passage == right.passage and gold.rank == 1 and gold.has_answer
 
 
@@ -109,13 +109,13 @@ def test_distractors_are_the_best_without_an_answer_and_not_the_own_passage():
     texts = ["also 1900, it says", "in 1901", "In 1900 it was.", "19000", "in 1902", "in 1903"]
     names = ["x", "b", "gold", "d", "e", "f"]
     ranked = [passage(name, text, rank) for rank, (name, text) in enumerate(zip(names, texts, strict=True), 1)]
-    asked = purposes(question, ranked)
-    assert [entry.passage.id for entry in asked["gold"].passages] == ["gold"]
-    assert [entry.passage.id for entry in asked["hard"].passages] == ["gold", "b", "d", "e"]
-    assert [entry.passage.id for entry in asked["wrong_first"].passages] == ["b", "gold", "d", "e"]
-    assert [entry.passage.id for entry in asked["retrieved"].passages] == ["x"]
-    assert [entry.has_answer for entry in asked["hard"].passages] == [True, False, False, False]
-    assert asked["retrieved"].passages[0].has_answer
+    by_purpose = purposes(question, ranked)
+    assert [entry.passage.id for entry in by_purpose["gold"].passages] == ["gold"]
+    assert [entry.passage.id for entry in by_purpose["hard"].passages] == ["gold", "b", "d", "e"]
+    assert [entry.passage.id for entry in by_purpose["wrong_first"].passages] == ["b", "gold", "d", "e"]
+    assert [entry.passage.id for entry in by_purpose["retrieved"].passages] == ["x"]
+    assert [entry.has_answer for entry in by_purpose["hard"].passages] == [True, False, False, False]
+    assert by_purpose["retrieved"].passages[0].has_answer
     with pytest.raises(InputError, match="only 2 of 4"):
         purposes(question, ranked[:4])
 
@@ -123,10 +123,10 @@ def test_distractors_are_the_best_without_an_answer_and_not_the_own_passage():
 def test_the_first_of_four_has_seven_times_the_gate_of_each_other(data, letters, tmp_path, tokenizer):
     write_files(find_files(data, []), tmp_path, LIMIT, 0)
     for purpose, right in (("hard", 0), ("wrong_first", 1)):
-        asked = list(read_questions(file_of(tmp_path, "nq", purpose)))
+        items = list(read_questions(file_of(tmp_path, "nq", purpose)))
         for kind, expected in (("softmax", [0.7, 0.1, 0.1, 0.1]), ("uniform", [0.25] * 4)):
             pipeline = Pipeline(tokenizer, num_passages=4, gates=kind, progress=False)
-            for selection in pipeline.select(["t"] * len(asked), asked):
+            for selection in pipeline.select(["t"] * len(items), items):
                 assert selection.gates == pytest.approx(expected)
                 stated = [selection.question.answers[0] in entry.passage.text for entry in selection.passages]
                 assert stated == [place == right for place in range(4)]
@@ -136,8 +136,8 @@ def test_files_of_all_purposes_have_the_same_questions_and_are_written_once(data
     files = find_files(data, [])
     write_files(files, tmp_path, LIMIT, 0)
     for name in files:
-        asked = [[one.question for one in read_questions(file_of(tmp_path, name, purpose))] for purpose in PURPOSES]
-        assert len(asked[0]) == LIMIT and all(same == asked[0] for same in asked)
+        texts = [[one.question for one in read_questions(file_of(tmp_path, name, purpose))] for purpose in PURPOSES]
+        assert len(texts[0]) == LIMIT and all(same == texts[0] for same in texts)
     monkeypatch.setattr(questions, "load_encoder", None)
     write_files(files, tmp_path, LIMIT, 0)
 
@@ -158,8 +158,8 @@ def test_invalid_files_of_questions_are_errors(data, letters, tmp_path):
 def test_bytes_equal_those_of_the_llms_key_value_cache(llm_dir, make_llm):
     shape, tokens = Shape.of(str(llm_dir)), 7
     with torch.no_grad():
-        kept = make_llm("llama")(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
-    numbers = sum(kept.layers[layer].keys.numel() + kept.layers[layer].values.numel() for layer in (0, 2))
+        cache = make_llm("llama")(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    numbers = sum(cache.layers[layer].keys.numel() + cache.layers[layer].values.numel() for layer in (0, 2))
     assert shape.depth == 3 and shape.all == (0, 1, 2)
     assert shape.bytes((0, 2)) * tokens == 2 * numbers
 
@@ -352,16 +352,16 @@ class LmEval:
             self.created.append("all")
             Path(words[words.index("--out") + 1]).mkdir(parents=True)
             return SimpleNamespace(returncode=0)
-        given = dict(pairwise(words))
-        folder = Path(given["--output_path"])
+        options = dict(pairwise(words))
+        folder = Path(options["--output_path"])
         self.runs.append(folder.name)
         if folder.name in self.fails:
             return SimpleNamespace(returncode=1)
-        arguments = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
-        for second, task in enumerate(given["--tasks"].split(",")):
-            file = json.loads(given["--metadata"])["genpoe_data"][task.removesuffix("_nats")]
-            asked = list(read_questions(file))[: int(given["--limit"])]
-            docs = [{"question": one.question, "answers": list(one.answers)} for one in asked]
+        arguments = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
+        for second, task in enumerate(options["--tasks"].split(",")):
+            file = json.loads(options["--metadata"])["genpoe_data"][task.removesuffix("_nats")]
+            items = list(read_questions(file))[: int(options["--limit"])]
+            docs = [{"question": one.question, "answers": list(one.answers)} for one in items]
             write_results(folder, task, docs, self.value(task, arguments), second)
             if folder.name in self.interrupts:
                 next(folder.rglob("samples_*")).unlink()  # samples are written after the results
@@ -468,8 +468,8 @@ def test_an_interrupted_row_runs_again_and_others_run_when_one_fails(run, lm_eva
 def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
     assert run("--rows", "genpoe_four_equal", "--dtype", "float32").exit_code == 0
     command = json.loads((tmp_path / "study" / "rows" / "genpoe_four_equal" / "cell.json").read_text())["command"]
-    given = dict(zip(command[1::2], command[2::2], strict=False))
-    arguments = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+    options = dict(zip(command[1::2], command[2::2], strict=False))
+    arguments = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
     study = tmp_path / "study"
     assert arguments.pop("trace") and arguments == {
         "pretrained": str(llm_dir),
@@ -484,20 +484,20 @@ def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
         "expert_store": str(study / "experts"),
         "expert_gb": "2.0",
     }
-    assert given["--tasks"] == "genpoe_nq,genpoe_squad"
-    assert given["--limit"] == str(CURVE) and given["--gen_kwargs"] == "max_gen_toks=16"
-    assert json.loads(given["--metadata"])["genpoe_data"]["genpoe_nq"] == str(study / "questions" / "nq-hard.jsonl")
+    assert options["--tasks"] == "genpoe_nq,genpoe_squad"
+    assert options["--limit"] == str(CURVE) and options["--gen_kwargs"] == "max_gen_toks=16"
+    assert json.loads(options["--metadata"])["genpoe_data"]["genpoe_nq"] == str(study / "questions" / "nq-hard.jsonl")
     likelihood = json.loads((study / "rows" / "genpoe_four_equal_nats" / "cell.json").read_text())["command"]
-    given = dict(zip(likelihood[1::2], likelihood[2::2], strict=False))
-    assert given["--tasks"] == "genpoe_nq_nats,genpoe_squad_nats" and given["--limit"] == str(NATS)
-    assert "--gen_kwargs" not in given
+    options = dict(zip(likelihood[1::2], likelihood[2::2], strict=False))
+    assert options["--tasks"] == "genpoe_nq_nats,genpoe_squad_nats" and options["--limit"] == str(NATS)
+    assert "--gen_kwargs" not in options
 
 
 def command_of(study: Path, run: str) -> tuple[dict[str, str], dict[str, str]]:
     """The options of an lm_eval run, and its model arguments."""
     command = json.loads((study / "rows" / run / "cell.json").read_text())["command"]
-    given = dict(zip(command[1::2], command[2::2], strict=False))
-    return given, dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+    options = dict(zip(command[1::2], command[2::2], strict=False))
+    return options, dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
 
 
 def test_the_row_with_selected_heads_uses_their_checkpoint(run, heads_checkpoint, tmp_path):

@@ -87,12 +87,12 @@ def test_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.Captu
     # Every passage of SQuAD's has the people, but only one is the question's.
     assert rows["real_retrieval.squad.dense.recall_at_1"] == 1
     for name, questions in {"nq": 1, "squad": 2}.items():
-        asked = [topic for topic in TOPICS if real_retrieval.zlib.crc32(topic.encode()) % 2]
-        assert rows[f"real_retrieval.{name}.questions"] == questions * len(asked) and 0 < len(asked) < 8
+        topics = [topic for topic in TOPICS if real_retrieval.zlib.crc32(topic.encode()) % 2]
+        assert rows[f"real_retrieval.{name}.questions"] == questions * len(topics) and 0 < len(topics) < 8
         test, train = (list(read_questions(out / f"{name}.{part}.jsonl")) for part in ("test", "train"))
-        assert len(test) == questions * len(asked) and len(train) == questions * (8 - len(asked))
+        assert len(test) == questions * len(topics) and len(train) == questions * (8 - len(topics))
         own = [next(topic for topic in TOPICS if topic in question.question) for question in test]
-        assert set(own) == set(asked)
+        assert set(own) == set(topics)
         # Own passages, by hand.
         encoder, ranks = Letters(), []
         passages = [
