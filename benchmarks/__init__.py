@@ -1,1 +1,1 @@
-"""Side-by-side measurements: ratios taken within one process, against named alternatives."""
+"""Benchmarks against named baselines, as ratios measured within one process."""

@@ -13,23 +13,23 @@ from train_cli.main import LazyCommand, MainGroup
 
 ALL = ("training", "retrieval", "experts", "evaluation", "compare")
 ON_REQUEST = ("forms", "real-retrieval", "real-size", "vllm")
-"""Not among `all`: trainings that take a night, data that the user has to name, a GPU, an environment with vLLM."""
+"""Not part of `all`: these need hours of training, a data folder, a GPU or vLLM."""
 
 
 @click.group(
     cls=MainGroup,
-    lazy={"real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Small pretrained LLMs that Python packages carry.")},
+    lazy={"real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Experts in real, pretrained LLMs.")},
 )
 def main() -> None:
-    """Measure something and print its rows, each with its aim."""
+    """Run a benchmark and print its rows with their aims."""
 
 
-def _add(name: str, parts: tuple[str, ...], told: str) -> None:
-    @main.command(name, help=told)
-    @click.option("--json", "path", type=click.Path(path_type=Path), help="Write rows, machine and command.")
-    @click.option("--quick", is_flag=True, help="A size for a few minutes; what it says is no more than that it runs.")
-    @click.option("--out", type=click.Path(path_type=Path), help="Keep what is made here, and use what is there.")
-    @click.option("--data", type=click.Path(path_type=Path), help="real-retrieval: folder of NQ or SQuAD.")
+def _add(name: str, parts: tuple[str, ...], description: str) -> None:
+    @main.command(name, help=description)
+    @click.option("--json", "path", type=click.Path(path_type=Path), help="Write rows, machine and command here.")
+    @click.option("--quick", is_flag=True, help="A small size, to check that the benchmark runs.")
+    @click.option("--out", type=click.Path(path_type=Path), help="Folder to keep intermediate files in, for reuse.")
+    @click.option("--data", type=click.Path(path_type=Path), help="real-retrieval: folder with NQ or SQuAD.")
     @click.option("--reranker", help="real-retrieval: directory or hub name of a trained reranker.")
     def measure(path: Path | None, quick: bool, out: Path | None, data: Path | None, reranker: str | None) -> None:
         options = Options(quick, out, data, reranker)

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own: other load-time settings, or memory from nothing."""
+"""Measurements in a subprocess: with other load-time settings, or for peak memory from process start."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PAUSE = 0.05  # seconds between two looks at the memory
+PAUSE = 0.05  # seconds between two readings of the memory
 
 
 def run_child(arguments: Sequence[object], environment: Mapping[str, str]) -> tuple[Any, int]:
     """Run ``python ARGUMENTS`` and wait for it.
 
     Returns:
-        The last line of its output, parsed as JSON where it is that, else as it is; and the most bytes that were in
-        its memory at one time, files that it maps included (``VmHWM`` of Linux). That is asked for all along, since
-        what `wait4` says afterwards has the memory of the process that forked as well.
+        The last line of its output (parsed if it is JSON), and its peak resident memory in bytes, including mapped
+        files (Linux's ``VmHWM``). The peak is polled, because `wait4` also counts the memory of the forking process.
+
+    Raises:
+        RuntimeError: the command failed.
     """
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=output, env=dict(environment))
@@ -45,7 +47,7 @@ def run_child(arguments: Sequence[object], environment: Mapping[str, str]) -> tu
 def _peak_so_far(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except (OSError, ProcessLookupError):  # it has just ended
+    except (OSError, ProcessLookupError):  # the process has ended
         return 0
     sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(sizes[0]) if sizes else 0

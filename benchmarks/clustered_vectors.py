@@ -1,14 +1,14 @@
-"""A corpus of synthetic embeddings of any size, from a seed: clustered, and not easy to search.
+"""A synthetic corpus of embeddings of any size, from a seed: clustered, and not easy to search.
 
     latent = sqrt(0.6) * centre + sqrt(0.4) * noise          [100], both standard normal
     vector = unit(tanh(2 * latent @ mix) @ spread) * norm    [768], norm = 1 + 0.05 * normal
 
-``mix`` [100, 1024] and ``spread`` [1024, 768] are random and fixed, so the vectors lie on a bent surface of 100
-dimensions: the first 100 principal components have 88 % of their variance, 300 have 96 %, and the participation ratio
-of the covariance, (sum of eigenvalues)^2 / (sum of their squares), is 106. There is a centre for every 50 vectors,
-drawn with probabilities that fall with the square root of its number, so the neighbours of a vector are often in other
-clusters, and inverted lists do not coincide with clusters. Queries are drawn in the same way, and are no copies. A
-block depends on the seed and its number alone.
+``mix`` [100, 1024] and ``spread`` [1024, 768] are random and fixed, so the vectors lie on a curved surface of 100
+dimensions: the first 100 principal components have 88 % of the variance, the first 300 have 96 %, and the participation
+ratio of the covariance, (sum of eigenvalues)^2 / (sum of their squares), is 106. There is one centre per 50 vectors.
+The probability of a centre falls with the square root of its number, so neighbours are often in other clusters, and
+inverted lists do not coincide with clusters. Queries are sampled in the same way and are not copies of vectors. A block
+depends only on the seed and its number.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from genpoe_plugin.indexing.shards import Shards
 
 DIMENSION, LATENT, HIDDEN = 768, 100, 1024
 CLUSTER = 50  # vectors, on average
-BLOCK = 2**13  # vectors drawn at a time
+BLOCK = 2**13  # vectors sampled at a time
 WORDS = "a passage of Wikipedia has a hundred words, and so has what stands in its place " * 7
 
 
 class ClusteredVectors:
-    """``count`` vectors and any number of queries; see the module."""
+    """``count`` vectors and any number of queries; see the module docstring."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         self.count, self.seed = count, seed
@@ -41,14 +41,18 @@ class ClusteredVectors:
         self._probabilities = weights / weights.sum()
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop``, float32 [stop - start, 768]; ``start`` has to be the first of a block."""
+        """Rows ``start`` to ``stop``, float32 [stop - start, 768].
+
+        Raises:
+            ValueError: ``start`` is not the first row of a block.
+        """
         if start % BLOCK:
             raise ValueError(f"row {start} is not the first of a block of {BLOCK}")
         blocks = [self._draw(1, first // BLOCK)[: stop - first] for first in range(start, stop, BLOCK)]
         return np.concatenate(blocks)
 
     def queries(self, count: int, part: int = 0) -> np.ndarray:
-        """float32 [count, 768], other ones for every ``part``; ``count`` is at most a block's."""
+        """Queries, float32 [count, 768], with ``count`` of at most `BLOCK`; each ``part`` has other queries."""
         return self._draw(2, part)[:count]
 
     def _draw(self, kind: int, number: int) -> np.ndarray:
@@ -62,7 +66,7 @@ class ClusteredVectors:
 
 
 class NumberedQuestions:
-    """Passes for the encoder of a corpus that was never text: question "7" has the seventh of given vectors."""
+    """An encoder stand-in: question "7" is encoded as row 7 of ``queries``."""
 
     pooling, precision, dimension = "none", "float32", DIMENSION
 
@@ -79,7 +83,7 @@ class NumberedQuestions:
 
 
 def write_shards(vectors: ClusteredVectors, directory: Path) -> Shards:
-    """The corpus as float16 shards, with passages of a hundred words; what is there already is not made again."""
+    """Write the corpus as float16 shards, with passages of a hundred words. Existing shards are kept."""
     encoder = NumberedQuestions("clustered vectors", vectors.queries(1))
     shards = Shards.create(directory, encoder, count=vectors.count, digest=f"{vectors.count} {vectors.seed}")
     missing = set(shards.missing())

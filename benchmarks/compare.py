@@ -1,7 +1,7 @@
-"""``genpoe compare``: how often its intervals and tests are right, and its time and memory with all files written.
+"""``genpoe compare``: time and memory, coverage of its intervals, false alarms of its tests.
 
-The runs are synthetic: answers drawn at random, docs with four passages each, a trace beside every run of the genpoe
-model. Every mode and number of passages has its shuffled and random control in three seeds; one run is a plain ``hf``.
+The runs are synthetic: random answers, docs with four passages each, and a trace for every run of the genpoe model.
+Each mode and number of passages has shuffled and random controls in three seeds; one run is a plain ``hf``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RUNS, QUESTIONS, PASSAGES = 50, 10_000, 4
 MODES = ("genpoe", "rag", "genpoe_rag")
 PARTS = (("retrieved", 0), ("gold", 0), *product(("shuffled", "random"), (0, 1, 2)))
 SHARES = {"retrieved": 0.5, "gold": 0.7, "shuffled": 0.1, "random": 0.1}
-"""Of questions that are answered right, by control."""
+"""Share of correct answers by control."""
 
 
 def measure(options: Options) -> list[Row]:
-    """Time and peak memory of the command, in a process of its own, from files that the system has just written."""
+    """Measure time and peak memory of the command in a subprocess."""
     runs, questions = (12, 500) if options.quick else (RUNS, QUESTIONS)
     with folder_of(options) as folder:
         results = folder / f"{runs}-runs-of-{questions}"
@@ -52,7 +52,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def write_runs(folder: Path, runs: int, questions: int) -> None:
-    """``runs`` runs of one task; each has EM and F1, and the questions that are hard are hard for all."""
+    """Write ``runs`` runs of one task with EM and F1; hard questions are hard for all runs."""
     rng = np.random.default_rng(0)
     docs = documents(questions, PASSAGES)
     ease = rng.normal(size=questions)

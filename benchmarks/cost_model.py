@@ -1,11 +1,12 @@
-"""What a batch of questions costs, as a sum of a few simple terms, and a picture of both.
+"""A linear model of the time per batch, and a plot of model and measurements.
 
     seconds = fixed + row · B + expert · B·K                   experts in the store
-            + start + passage · B·K + token · B·K·L            and when they have to be generated first
+            + start + passage · B·K + token · B·K·L            with generation of experts
 
-with B questions in the batch, K experts for each, and passages of L words (a token each). ``fixed`` is reading the
-LLM's weights in every step and all that a step does whatever is in it; ``row`` is a question's arithmetic; ``expert``
-is reading and applying one; ``start`` is reading the hypernetwork once; ``passage`` is computing and writing an expert.
+B is the number of questions per batch, K the number of experts per question, and L the number of words (tokens) per
+passage. ``fixed`` covers reading the LLM's weights and the fixed overhead of the decoding steps, ``row`` the arithmetic
+per question, ``expert`` reading and applying an expert, ``start`` reading the hypernetwork once, ``passage`` generating
+and writing an expert, and ``token`` reading a passage token.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Point:
     """A measured batch.
 
     Attributes:
-        batch, experts, words: B, K and L; K is 0 for closed-book answers.
-        cold: whether experts had to be generated.
-        seconds: of the whole batch.
+        batch, experts, words: B, K and L; K is 0 for closed-book answering.
+        cold: whether the experts were generated in this batch.
+        seconds: time of the whole batch.
     """
 
     batch: int
@@ -53,20 +54,20 @@ class Point:
 
     @property
     def terms(self) -> tuple[float, ...]:
-        """How often each of `TERMS` is in it."""
+        """The factor of each of `TERMS`."""
         generated = self.cold * self.batch * self.experts
         return 1, self.batch, self.batch * self.experts, float(self.cold), generated, generated * self.words
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of each of `TERMS`."""
+    """Coefficients of `TERMS`, in seconds."""
 
     coefficients: tuple[float, ...]
 
     @classmethod
     def fitted(cls, points: Sequence[Point]) -> CostModel:
-        """The model with the least squared relative deviation; no term is negative."""
+        """Fit non-negative coefficients by least squares of the relative deviations."""
         shares = np.array([point.terms for point in points]) / np.array([[point.seconds] for point in points])
         scale = shares.max(0)
         scale[scale == 0] = 1
@@ -78,9 +79,9 @@ class CostModel:
         return sum(coefficient * term for coefficient, term in zip(self.coefficients, terms, strict=True))
 
     def deviation(self, points: Sequence[Point]) -> float:
-        """The median relative deviation from what was measured."""
-        told = [self.seconds(point.batch, point.experts, point.words, point.cold) for point in points]
-        return statistics.median(abs(said / point.seconds - 1) for said, point in zip(told, points, strict=True))
+        """Median relative deviation of the model from the measurements."""
+        predicted = [self.seconds(point.batch, point.experts, point.words, point.cold) for point in points]
+        return statistics.median(abs(value / point.seconds - 1) for value, point in zip(predicted, points, strict=True))
 
     def rows(self, points: Sequence[Point]) -> list[Row]:
         return [
@@ -93,11 +94,14 @@ class CostModel:
 
 
 def draw(points: Sequence[Point], model: CostModel, path: Path) -> None:
-    """A PNG: milliseconds a question over batch size, experts, and length; marks are measured, lines the model's."""
+    """Write a PNG of milliseconds per question over batch size, number of experts and passage length.
+
+    Marks are measurements, lines the model.
+    """
     figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    # The lengths are measured at one batch size and number of experts; the other panels have the length of the rest.
+    # Passage length varies only at one batch size and number of experts; the other panels show the usual length.
     words = statistics.mode(point.words for point in points)
     at = next(point for point in points if point.words != words)
     usual = [point for point in points if point.words == words]
@@ -109,8 +113,8 @@ def draw(points: Sequence[Point], model: CostModel, path: Path) -> None:
         _curve(panels[1], chosen, model, "experts", f"batch {batch}", f"C{number}")
     chosen = [point for point in points if (point.batch, point.experts) == (at.batch, at.experts)]
     _curve(panels[2], chosen, model, "words", f"batch {at.batch}, K = {at.experts}", "C0")
-    for axes, label in zip(panels, ("questions in a batch", "K, experts a question", "words a passage"), strict=True):
-        axes.set(xlabel=label, ylabel="ms a question")
+    for axes, label in zip(panels, ("questions per batch", "experts per question", "words per passage"), strict=True):
+        axes.set(xlabel=label, ylabel="ms per question")
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize="small")
     for axes in panels[:2]:
@@ -121,7 +125,7 @@ def draw(points: Sequence[Point], model: CostModel, path: Path) -> None:
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     panels[2].set_ylim(bottom=0)
     figure.suptitle(
-        "marks: measured (filled: experts in the store; hollow: generated first); lines: the model (solid, dashed)"
+        "marks: measurements (filled: experts in the store; hollow: generated); lines: model (solid, dashed)"
     )
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -138,8 +142,8 @@ def _curve(axes: Axes, points: Sequence[Point], model: CostModel, over: str, lab
         axes.plot(x, measured, "o", color=colour, markerfacecolor=face, label=None if cold else label)
         steps = np.geomspace(x[0], x[-1], 60)
         shape = {"batch": chosen[0].batch, "experts": chosen[0].experts, "words": chosen[0].words, "cold": cold}
-        told = [
+        predicted = [
             1000 * model.seconds(**{**shape, over: step}) / (step if over == "batch" else shape["batch"])
             for step in steps
         ]
-        axes.plot(steps, told, "--" if cold else "-", color=colour, linewidth=1)
+        axes.plot(steps, predicted, "--" if cold else "-", color=colour, linewidth=1)

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against the truth: synthetic runs whose true mean is known, drawn many times over."""
+"""Coverage of the intervals and false alarms of the paired tests, over synthetic runs with a known true mean."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from genpoe_plugin.comparison.statistics import (
 DRAWS = 20_000
 SIGNIFICANT = 0.05
 EM = ((480, 0.0375), (480, 0.5), (100, 0.927), (60, 0.2))
-"""Questions, and the true share of right answers."""
+"""Number of questions, and true share of correct answers."""
 F1 = {"good": (0.8, 0.15, 0.5), "bad": (0.06, 0.06, 0.5), "even": (0.4, 0.3, 0.6), "smooth": (0.0, 1.0, 0.3)}
-"""Shares of whole answers and of partial ones, and the mean of those."""
+"""Share of answers with F1 1, share of partial answers, and mean F1 of the partial ones."""
 
 
 def rows(draws: int = DRAWS) -> list[Row]:
-    """The worst of every kind: coverage of the 95 % intervals, false alarms of the tests at 0.05."""
+    """Lowest coverage of each kind of 95 % interval, and highest false-alarm rate of each test at 0.05."""
     rng = np.random.default_rng(7)
     of = f"{draws:,} draws"
     covered = {
@@ -50,13 +50,13 @@ def rows(draws: int = DRAWS) -> list[Row]:
 
 
 def em_coverage(rng: np.random.Generator, n: int, share: float, draws: int) -> float:
-    """How often the interval of EM over ``n`` questions has the true share in it."""
+    """Coverage of the EM interval over ``n`` questions."""
     low, high = wilson_interval(rng.binomial(n, share, draws) / n, n)
     return float(((low <= share) & (share <= high)).mean())
 
 
 def f1_scores(rng: np.random.Generator, n: int, kind: str, draws: int) -> tuple[Floats, float]:
-    """Scores of many runs, [n, draws], and the true mean: whole answers, none, and partial ones between."""
+    """F1 scores of many runs, [n, draws], and the true mean. A score is 1, 0 or, for partial answers, in between."""
     whole, partial, mean = F1[kind]
     kinds = rng.random((n, draws))
     between = rng.beta(4 * mean, 4 * (1 - mean), size=(n, draws))
@@ -70,7 +70,7 @@ def f1_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 100) -
 
 
 def seeds_coverage(rng: np.random.Generator, draws: int) -> float:
-    """Of EM over three seeds, which are alike on a question more often than chance would have it."""
+    """Coverage of the interval of EM over three seeds, whose scores per question are correlated."""
     n, seeds, share = 120, 3, 0.1
     easy = rng.beta(share * 2, (1 - share) * 2, size=(n, draws))
     return _covering(rng.binomial(seeds, easy) / seeds, share)
@@ -82,14 +82,14 @@ def _covering(scores: Floats, mean: float) -> float:
 
 
 def mcnemar_alarms(rng: np.random.Generator, draws: int) -> float:
-    """Two runs that are equally good, and answer differently on one question in five."""
+    """False alarms for two equally good runs that differ on one question in five."""
     discordant = rng.binomial(400, 0.2, draws)
     wins = rng.binomial(discordant, 0.5)
     return float((mcnemar(wins, discordant - wins)[1] < SIGNIFICANT).mean())
 
 
 def paired_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 100) -> tuple[float, float]:
-    """Coverage and false alarms for pairs of equally good runs, in boards of some hundred with a bootstrap each."""
+    """Coverage and false alarms for pairs of equally good runs, with one bootstrap per board of 500 pairs."""
     covering, alarms, board = 0, 0, 500
     for seed, start in enumerate(range(0, draws, board)):
         count = min(board, draws - start)
@@ -104,7 +104,7 @@ def paired_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 10
 
 
 def family_alarms(rng: np.random.Generator, tables: int, n: int = 300, corrected: bool = True) -> float:
-    """Five equally good runs: any of the ten pairs significant is a false alarm of the whole table."""
+    """Share of tables of five equally good runs in which any of the ten pairs is significant."""
     right = rng.random((tables, n, 5)) < rng.beta(2, 2, size=(tables, n, 1))
     first, second = np.triu_indices(5, 1)
     a, b = right[:, :, first], right[:, :, second]

@@ -1,14 +1,14 @@
-"""Answering with experts, against the paper's flow, closed-book answering, and RAG; one process, on the CPU.
+"""Answering with experts against the paper's flow, closed-book answering and RAG, on a CPU.
 
-- `benchmarks.naive_flow` is the paper's method question by question; both give the same tokens, or there are no rows.
-- Ours is the lm-eval class in the mode ``genpoe``, ``cold`` with an empty expert store (a new object, its
-  hypernetwork loaded ahead) and ``warm`` when asked the same again; the paper's form, the memory form, and experts
-  in the attention of a quarter of the layers.
-- Closed-book answering, and RAG with the same passages in the prompt, are lm-eval's own HFLM.
+- `benchmarks.naive_flow` is the paper's method, one question at a time. Its answers must equal ours, token by token.
+- Ours is the lm-eval class in the mode ``genpoe``: ``cold`` with an empty expert store (a new object with a loaded
+  hypernetwork), ``warm`` for the same requests again. It runs with the paper's form, the memory form, and experts in
+  the attention of a quarter of the layers.
+- Closed-book answering and RAG with the same passages in the prompt use lm-eval's own HFLM.
 
-Passages and their rerank scores come with the docs, and no two are alike. All answers have the same number of tokens.
-Variants run interleaved; a ratio is the median of those of the single rounds. Floors are what the arithmetic of a
-variant, or the bytes that it has to read, would take at the rates of a square product and of a matrix times a vector.
+The docs bring passages with rerank scores; all passages differ. All answers have the same number of tokens. Variants
+run interleaved in one process, and a ratio is the median of the ratios per round. A floor is the larger of two times:
+the arithmetic at the rate of a square matrix product, and the bytes read at the rate of a matrix-vector product.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from genpoe_plugin.training.creation import attention_config
 
 BATCH, PASSAGES, WORDS, QUESTION_WORDS, NEW_TOKENS = 16, 4, 100, 10, 10
 PRODUCT = 2048  # side of the square product
-RATES = ("product", "read")  # works that are no answering
+RATES = ("product", "read")  # rates of the machine, not variants
 FORMS = ("paper", "memory", "attention")
 PICTURE = "cost_per_question.png"
 
 Rounds = dict[str, list[float]]
-"""Seconds a question of every work, a number for each round."""
+"""Seconds per question of every variant, one value per round."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    width: int  # of the LLM
+    width: int  # hidden size of the LLM
     layers: int
     rank: int
-    questions: int  # in batches of `BATCH`
-    single: int  # of them, one at a time
+    questions: int  # answered in batches of `BATCH`
+    single: int  # of these, also answered one at a time
     rounds: int
-    batches: tuple[int, ...]  # that the cost is modelled on
+    batches: tuple[int, ...]  # batch sizes for the cost model
     experts: tuple[int, ...]
     words: tuple[int, ...]
     cost_rounds: int
@@ -70,7 +70,7 @@ QUICK = Sizes(384, 6, 64, 16, 2, 2, (1, 16), (1, 4), (25, 100), 1)
 
 
 def questions(count: int, passages: int = PASSAGES, words: int = WORDS, seed: int = 0) -> list[dict[str, Any]]:
-    """Docs with passages and rerank scores; questions differ in length, so that batches need padding."""
+    """Docs with passages and rerank scores. Questions differ in length, so batches need padding."""
     rng = random.Random(seed)
     return [
         {
@@ -92,13 +92,13 @@ def questions(count: int, passages: int = PASSAGES, words: int = WORDS, seed: in
 
 
 def reading_layers(layers: int) -> tuple[int, ...]:
-    """A quarter of the layers, where pretrained LLMs read: from a third to two thirds of the way up."""
+    """A quarter of the layers, spread from one third to two thirds of the depth, where pretrained LLMs read."""
     count, low, high = max(1, layers // 4), layers // 3, 2 * layers // 3
     return tuple(sorted({high - step * (high - low) // max(1, count - 1) for step in range(count)}))
 
 
 def requests(docs: Sequence[dict[str, Any]], *, passages: int = 0, new_tokens: int = NEW_TOKENS) -> list[Instance]:
-    """What lm-eval asks of a model for these docs, with the best ``passages`` in the prompts."""
+    """lm-eval requests for these docs, with the best ``passages`` of each in the prompt."""
     gen_kwargs = {"until": ["\n"], "max_gen_toks": new_tokens, "do_sample": False}
 
     def prompt(doc: dict[str, Any]) -> str:
@@ -113,11 +113,11 @@ def requests(docs: Sequence[dict[str, Any]], *, passages: int = 0, new_tokens: i
 
 
 class Models:
-    """The LLM from a folder, and the classes that answer with it; they share its weights.
+    """A random LLM with a hypernetwork of each form, and the model classes over it, which share its weights.
 
     Args:
-        folder: where LLM and hypernetworks are written to.
-        sizes: theirs.
+        folder: output folder for LLM and hypernetworks.
+        sizes: sizes of LLM and hypernetworks.
     """
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
@@ -145,7 +145,7 @@ class Models:
             torch.manual_seed(1)
             network = Hypernetwork(self.configs[form])
         if form == "paper":
-            # Embeddings of a random LLM are so small that all passages would give one expert.
+            # Embeddings of a random LLM are so small that all passages would give the same expert.
             with torch.no_grad():
                 network.encoder.project.weight *= 300
         directory = self.checkpoints[form]
@@ -156,8 +156,8 @@ class Models:
         return HFLM(self.model, tokenizer=self.tokenizer, device="cpu", batch_size=batch)
 
     def ours(self, form: str, batch: int, passages: int = PASSAGES) -> GenPoELM:
-        """With an empty expert store."""
-        gc.collect()  # one that is done with refers to itself, and its store is large
+        """A new model with an empty expert store."""
+        gc.collect()  # earlier models are in reference cycles, and their stores are large
         return GenPoELM(
             self.model,
             tokenizer=self.tokenizer,
@@ -172,36 +172,36 @@ class Models:
         return NaiveFlow(self.model, self.tokenizer, checkpoint, layer, PASSAGES, NEW_TOKENS)
 
 
-def answers(lm: HFLM, asked: Sequence[Instance]) -> list[str]:
-    return lm.generate_until(list(asked), disable_tqdm=True)
+def answers(lm: HFLM, instances: Sequence[Instance]) -> list[str]:
+    return lm.generate_until(list(instances), disable_tqdm=True)
 
 
 def check_answers(models: Models, docs: Sequence[dict[str, Any]]) -> None:
     """Compare our answers with those of the naive flow.
 
     Raises:
-        RuntimeError: they differ, or experts make no difference, or an answer is shorter than it may be.
+        RuntimeError: they differ, experts do not change the answers, or an answer is too short.
     """
     expected = models.naive().answer_all(docs)
     for batch in (1, BATCH):
         if (found := answers(models.ours("paper", batch), requests(docs))) != expected:
             wrong = sum(one != other for one, other in zip(found, expected, strict=True))
-            raise RuntimeError(f"batch {batch}: {wrong} of {len(docs)} answers are not those of the naive flow")
+            raise RuntimeError(f"batch {batch}: {wrong} of {len(docs)} answers differ from those of the naive flow")
     others = [{**doc, "ctxs": docs[number - 1]["ctxs"]} for number, doc in enumerate(docs)]
     for what, other in (
         ("closed-book answers", answers(models.plain(BATCH), requests(docs))),
         ("answers with other passages", answers(models.ours("paper", BATCH), requests(others))),
     ):
         if 2 * sum(one != another for one, another in zip(expected, other, strict=True)) < len(docs):
-            raise RuntimeError(f"{what} are the same as with experts: equal tokens would say nothing")
+            raise RuntimeError(f"{what} are the same as with experts: the comparison shows nothing")
     if {len(answer.split()) for answer in expected} != {NEW_TOKENS}:
         raise RuntimeError(f"an answer has fewer than {NEW_TOKENS} tokens")
 
 
-def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, rounds: int) -> Rounds:
+def time_variants(models: Models, docs: Sequence[dict[str, Any]], single: int, rounds: int) -> Rounds:
     """Seconds per question of all variants, which run interleaved; the first round is warm-up.
 
-    ``product`` and ``read`` among them are seconds a FLOP of a square product, and a byte that is read.
+    ``product`` is in seconds per FLOP of a square matrix product, ``read`` in seconds per byte read.
     """
     naive = models.naive()
     plain = {batch: models.plain(batch) for batch in (1, BATCH)}
@@ -209,39 +209,49 @@ def time_works(models: Models, docs: Sequence[dict[str, Any]], single: int, roun
     rates = {"product": (product(PRODUCT, torch.float32), product_flops(PRODUCT)), "read": (read, read_bytes)}
     times: Rounds = {}
 
-    def note(name: str, asked: Sequence[Any], work: Callable[[], object], number: int) -> None:
-        taken = seconds(work) / len(asked)
+    def record(name: str, items: Sequence[Any], run: Callable[[], object], number: int) -> None:
+        taken = seconds(run) / len(items)
         if number:
             times.setdefault(name, []).append(taken)
 
     for number in tqdm(range(1 + rounds), desc="Timing evaluations"):
-        note("naive", docs[:single], lambda: naive.answer_all(docs[:single]), number)
+        record("naive", docs[:single], lambda: naive.answer_all(docs[:single]), number)
         for batch, part in ((1, docs[:single]), (BATCH, docs)):
-            asked = requests(part)
+            instances = requests(part)
             for form in FORMS:
                 lm = models.ours(form, batch)
                 for state in ("cold", "warm"):
-                    note(f"{form}_{state}_{batch}", asked, lambda lm=lm, asked=asked: answers(lm, asked), number)
+                    record(
+                        f"{form}_{state}_{batch}",
+                        instances,
+                        lambda lm=lm, instances=instances: answers(lm, instances),
+                        number,
+                    )
                 if form == "attention" and batch == BATCH:
                     first = requests(part, new_tokens=1)
-                    note("attention_first", first, lambda lm=lm, first=first: answers(lm, first), number)
-                    note("closed_book_first", first, lambda first=first: answers(plain[BATCH], first), number)
-                # Beside each, for these are the times that are compared most closely.
-                note(f"closed_book_{batch}_by_{form}", asked, lambda b=batch, a=asked: answers(plain[b], a), number)
-        asked = requests(docs, passages=PASSAGES)
-        for name, (work, amount) in rates.items():
-            note(name, range(amount), work, number)
-        note(f"rag_{BATCH}", asked, lambda asked=asked: answers(plain[BATCH], asked), number)
+                    record("attention_first", first, lambda lm=lm, first=first: answers(lm, first), number)
+                    record("closed_book_first", first, lambda first=first: answers(plain[BATCH], first), number)
+                # Closed-book runs right after each form, because these ratios are compared most closely.
+                record(
+                    f"closed_book_{batch}_by_{form}",
+                    instances,
+                    lambda b=batch, a=instances: answers(plain[b], a),
+                    number,
+                )
+        instances = requests(docs, passages=PASSAGES)
+        for name, (run, amount) in rates.items():
+            record(name, range(amount), run, number)
+        record(f"rag_{BATCH}", instances, lambda instances=instances: answers(plain[BATCH], instances), number)
     return times
 
 
 def ratio(times: Rounds, above: str, below: str) -> float:
-    """The median over rounds of one work's time over another's."""
+    """Median over rounds of the ratio of two variants' times."""
     return statistics.median(one / other for one, other in zip(times[above], times[below], strict=True))
 
 
 def ratio_rows(times: Rounds) -> list[Row]:
-    """The rows with aims, and those of the memory form."""
+    """Rows of ratios between variants."""
     closed_1, closed = "closed_book_1_by_paper", f"closed_book_{BATCH}_by_paper"
     cold, warm = f"paper_cold_{BATCH}", f"paper_warm_{BATCH}"
     speedup, batching = ratio(times, "naive", cold), ratio(times, closed_1, closed)
@@ -285,23 +295,24 @@ def _attention_rows(times: Rounds) -> list[Row]:
 
 
 def time_rows(times: Rounds) -> list[Row]:
-    """Milliseconds a question of every work."""
+    """Milliseconds per question of every variant."""
     medians = {name: 1000 * statistics.median(taken) for name, taken in times.items() if name not in RATES}
     return [Row(f"evaluation.{name}", value, "ms/question") for name, value in sorted(medians.items())]
 
 
 @dataclass(frozen=True)
 class Floors:
-    """The least that works can take at measured rates: in every pass the greater of arithmetic and of reading.
+    """Lower bounds of the variants' times at measured rates: per forward pass, the larger of arithmetic and reading.
 
     Attributes:
-        flops_rate, bytes_rate: a second, of a square product, and read by a matrix times a vector: the best round's,
-            for nothing can be faster than that.
-        body, head: numbers in the decoder layers, and in the output layer, which speaks for one position of each row.
+        flops_rate: FLOPs per second of a square matrix product, in its best round.
+        bytes_rate: bytes per second read by a matrix-vector product, in its best round.
+        body: parameters of the decoder layers.
+        head: parameters of the output layer, which runs for one position per row.
         expert: numbers in an expert of the paper's form.
-        unit: numbers that experts in the attention have for each token of a passage.
-        reading: share of the layers that read a passage for them.
-        generator: numbers in the hypernetwork.
+        unit: numbers in an expert in the attention per passage token.
+        reading: share of the layers that read a passage to make such an expert.
+        generator: parameters of the hypernetwork.
     """
 
     flops_rate: float
@@ -330,32 +341,32 @@ class Floors:
         )
 
     def one_pass(self, rows: int, tokens: int, experts: int) -> float:
-        """Seconds of a forward pass over so many tokens of each row, with so many experts a row, all of float32."""
+        """Seconds of a float32 forward pass with ``tokens`` and ``experts`` per row."""
         flops = 2 * rows * (tokens * (self.body + experts * self.expert) + self.head)
         read = 4 * (self.body + self.head + rows * experts * self.expert)
         return max(flops / self.flops_rate, read / self.bytes_rate)
 
     def answering(self, rows: int, tokens: int, experts: int = 0) -> float:
-        """Seconds of a batch's answers, with the prompt's ``tokens``."""
+        """Seconds of answering a batch with prompts of ``tokens``."""
         return self.one_pass(rows, tokens, experts) + (NEW_TOKENS - 1) * self.one_pass(rows, 1, experts)
 
     def generating(self, passages: int) -> float:
-        """Seconds of one pass of the paper's hypernetwork, what it writes among the bytes."""
+        """Seconds of one pass of the paper's hypernetwork; the bytes include the experts it writes."""
         flops = 2 * passages * self.generator
         return max(flops / self.flops_rate, 4 * (self.generator + passages * self.expert) / self.bytes_rate)
 
     def attending(self, rows: int, tokens: int, units: int) -> float:
-        """Seconds of a batch's answers with so many units of experts in the attention of each row."""
+        """Seconds of answering a batch with ``units`` of experts in the attention per row."""
         flops = 2 * rows * units * self.unit
         extra = max(4 * rows * units * self.unit / self.bytes_rate, flops / self.flops_rate)
         return self.answering(rows, tokens) + NEW_TOKENS * extra
 
     def reading_passages(self, tokens: int) -> float:
-        """Seconds of the LLM's pass over so many tokens of passages, up to the highest layer with experts."""
+        """Seconds of the LLM's pass over ``tokens`` of passages, up to the highest layer with experts."""
         return 2 * tokens * self.reading * self.body / self.flops_rate
 
     def rows(self) -> list[Row]:
-        tokens = QUESTION_WORDS + 5  # those of the prompt's own words
+        tokens = QUESTION_WORDS + 5  # with the words of the prompt template
         closed, warm = self.answering(BATCH, tokens), self.answering(BATCH, tokens, PASSAGES)
         cold = warm + self.generating(BATCH * PASSAGES)
         rag = self.answering(BATCH, tokens + 1 + PASSAGES * (WORDS + 1))
@@ -378,32 +389,32 @@ class Floors:
 
 
 def measure_cost(models: Models, sizes: Sizes) -> list[Point]:
-    """The time of one batch of the paper's form, over batch sizes, numbers of experts, and lengths of passages."""
+    """Times of batches with the paper's form, over batch sizes, numbers of experts and passage lengths."""
     shapes = [(batch, count, WORDS) for batch in sizes.batches for count in (0, *sizes.experts)]
     shapes += [(BATCH, PASSAGES, words) for words in sizes.words if words != WORDS]
     times: dict[tuple[int, int, int, bool], list[float]] = {}
     for number in tqdm(range(sizes.cost_rounds), desc="Timing batches"):
         for batch, count, words in shapes:
-            asked = requests(questions(batch, count, words, seed=number))
+            instances = requests(questions(batch, count, words, seed=number))
             lm = models.ours("paper", batch, count) if count else models.plain(batch)
             for cold in (True, False) if count else (False,):
-                taken = seconds(lambda lm=lm, asked=asked: answers(lm, asked))
+                taken = seconds(lambda lm=lm, instances=instances: answers(lm, instances))
                 times.setdefault((batch, count, words, cold), []).append(taken)
     return [Point(*shape, statistics.median(taken)) for shape, taken in times.items()]
 
 
 def measure(options: Options) -> list[Row]:
-    """The rows; with ``--out`` also a picture of what a question costs."""
+    """All rows; with ``--out`` also a plot of the cost per question."""
     sizes = QUICK if options.quick else FULL
     docs = questions(sizes.questions)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object says that it was given a model
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object warns that it got a loaded model
     with folder_of(options) as folder:
         models = Models(folder, sizes)
         check_answers(models, docs)
-        times = time_works(models, docs, sizes.single, sizes.rounds)
+        times = time_variants(models, docs, sizes.single, sizes.rounds)
         points = measure_cost(models, sizes)
         model = CostModel.fitted(points)
         draw(points, model, folder / PICTURE)
         if options.out is not None:
-            print(f"cost of a question: {folder / PICTURE}")
+            print(f"cost per question: {folder / PICTURE}")
     return [*ratio_rows(times), *time_rows(times), *Floors.at_rates_of(times, models).rows(), *model.rows(points)]

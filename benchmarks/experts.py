@@ -1,10 +1,10 @@
-"""Generating experts of the paper's size, against what a matrix product reaches, and against the memory it needs.
+"""Generating experts of the paper's size: rate against a matrix product, peak memory against weights and results.
 
-d 4096, r 512, h as wide as d (the paper's form on Llama-2-7B): 1.08 billion parameters, 8.4 million numbers an expert;
-64 passages at a time in bfloat16, on a GPU if there is one. About 5 GB. A process of its own does it (this module is
-that as well), so that nothing else is in the peak: on a CPU its resident memory, without what it had before the
-weights; on a GPU what torch says. Experts go where the expert store would have them: the first 64 into new memory,
-which counts in the peak, the others where those were.
+d 4096, r 512, h as wide as d (the paper's form on Llama-2-7B): 1.08 billion parameters, 8.4 million numbers per expert,
+64 passages per batch in bfloat16, on a GPU if there is one. Needs about 5 GB. This module also runs as a subprocess, so
+that nothing else counts in the peak. On a CPU the peak is the growth of resident memory from before the weights; on a
+GPU it is torch's peak. Experts are written to memory of the expert store: the first 64 to new memory, which counts in
+the peak, later ones to the same place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.unit_pool import UnitPool
 
-TOKENS = 128  # a passage, that of a hundred words
+TOKENS = 128  # per passage of a hundred words
 DTYPE = torch.bfloat16
 
 
@@ -46,42 +46,42 @@ QUICK = Sizes(1024, 128, 64, 2048, 3)
 
 
 def random_hypernetwork(config: HypernetworkConfig, device: str) -> Hypernetwork:
-    """A hypernetwork with random weights in `DTYPE`, which is never there in float32."""
+    """A hypernetwork with random weights, allocated directly in `DTYPE`."""
     with torch.device("meta"):
         network = Hypernetwork(config)
     network = network.to(DTYPE).to_empty(device=device).eval().requires_grad_(False)
     torch.manual_seed(0)
     for tensor in network.state_dict().values():
-        # One row, repeated: what the numbers are decides nothing, and a billion draws take their time.
+        # One row, repeated: the values do not matter, and a billion random numbers take long.
         tensor.copy_(torch.empty(tensor.shape[-1], device=device).uniform_(-0.05, 0.05))
     return network
 
 
 def numbers_of(network: Hypernetwork) -> int:
-    """All numbers that a hypernetwork holds, its base among them."""
+    """Number of parameters and buffers, including the base."""
     return sum(tensor.numel() for tensor in network.state_dict().values())
 
 
 def generation_flops(network: Hypernetwork, passages: int) -> int:
-    """Those of the products of the paper's form: two a weight of its linear layers and passage."""
+    """FLOPs of the paper's form: two per weight of its linear layers and passage."""
     layers = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
     return 2 * passages * sum(layer.weight.numel() for layer in layers)
 
 
 def resident_bytes(field: str) -> int:
-    """``VmRSS``, what this process has in memory, or ``VmHWM``, the most that it ever had."""
+    """Resident memory of this process: ``VmRSS`` is the current value, ``VmHWM`` the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def measure_here(sizes: Sizes) -> dict[str, float]:
-    """All numbers, in this process; its first large allocation is that of the weights."""
+    """Measure in this process, whose first large allocation must be the weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = HypernetworkConfig.preset("paper", hidden_size=sizes.width, layer=0, rank=sizes.rank)
     mask = torch.ones(sizes.passages, TOKENS, dtype=torch.bool, device=device)
     small = HypernetworkConfig.preset("paper", hidden_size=64, layer=0, rank=8)
     with torch.inference_mode():
-        # What the libraries set up for themselves at their first use is none of the generation's.
+        # Warm-up: what libraries allocate at first use must not count.
         random_hypernetwork(small, device)(torch.zeros(sizes.passages, TOKENS, 64, dtype=DTYPE, device=device), mask)
         gc.collect()
         before = 0 if device == "cuda" else resident_bytes("VmRSS")
@@ -100,16 +100,16 @@ def measure_here(sizes: Sizes) -> dict[str, float]:
         results = sum(weight.nbytes for weight in pool.weights)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM") - before
         read, read_bytes = reading(device)
-        works = {
+        variants = {
             "generation": generate,
             "single": lambda: generate(1),
             "product": product(sizes.product, DTYPE, device),
             "read": read,
         }
-        times: dict[str, list[float]] = {name: [] for name in works}
+        times: dict[str, list[float]] = {name: [] for name in variants}
         for number in tqdm(range(1 + sizes.rounds), desc="Timing generation"):
-            for name, work in works.items():
-                taken = seconds(work)
+            for name, run in variants.items():
+                taken = seconds(run)
                 if number:
                     times[name].append(taken)
     flops = generation_flops(network, sizes.passages)
@@ -129,7 +129,7 @@ def measure_here(sizes: Sizes) -> dict[str, float]:
 
 
 def rows_of(found: dict[str, float], sizes: Sizes) -> list[Row]:
-    """The rows for what `measure_here` found."""
+    """Rows from the result of `measure_here`."""
     product_rate = product_flops(sizes.product) / found["product"]
     moved = found["weights"] + found["results"]
     floor = max(found["flops"] / product_rate, moved / found["read_rate"])
@@ -147,7 +147,7 @@ def rows_of(found: dict[str, float], sizes: Sizes) -> list[Row]:
 
 
 def measure(options: Options) -> list[Row]:
-    """The rows, from a process of its own."""
+    """Measure in a subprocess."""
     found, _ = run_child(["-m", "benchmarks.experts", "quick" if options.quick else "full"], os.environ)
     return rows_of(found, QUICK if options.quick else FULL)
 

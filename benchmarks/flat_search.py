@@ -1,8 +1,8 @@
-"""``python -m benchmarks.flat_search default|ours FOLDER``: exact search, in a process of its own.
+"""``python -m benchmarks.flat_search default|ours FOLDER``: exact search in a subprocess.
 
-``default`` is FAISS as it comes, ``import faiss`` and an ``IndexFlatIP``; ``ours`` is the retriever over an index of
-type Flat, passages and all. Either prints milliseconds a question, the median of batches, and the rows that it found.
-FOLDER has the vectors in ``shards``, our index in ``index``, and ``queries.npy``.
+``default`` is FAISS with its default settings and an ``IndexFlatIP``; ``ours`` is the retriever over a Flat index,
+including the passages' texts. Both print the median time in milliseconds per question and the rows found. FOLDER has
+the vectors in ``shards``, our index in ``index``, and ``queries.npy``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Search = Callable[[np.ndarray], list[list[int]]]
 
 
 def default_search(folder: Path) -> Search:
-    import faiss  # not by genpoe_plugin, which would change its settings
+    import faiss  # not through genpoe_plugin, which changes its settings
 
     index = None
     for path in sorted((folder / "shards").glob("shard-*.npy")):

@@ -1,17 +1,17 @@
-"""Which form of hypernetwork learns what: the paper's, each option on top of it alone, and the memory form.
+"""Forms of hypernetworks compared: the paper's form, the same with one option changed, and the memory form.
 
-Two worlds, the demo's and `benchmarks.relations`; the LLM is the demo's, frozen. Every form takes the same steps over
-the same examples and is asked the same questions, about entities that it has not seen:
+There are two worlds, the demo's and `benchmarks.relations`; the frozen LLM is the demo's. All forms are trained for the
+same number of steps on the same examples, and evaluated on the same questions about unseen entities:
 
     single      with the passage that states the answer
-    four        with that and three that do not, all gates equal: no reranker says which
-    gated       with the same four, by a reranker that is barely right: gates of 0.4 and three of 0.2
-    diluted     with the same four, but those that do not at gates of 0, and the other still at a quarter
+    four        with that passage and three irrelevant ones, equal gates
+    gated       with the same four, gates of 0.4 for the right one and 0.2 for each other
+    diluted     with the same four, gates of 0.25 for the right one and 0 for the others
     shuffled    with another question's passage
-    random      with some other person's, place's or organisation's
+    random      with a passage about another entity
 
-Each form's learning rate is the one of `RATES` with the lowest loss on held-out questions of the training side, after
-a training of fewer steps. A run is a folder; those that are there already are not trained again.
+A form's learning rate is the one of `RATES` with the lowest loss on held-out questions of the training side, in a
+shorter training. Every run has a folder; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ from genpoe_plugin.training.hypernetwork import train_hypernetwork
 from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from genpoe_plugin.training.validation import Validation
 
-LAYER, RANK = 2, 16  # of five layers; the paper's rank is an eighth of the width as well
+LAYER, RANK = 2, 16  # the LLM has five layers; the rank is an eighth of its width, as in the paper
 RATES = (1.5e-3, 4e-3)
 SEEDS = (0, 1, 2)
 OUT = Path("forms-out")
 REACHED = 0.8
 GATES = {"gated": (0.4, 0.2, 0.2, 0.2), "diluted": (0.25, 0.0, 0.0, 0.0)}
 HELD_OUT = 0.04
-"""Share of the training side's entities that only choose the learning rate."""
+"""Share of the training side's entities held out to choose the learning rate."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A world's size, and how long is trained on it: to choose a rate, and then."""
+    """Size of a world, and number of training steps: to choose the learning rate, and for the final run."""
 
     entities: int
     tested: int
@@ -78,7 +78,7 @@ QUICK = {"demo": World(200, 10, 10, 40, 16, 10), "relations": World(200, 10, 10,
 
 @dataclass(frozen=True)
 class Form:
-    """A preset, and what is changed of the hypernetwork and of its training."""
+    """A preset, with changes to the hypernetwork and to its training."""
 
     preset: str = "paper"
     changes: dict[str, Any] = field(default_factory=dict)
@@ -107,19 +107,19 @@ FORMS = {
 
 
 def demo_questions(side: Side, entities: int, seed: int) -> list[Question]:
-    """The demo world's questions of one side; of four passages the first states the answer, the others are drawn."""
+    """Questions of one side of the demo's world. The first of four passages has the answer, the others are random."""
     world = make_world(seed, entities if side == "train" else 1, entities if side == "test" else 1)
     passages = {passage.id: passage for passage in world.passages}
     names = sorted(passages)
     rng = random.Random(f"genpoe-forms-{side}-{seed}")
     questions = []
-    for asked in world.questions[side]:
-        given = [passages[asked.passage_id]]
-        while len(given) < 4:
+    for item in world.questions[side]:
+        chosen = [passages[item.passage_id]]
+        while len(chosen) < 4:
             other = passages[rng.choice(names)]
-            if other not in given and asked.value not in other.text:
-                given.append(other)
-        questions.append(Question(asked.question, asked.answers, tuple(_ranked(given))))
+            if other not in chosen and item.value not in other.text:
+                chosen.append(other)
+        questions.append(Question(item.question, item.answers, tuple(_ranked(chosen))))
     return questions
 
 
@@ -132,7 +132,7 @@ def questions_of(world: str, side: Side, entities: int, seed: int) -> list[Quest
 
 
 def split(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
-    """Those to learn from, and those about held-out entities, told by the passage that answers."""
+    """Split into training questions and questions about held-out entities, by title of the first passage."""
     titles = sorted({question.passages[0].passage.title for question in questions})
     held = set(random.Random(0).sample(titles, max(1, round(HELD_OUT * len(titles)))))
     parts: tuple[list[Question], list[Question]] = ([], [])
@@ -142,7 +142,7 @@ def split(questions: Sequence[Question]) -> tuple[list[Question], list[Question]
 
 
 def conditions(questions: Sequence[Question], seed: int) -> dict[str, list[Question]]:
-    """What each question is asked with."""
+    """The questions under each condition but those of `GATES`, which use the questions of ``four``."""
     single = [replace(question, passages=question.passages[:1]) for question in questions]
     pool = [question.passages[0].passage for question in questions]
     shuffled = zip(single, controls.shuffled(single, seed), strict=True)
@@ -157,7 +157,7 @@ def conditions(questions: Sequence[Question], seed: int) -> dict[str, list[Quest
 
 
 class Curve:
-    """A validation that keeps count of the seconds between, which are those of training."""
+    """A validation that also measures the training time up to each of its calls."""
 
     def __init__(self, validation: Validation) -> None:
         self.validation = validation
@@ -166,7 +166,7 @@ class Curve:
 
     def measure(self, generator: ExpertGenerator, process: int, processes: int) -> dict[str, float]:
         before = self.seconds[-1] if self.seconds else 0.0
-        # What comes before the first measurement is no training.
+        # Time before the first validation is not training.
         self.seconds.append(before + time.perf_counter() - self.since if self.seconds else 0.0)
         self.generator = generator
         measures = self.validation.measure(generator, process, processes)
@@ -176,7 +176,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """One training, to choose a rate or to be told of."""
+    """One training: to choose the learning rate, or for the table."""
 
     world: str
     form: str
@@ -190,8 +190,8 @@ class Run:
         return out / kind / self.world / f"{self.form.strip('+ ')}-{self.rate}-{self.seed}"
 
 
-def carry_out(run: Run, out: Path) -> dict[str, Any]:
-    """Train and ask, unless the folder has the scores."""
+def train_and_evaluate(run: Run, out: Path) -> dict[str, Any]:
+    """Train and evaluate a run, or read its scores if they exist."""
     directory = run.directory(out)
     scores = directory / "scores.json"
     if scores.is_file():
@@ -200,19 +200,19 @@ def carry_out(run: Run, out: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     world, form = (QUICK if run.quick else WORLDS)[run.world], FORMS[run.form]
     model, tokenizer = load_language_model(str(LLM), dtype="float32")
-    learnt_from, held_out = split(questions_of(run.world, "train", world.entities, run.seed))
+    train, held_out = split(questions_of(run.world, "train", world.entities, run.seed))
     if not form.titles:
-        learnt_from, held_out = map(without_titles, (learnt_from, held_out))
+        train, held_out = map(without_titles, (train, held_out))
 
-    def asked(questions: Sequence[Question], most: int = 1) -> Validation:
-        return Validation(questions, model, tokenizer, layers=(LAYER,), num_passages=most, batch_size=64)
+    def validation(questions: Sequence[Question], num_passages: int = 1) -> Validation:
+        return Validation(questions, model, tokenizer, layers=(LAYER,), num_passages=num_passages, batch_size=64)
 
     if run.for_rate:
-        tests, curve = {}, Curve(asked(conditions(held_out, 0)["single"]))
+        tests, curve = {}, Curve(validation(conditions(held_out, 0)["single"]))
     else:
         test = questions_of(run.world, "test", world.tested, run.seed)
         tests = conditions(test if form.titles else without_titles(test), run.seed)
-        curve = Curve(asked(tests["single"]))
+        curve = Curve(validation(tests["single"]))
     arguments = HypernetworkTraining(
         max_steps=world.rate_steps if run.for_rate else world.steps,
         batch_size=world.batch_size,
@@ -222,7 +222,7 @@ def carry_out(run: Run, out: Path) -> dict[str, Any]:
         seed=run.seed,
         **form.training,
     )
-    examples = training_examples(learnt_from, titles=form.titles)
+    examples = training_examples(train, titles=form.titles)
     progress = train_hypernetwork(
         form.config(),
         arguments,
@@ -237,18 +237,18 @@ def carry_out(run: Run, out: Path) -> dict[str, Any]:
     }
     for name, questions in tests.items():
         with torch.no_grad():
-            found[name] = asked(questions, 4 if name == "four" else 1).measure(curve.generator, 0, 1)
+            found[name] = validation(questions, 4 if name == "four" else 1).measure(curve.generator, 0, 1)
         for name, gates in GATES.items() if tests else ():
-            weighed = asked(tests["four"], 4)
-            weighed.examples = [replace(example, gates=gates) for example in weighed.examples]
-            found[name] = weighed.measure(curve.generator, 0, 1)
+            gated = validation(tests["four"], 4)
+            gated.examples = [replace(example, gates=gates) for example in gated.examples]
+            found[name] = gated.measure(curve.generator, 0, 1)
     with atomic_file(scores) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
 def without_titles(questions: Sequence[Question]) -> list[Question]:
-    """The paper's passages are their texts alone."""
+    """Drop the titles of passages, as in the paper."""
     return [
         replace(
             question,
@@ -259,25 +259,25 @@ def without_titles(questions: Sequence[Question]) -> list[Question]:
 
 
 def reached(curve: Sequence[dict[str, float]]) -> dict[str, float] | None:
-    """The first point of a curve with an EM of `REACHED`."""
+    """The first point of a curve with an EM of at least `REACHED`."""
     return next((row for row in curve if row["em"] >= REACHED), None)
 
 
 def all_runs(out: Path, runs: Sequence[Run], title: str) -> list[dict[str, Any]]:
-    """One run a processor at a time, each with one thread."""
+    """Run one training per processor in parallel, each with one thread."""
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(carry_out, run, out) for run in runs]
+        futures = [pool.submit(train_and_evaluate, run, out) for run in runs]
         return [future.result() for future in tqdm(futures, desc=title)]
 
 
 def measure(options: Options) -> list[Row]:
-    """Train everything that ``out`` (by default `OUT`) lacks, write its ``table.md``, and tell the aims."""
+    """Train all runs missing in ``out`` (default `OUT`), write its ``table.md``, and return the rows with aims."""
     out, quick = options.out or OUT, options.quick
     worlds = QUICK if quick else WORLDS
-    tried = [Run(world, form, rate, 0, True, quick) for world in worlds for form in FORMS for rate in RATES]
+    rate_runs = [Run(world, form, rate, 0, True, quick) for world in worlds for form in FORMS for rate in RATES]
     losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for run, found in zip(tried, all_runs(out, tried, "Choosing rates"), strict=True):
+    for run, found in zip(rate_runs, all_runs(out, rate_runs, "Choosing rates"), strict=True):
         losses.setdefault((run.world, run.form), []).append((found["curve"][-1]["loss"], run.rate))
     rates = {key: min(found)[1] for key, found in losses.items()}
     runs = [
@@ -288,35 +288,35 @@ def measure(options: Options) -> list[Row]:
     scores: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run, found in zip(runs, all_runs(out, runs, "Training forms"), strict=True):
         scores.setdefault((run.world, run.form), []).append(found)
-    told = markdown(scores, rates)
+    text = markdown(scores, rates)
     with atomic_file(out / "table.md") as temporary:
-        temporary.write_text(told, encoding="utf-8")
-    click.echo(told)
+        temporary.write_text(text, encoding="utf-8")
+    click.echo(text)
     return rows(scores)
 
 
 def rows(scores: dict[tuple[str, str], list[dict[str, Any]]]) -> list[Row]:
-    """The aims: memory above the paper's form in every measure, and three irrelevant passages cost little."""
+    """Rows with the aims: memory beats the paper's form, and three irrelevant passages cost little."""
 
     def mean(world: str, form: str, condition: str, name: str = "em") -> float:
         return statistics.mean(found[condition][name] for found in scores[world, form])
 
-    told = []
+    result = []
     for world in dict.fromkeys(world for world, _ in scores):
         for condition in ("single", "four"):
             ahead = min(
                 mean(world, "memory", condition, name) - mean(world, "paper", condition, name) for name in ("em", "f1")
             )
-            told.append(Row(f"forms.{world}_{condition}_ahead_of_paper", 100 * ahead, "points", ">= 0"))
+            result.append(Row(f"forms.{world}_{condition}_ahead_of_paper", 100 * ahead, "points", ">= 0"))
         single = mean(world, "memory", "single")
-        kept = mean(world, "memory", "four") / single if single else 0.0
-        told.append(Row(f"forms.{world}_four_over_single", kept, "x", ">= 0.95"))
-        told.append(Row(f"forms.{world}_shuffled", 100 * mean(world, "memory", "shuffled"), "EM"))
-    return told
+        ratio = mean(world, "memory", "four") / single if single else 0.0
+        result.append(Row(f"forms.{world}_four_over_single", ratio, "x", ">= 0.95"))
+        result.append(Row(f"forms.{world}_shuffled", 100 * mean(world, "memory", "shuffled"), "EM"))
+    return result
 
 
 def markdown(scores: dict[tuple[str, str], list[dict[str, Any]]], rates: dict[tuple[str, str], float]) -> str:
-    """A table a world: means over seeds with the range, and when each seed reached `REACHED`."""
+    """One table per world: mean and range over seeds, and when each seed reached an EM of `REACHED`."""
     lines = []
     for world in dict.fromkeys(world for world, _ in scores):
         lines += [
@@ -326,15 +326,15 @@ def markdown(scores: dict[tuple[str, str], list[dict[str, Any]]], rates: dict[tu
             f"| EM {REACHED} after |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for (where, form), seeds in scores.items():
-            if where == world:
+        for (own_world, form), seeds in scores.items():
+            if own_world == world:
                 cells = [_spread(seeds, *key) for key in (("single", "em"), ("single", "f1"), ("four", "em"))]
                 cells += [_spread(seeds, name, "em") for name in (*GATES, "shuffled", "random")]
                 times = [reached(found["curve"]) for found in seeds]
-                told = "; ".join(
+                reached_after = "; ".join(
                     "not reached" if at is None else f"{at['step']} steps, {at['seconds']:.0f} s" for at in times
                 )
-                lines.append(f"| {form} | {rates[world, form]:g} | {' | '.join(cells)} | {told} |")
+                lines.append(f"| {form} | {rates[world, form]:g} | {' | '.join(cells)} | {reached_after} |")
         lines.append("")
     return "\n".join(lines)
 

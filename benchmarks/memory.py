@@ -1,4 +1,4 @@
-"""The most memory that tensors take at one moment, counted where they are made: on CPU as on any device."""
+"""Peak memory of tensors on any device, counted at their allocation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class _Alive(TorchDispatchMode):
-    """Counts every storage from the operation that makes it until it is freed."""
+    """Counts every storage from the operation that allocates it until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Alive(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], None], existing: Iterable[Tensor] = ()) -> int:
-    """The most bytes that tensors took at any moment of ``work``, ``existing`` ones, made before, among them."""
+    """Peak bytes of tensors during ``work``, including the ``existing`` ones."""
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in existing}
     alive = _Alive()
     alive.known(storages.values())
@@ -51,8 +51,8 @@ def peak_bytes(work: Callable[[], None], existing: Iterable[Tensor] = ()) -> int
 
 
 def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
-    """Parameters and buffers of a module, and what its optimizer keeps; gradients are dropped."""
+    """Parameters and buffers of a module and the state of its optimizer; gradients are dropped."""
     module.zero_grad(set_to_none=True)
-    kept = list(module.state_dict().values())
+    tensors = list(module.state_dict().values())
     states = optimizer.state.values() if optimizer else ()
-    return kept + [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return tensors + [value for state in states for value in state.values() if isinstance(value, Tensor)]

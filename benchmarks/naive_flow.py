@@ -1,8 +1,8 @@
-"""What our evaluation is measured against: the method of the paper, question by question.
+"""The baseline of the evaluation benchmark: the paper's method, one question at a time.
 
-Written down as the method is described, and from the numbers of a checkpoint alone: nothing of our experts, hooks,
-store or batching is in it. It does what a careful author would do without a design for many questions: a KV cache, no
-gradients, one pass of the hypernetwork a passage into whole float32 matrices, greedy decoding by transformers.
+It is written from the paper's description and reads only the weights of a checkpoint; it shares no code with our
+experts, injection, store or batching. It has a KV cache, no gradients, one pass of the hypernetwork per passage into
+full float32 matrices, and greedy decoding by transformers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class NaiveFlow:
     Args:
         model, tokenizer: a Llama in float32.
         checkpoint: directory of a hypernetwork of the preset ``paper``.
-        layer: that its experts stand in.
-        num_passages: at most how many experts a question has.
-        new_tokens: that an answer has.
+        layer: the layer with experts.
+        num_passages: maximum number of experts per question.
+        new_tokens: maximum number of tokens per answer.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class NaiveFlow:
 
     @torch.inference_mode()
     def answer(self, doc: Mapping[str, Any]) -> str:
-        """The answer to one question, from the best of its passages (``ctxs`` with ``rerank_score``)."""
+        """Answer one question with the best of its passages (``ctxs`` with ``rerank_score``)."""
         best = sorted(doc["ctxs"], key=lambda ctx: -ctx["rerank_score"])[: self.num_passages]
         gates = torch.tensor([ctx["rerank_score"] for ctx in best]).softmax(0).tolist()
         experts = [self.expert(ctx["text"]) for ctx in best]
@@ -78,7 +78,7 @@ class NaiveFlow:
         return self.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def expert(self, passage: str) -> Expert:
-        """The four matrices of one passage: what the hypernetwork generates for it, added to the base."""
+        """The four matrices of one passage: the base plus the output of the hypernetwork."""
         ids = self.tokenizer(passage, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :256]
         mean = self.model.get_input_embeddings()(ids).mean(1)
         code = torch.relu(functional.linear(mean, *self.project))

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for."""
+"""Options of a benchmark run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """What a benchmark is asked for.
+    """Options of a benchmark run.
 
     Attributes:
-        quick: a size for a few minutes.
-        out: a folder that keeps what is made on the way, and is used again.
-        data: a folder of real data.
-        reranker: directory or hub name of a trained one.
+        quick: use a small size.
+        out: folder that keeps intermediate files, to reuse them.
+        data: folder of real data.
+        reranker: directory or hub name of a trained reranker.
     """
 
     quick: bool = False
@@ -28,7 +28,7 @@ class Options:
 
 @contextmanager
 def folder_of(options: Options) -> Iterator[Path]:
-    """The folder ``out``, or one that is deleted in the end."""
+    """The folder ``out``, or a temporary one."""
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         yield options.out

@@ -1,4 +1,4 @@
-"""A random Llama with a tokenizer of a token a word, and texts for it. It never ends an answer by itself."""
+"""A random Llama, a tokenizer with one token per word, and random texts. The LLM never ends an answer by itself."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def random_llm(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The LLM (100 million parameters for a width of 768 and 12 layers) and its tokenizer; the same in every process.
+    """A random LLM (100 million parameters for a width of 768 and 12 layers) and its tokenizer; equal in every process.
 
-    Its embeddings of the end of text and of a new line are zeros, and so are their logits, since the embeddings are
-    tied: with the best of 16,000 others above them, every answer has all the tokens that it may have.
+    The embeddings of end of text and newline are zero. So are their logits, because embeddings are tied. One of the
+    other 16,000 logits is always larger, so every answer has the maximum number of tokens.
     """
     vocabulary = {word: number for number, word in enumerate([*MARKS, *(f"w{number}" for number in range(WORDS))])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -50,7 +50,7 @@ def random_llm(
         eos_token_id=vocabulary[END],
         pad_token_id=vocabulary[END],
     )
-    # Made where and as it is used: seven billion numbers in float32 would need twice the memory first.
+    # Created in the final dtype and on the final device: float32 would need twice the memory first.
     with torch.random.fork_rng(devices=[]), torch.device(device), default_dtype(dtype):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
@@ -61,7 +61,7 @@ def random_llm(
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors of floating point are of ``dtype``."""
+    """Set torch's default dtype inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -71,5 +71,5 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def random_text(rng: random.Random, words: int) -> str:
-    """So many words, each a token, as likely as any other."""
+    """``words`` uniformly random words of one token each."""
     return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(words))

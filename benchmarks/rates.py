@@ -1,4 +1,4 @@
-"""Seconds of a work, and works by which to tell what a machine does in the same run: FLOPs and bytes a second."""
+"""Timing of a call, and reference operations that measure the machine: FLOPs and bytes per second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The time of one call, on a GPU until what it started has ended."""
+    """Time of one call; on a GPU, until its kernels have finished."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
@@ -21,7 +21,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def product(size: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], torch.Tensor]:
-    """A square product, of ``product_flops(size)``."""
+    """A square matrix product of ``product_flops(size)``."""
     left, right = torch.rand(2, size, size, device=device).to(dtype)
     return lambda: left @ right
 
@@ -31,7 +31,7 @@ def product_flops(size: int) -> int:
 
 
 def reading(device: str = "cpu") -> tuple[Callable[[], torch.Tensor], int]:
-    """A work that reads weights as decoding does, a matrix too large for any cache times a vector; and its bytes."""
+    """A matrix-vector product that reads weights as decoding does, larger than any cache; and its bytes."""
     matrix = torch.zeros(32_768, 4096, device=device)
     vector = torch.zeros(4096, device=device)
     return lambda: matrix @ vector, matrix.nbytes

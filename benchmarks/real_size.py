@@ -1,8 +1,8 @@
-"""Experts in the attention of an LLM of real size, on a GPU: closed-book answering, RAG, and ours, in one process.
+"""Experts in the attention of an LLM of real size against closed-book answering and RAG, on a GPU.
 
-The LLM has the shape of Llama-3-8B in bfloat16 with random weights, and a vocabulary of 16,000 words. Batches of 16 and
-64 questions, four passages of a hundred words each, ten new tokens, experts in a quarter of the layers. Works take
-turns; a ratio is the median of those of the single rounds.
+The LLM has the shape of Llama-3-8B in bfloat16, with random weights and a vocabulary of 16,000 words. Batches have 16
+or 64 questions with four passages of a hundred words each; answers have ten tokens; a quarter of the layers has
+experts. Variants run interleaved in one process, and a ratio is the median of the ratios per round.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ QUICK = Sizes(256, 8, 64, 2, (4,), 2)
 
 
 def measure(options: Options) -> list[Row]:
-    """The rows; a small LLM with ``--quick``, which runs on a CPU too.
+    """All rows; ``--quick`` runs a small LLM on a CPU.
 
     Raises:
         InputError: there is no GPU for the full size.
@@ -60,7 +60,7 @@ def measure(options: Options) -> list[Row]:
     if not (options.quick or torch.cuda.is_available()):
         raise InputError("real-size: needs a GPU of 40 GB; --quick runs a small LLM on a CPU")
     sizes, device = (QUICK, "cpu") if options.quick else (FULL, "cuda")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object says that it was given a model
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # each new object warns that it got a loaded model
     model, tokenizer = random_llm(
         sizes.width,
         sizes.layers,
@@ -76,12 +76,12 @@ def measure(options: Options) -> list[Row]:
         rows = []
         for batch in sizes.batches:
             plain = HFLM(model, tokenizer=tokenizer, device=device, batch_size=batch)
-            rows += _rows(time_works(plain, checkpoint, batch, sizes.rounds), batch)
+            rows += _rows(time_variants(plain, checkpoint, batch, sizes.rounds), batch)
     size = footprint(config, torch.bfloat16).expert_bytes * (WORDS + 3)
     return [*rows, Row("real_size.expert_bytes", size, "bytes")]
 
 
-def time_works(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rounds:
+def time_variants(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rounds:
     """Seconds per question of all variants, which run interleaved; the first round is warm-up."""
     docs = questions(batch)
     times: Rounds = {}
@@ -94,7 +94,7 @@ def time_works(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rounds
             hypernetwork=str(checkpoint),
             num_passages=PASSAGES,
         )
-        for name, lm, asked in (
+        for name, lm, instances in (
             ("cold", ours, requests(docs)),
             ("cached", ours, requests(docs)),
             ("closed_book", plain, requests(docs)),
@@ -102,7 +102,7 @@ def time_works(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rounds
             ("closed_book_first", plain, requests(docs, new_tokens=1)),
             ("rag", plain, requests(docs, passages=PASSAGES)),
         ):
-            taken = seconds(lambda lm=lm, asked=asked: answers(lm, asked)) / batch
+            taken = seconds(lambda lm=lm, instances=instances: answers(lm, instances)) / batch
             if number:
                 times.setdefault(name, []).append(taken)
     return times
@@ -127,7 +127,7 @@ def _rows(times: Rounds, batch: int) -> list[Row]:
 
 
 def card_of(checkpoint: Path) -> ModelCard:
-    """The card of experts that nobody will publish."""
+    """A minimal card for experts that are not published."""
     return ModelCard(
         kind="experts",
         base_model="random",

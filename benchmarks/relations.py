@@ -1,8 +1,8 @@
 """A harder world than the demo's: who employs and who teaches whom.
 
-Every person has two passages, one about work and one about lessons. Each names the person as the one who acts and as
-the one who is acted upon, in the same words, so that only their order tells ("Ado employs Bek. Cor employs Ado.").
-Answers are surnames, and the surnames of either side are others: no value that a test asks for was seen in training.
+Every person has two passages, one about work and one about lessons. In each, the person is once the subject and once
+the object of the same verb, so only word order decides the answer ("Ado employs Bek. Cor employs Ado."). Answers are
+surnames. The two sides have different surnames, so no answer of the test side was seen in training.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def surnames(side: Side) -> list[str]:
 
 
 def related_questions(side: Side, people: int, seed: int) -> list[Question]:
-    """Four questions about each of ``people`` persons, in any order.
+    """Four questions about each of ``people`` persons, in random order.
 
-    A question has four passages: the one that states the answer, the person's other one, and two of other people.
+    A question has four passages: the one that states the answer, the person's other one, and two about other people.
     """
     rng = random.Random(f"genpoe-relations-{side}-{seed}")
     known = surnames(side)
     written: list[tuple[Passage, Passage]] = []
-    asked: list[tuple[str, str, int, int]] = []
+    items: list[tuple[str, str, int, int]] = []
     for person in range(people):
         own, *others = rng.sample(known, 1 + 2 * len(RELATIONS))
         name = f"{rng.choice(lexicon.FIRST_NAMES)} {own}"
@@ -47,19 +47,19 @@ def related_questions(side: Side, people: int, seed: int) -> list[Question]:
             ]
             rng.shuffle(sentences)
             passages.append(Passage(f"{person}-{number}", name, " ".join(sentences)))
-            asked += [
+            items += [
                 (template.format(name=name), answer, person, number)
                 for template, answer in zip(templates, answers, strict=True)
             ]
         written.append((passages[0], passages[1]))
     questions = []
-    for question, answer, person, number in asked:
-        given = [written[person][number], written[person][1 - number]]
-        while len(given) < 4:
+    for question, answer, person, number in items:
+        chosen = [written[person][number], written[person][1 - number]]
+        while len(chosen) < 4:
             other = rng.choice(rng.choice(written))
-            if other not in given and answer not in other.text:
-                given.append(other)
-        ranked = (RetrievedPassage(passage, 0.0, rank, has_answer=rank == 1) for rank, passage in enumerate(given, 1))
+            if other not in chosen and answer not in other.text:
+                chosen.append(other)
+        ranked = (RetrievedPassage(passage, 0.0, rank, has_answer=rank == 1) for rank, passage in enumerate(chosen, 1))
         questions.append(Question(question, (answer,), tuple(ranked)))
     rng.shuffle(questions)
     return questions

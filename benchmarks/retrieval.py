@@ -1,13 +1,14 @@
-"""Retrieval at the size of Wikipedia, over synthetic vectors (`clustered_vectors` says which).
+"""Retrieval at Wikipedia's scale, over the synthetic vectors of `clustered_vectors`.
 
-- Every index type that `choose_factory` offers for Wikipedia, with inverted lists for this size, and exact search and
-  two others beside them: build time, bytes a vector, milliseconds a question in batches of 64, and recall@20 of exact
-  search, as tuned by the build on held-out questions.
-- The one recommended for Wikipedia in 16 GB: its recall is measured at this size, with as many inverted lists as suit
-  it; only its bytes are projected to 21 million passages.
-- Our retriever against FAISS itself: the same index and settings, in turns, in one process.
-- Our exact search against that of FAISS as it comes: two processes, the same type, vectors, and number of threads.
-- The memory of `genpoe index build` from vectors that are there, with ``--memory 4GB``.
+- Index types: every type that `choose_factory` offers for Wikipedia, with the number of inverted lists for this size,
+  exact search, and two other types. Measured are build time, bytes per vector, milliseconds per question in batches of
+  64, and recall@20 of exact search, tuned by the build on held-out questions.
+- The type recommended for Wikipedia in 16 GB: recall is measured at this size, with the number of inverted lists for
+  this size; only its bytes are projected to 21 million passages.
+- Our retriever against FAISS itself: the same index and settings, interleaved in one process.
+- Our exact search against that of FAISS with default settings: separate processes, the same type, vectors and number of
+  threads.
+- Peak memory of `genpoe index build` from existing shards, with ``--memory 4GB``.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ from genpoe_plugin.retrieval.retriever import Retriever
 WIKIPEDIA = 21_015_324  # passages of psgs_w100
 MEMORY = 16 * 10**9  # bytes, for Wikipedia
 RECALL = 0.95
-TUNED_RECALL = 0.96  # asked of the build, since what is measured after it is the recall of other questions
+TUNED_RECALL = 0.96  # target of the build, above `RECALL` because recall is measured on other questions
 K, BATCH = 20, 64
-ROUNDS = 21  # of batches, where times are compared
-PROCESSES = 3  # of each kind, where settings that are made at load time are compared, in turns
+ROUNDS = 21  # batches per variant in time comparisons
+PROCESSES = 3  # interleaved subprocesses per variant, to compare load-time settings
 OTHERS = ("IVF4096,SQfp16", "IVF4096,RaBitQfs4")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    vectors: int  # that the index types are compared on
+    vectors: int  # for the comparison of index types
     queries: int
-    flat: int  # that exact search is compared on
-    build: int  # whose build's memory is measured
+    flat: int  # vectors for the comparison of exact search
+    build: int  # vectors for the peak memory of a build
 
 
 FULL = Sizes(vectors=1_000_000, queries=1_024, flat=300_000, build=2_000_000)
@@ -63,7 +64,7 @@ QUICK = Sizes(vectors=30_000, queries=512, flat=30_000, build=50_000)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one index type costs and finds."""
+    """Cost and recall of one index type."""
 
     factory: str
     build_seconds: float
@@ -74,7 +75,7 @@ class Measured:
 
 
 def measure(options: Options) -> list[Row]:
-    """The rows; a table of the index types and the arithmetic of the projection are printed on the way."""
+    """All rows; also prints a table of the index types and the projection to Wikipedia."""
     sizes = QUICK if options.quick else FULL
     with folder_of(options) as folder:
         corpus = ClusteredVectors(sizes.vectors)
@@ -96,12 +97,12 @@ def measure(options: Options) -> list[Row]:
 
 
 def with_lists_for(factory: str, count: int) -> str:
-    """The factory string with inverted lists of about 250 vectors, a power of 2 of them: 4096 for a million."""
+    """The factory string with a power of 2 of inverted lists of about 250 vectors each: 4096 for a million."""
     return re.sub(r"IVF\d+(_HNSW\d+)?", f"IVF{2 ** round(math.log2(count / 250))}", factory)
 
 
 def offered(count: int) -> Iterator[str]:
-    """Every index type that is chosen for Wikipedia with some memory, the largest first, with lists for ``count``."""
+    """Every index type that `choose_factory` offers for Wikipedia, largest first, with inverted lists for ``count``."""
     memory = None
     while True:
         try:
@@ -113,7 +114,7 @@ def offered(count: int) -> Iterator[str]:
 
 
 def exact_neighbours(shards: Shards, queries: np.ndarray, k: int = K) -> np.ndarray:
-    """The rows of the k largest inner products, int64 [n, k], a shard at a time."""
+    """Rows of the k largest inner products, int64 [n, k], computed shard by shard."""
     scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     start = 0
     for number in tqdm(shards.numbers, desc="exact search", unit="shard"):
@@ -129,14 +130,14 @@ def exact_neighbours(shards: Shards, queries: np.ndarray, k: int = K) -> np.ndar
 def compare_types(
     shards: Shards, queries: np.ndarray, held_out: Queries, factories: Iterable[str], recommended: str, folder: Path
 ) -> list[Row]:
-    """Build, measure and delete an index of each type, but for the recommended one, which is kept."""
+    """Build and measure an index of each type; only the recommended one is kept."""
     exact = exact_neighbours(shards, queries)
     results = []
     for factory in factories:
         directory = folder / ("recommended" if factory == recommended else "other")
         results.append(measure_type(shards, queries, exact, held_out, factory, directory))
         if factory != recommended:
-            forget(directory)
+            delete_index(directory)
         print(_line(results[-1]))
     print(f"\n{shards.count:,} vectors of {shards.dimension}, {len(queries):,} questions, {_threads()} threads")
     print("\n".join([_HEADER, *(_line(result) for result in results)]))
@@ -156,7 +157,7 @@ def compare_types(
 def measure_type(
     shards: Shards, queries: np.ndarray, exact: np.ndarray, held_out: Queries, factory: str, directory: Path
 ) -> Measured:
-    forget(directory)
+    delete_index(directory)
     begin = time.perf_counter()
     index = build_index(shards, directory, factory=factory, recall=TUNED_RECALL, queries=held_out)
     build_seconds = time.perf_counter() - begin
@@ -186,14 +187,14 @@ def _line(result: Measured) -> str:
 
 
 def project(wikipedia: str, recommended: str, count: int, folder: Path) -> list[Row]:
-    """The bytes of the recommended index over Wikipedia, by arithmetic, and how that fares at the size measured."""
+    """Compute the bytes of the recommended index over Wikipedia, and check the formula at the size measured."""
     measured = (folder / "recommended" / VECTORS).stat().st_size
     computed = index_bytes(recommended, count, DIMENSION)
     projected = index_bytes(wikipedia, WIKIPEDIA, DIMENSION)
     print(
         f"\n{recommended}: {measured:,} bytes measured at {count:,} vectors, {computed:,} computed\n"
         f"{wikipedia}: {projected:,} bytes computed at {WIKIPEDIA:,}"
-        f" = {projected / WIKIPEDIA:,.1f} bytes a vector; {measured / count:,.1f} measured x {WIKIPEDIA:,}"
+        f" = {projected / WIKIPEDIA:,.1f} bytes per vector; {measured / count:,.1f} measured x {WIKIPEDIA:,}"
         f" = {measured / count * WIKIPEDIA:,.0f}\n"
         "Only bytes are projected: recall is that of the size measured."
     )
@@ -204,18 +205,20 @@ def project(wikipedia: str, recommended: str, count: int, folder: Path) -> list[
 
 
 def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
-    """Our search over that of FAISS itself, with the same file and settings; and with the passages' texts."""
+    """Search time of our index, without and with passage texts, against FAISS with the same file and settings."""
     index = PassageIndex.load(directory)
     encoder = NumberedQuestions(index.encoder_name, queries)
     retriever = Retriever(index, encoder)
     direct = faiss.read_index(str(directory / VECTORS), faiss.IO_FLAG_MMAP_IFC)
     set_parameters(direct, index.manifest["search"]["parameters"])
     batch, questions = queries[:BATCH], encoder.questions[:BATCH]
-    # Ours looks one passage further, for ties, and what is refined is a multiple of that.
+    # Our search retrieves one more passage, to handle ties, and the number of refined candidates is a multiple of that.
     expected = direct.search(batch, K + 1)[1][:, :K]
     if (same := neighbour_recall(index.search(batch, K)[1], expected)) < 0.99:
-        raise RuntimeError(f"the same index and settings agree on {same:.1%} of the passages only")
-    times = in_turns(
+        raise RuntimeError(
+            f"our search and FAISS, with the same index and settings, agree on only {same:.1%} of the passages"
+        )
+    times = interleaved_times(
         {
             "faiss": lambda: direct.search(batch, K),
             "index": lambda: index.search(batch, K),
@@ -230,20 +233,20 @@ def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
     ]
 
 
-def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each work, one after the other in every round; the first round is warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+def interleaved_times(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each variant; all variants run in every round, and the first round is warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
-        for name, work in works.items():
+        for name, run in variants.items():
             begin = time.perf_counter()
-            work()
+            run()
             if number:
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def compare_with_default(count: int, folder: Path) -> list[Row]:
-    """Exact search of FAISS as it comes over ours; both find the same rows."""
+    """Time of exact search in FAISS with default settings, over ours; both must find the same rows."""
     corpus = ClusteredVectors(count)
     shards = write_shards(corpus, folder / "shards")
     np.save(folder / "queries.npy", corpus.queries(1_024))
@@ -258,8 +261,8 @@ def compare_with_default(count: int, folder: Path) -> list[Row]:
             times[name].append(found[name]["ms"])
     default, ours = (statistics.median(taken) for taken in times.values())
     same = np.mean([set(a) == set(b) for a, b in zip(found["default"]["rows"], found["ours"]["rows"], strict=True)])
-    if same < 0.99:  # but for ties, or sums that round otherwise
-        raise RuntimeError(f"exact search and exact search agree on {same:.1%} of the questions only")
+    if same < 0.99:  # ties and rounding may differ
+        raise RuntimeError(f"our exact search and that of FAISS agree on only {same:.1%} of the questions")
     return [
         Row("retrieval.default_flat_search", default, "ms/question"),
         Row("retrieval.our_flat_search", ours, "ms/question"),
@@ -268,19 +271,19 @@ def compare_with_default(count: int, folder: Path) -> list[Row]:
 
 
 def measure_build(count: int, folder: Path) -> list[Row]:
-    """The most memory that the command takes, from its start to its end."""
+    """Peak memory of `genpoe index build`."""
     directory = folder / f"shards-{count}"
     write_shards(ClusteredVectors(count), directory)
     out = folder / "built"
-    forget(out)
+    delete_index(out)
     command = ["-m", "train_cli", "index", "build", "--shards", directory, "--out", out, "--memory", "4GB"]
     _, peak = run_child(command, os.environ)
-    forget(out)
+    delete_index(out)
     return [Row("retrieval.build_vectors", count, ""), Row("retrieval.build_peak_gb", peak / 1e9, "GB", "<= 4")]
 
 
-def forget(directory: Path) -> None:
-    """Delete an index, and what an interrupted build of it would go on from."""
+def delete_index(directory: Path) -> None:
+    """Delete an index and the files of an interrupted build."""
     for path in (directory, building_directory(directory)):
         shutil.rmtree(path, ignore_errors=True)
 

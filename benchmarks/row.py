@@ -1,4 +1,4 @@
-"""One measured number with its aim, and the file and table that such rows end up in."""
+"""Measured values with their aims, as a table and as a JSON file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Row:
     """A measured value.
 
     Attributes:
-        target: the aim, as ``>= 3`` or ``<= 0.5``; None for what is only reported.
+        target: the aim, such as ``>= 3`` or ``<= 0.5``; None if there is no aim.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Row:
         if self.target is None:
             return None
         relation, bound = self.target.split()
-        # As Python's own: numpy's truth values and numbers are nothing that JSON knows.
+        # numpy booleans cannot be written as JSON.
         return bool(self.value >= float(bound) if relation == ">=" else self.value <= float(bound))
 
 
 def machine() -> dict[str, str | int | None]:
-    """Where it was measured, and with what."""
+    """Hardware and package versions."""
     try:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     except OSError:
@@ -65,7 +65,7 @@ def _version(package: str) -> str | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows for people."""
+    """The rows as aligned text."""
     lines = []
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
@@ -76,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """The rows, the machine and the command, as JSON."""
+    """Write the rows, the machine and the command as JSON."""
     record = {
         "rows": [{**asdict(row), "value": float(row.value), "holds": row.holds} for row in rows],
         "machine": machine(),

@@ -1,4 +1,4 @@
-"""Result folders as lm_eval writes them, of runs that never were."""
+"""Synthetic result folders in lm_eval's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATE = "2026-01-01T00-00-{:02d}.000000"
 
 
 def documents(count: int, passages: int = 0, task: str = "t") -> list[dict[str, Any]]:
-    """Docs of a task; the passage with the answer is the first, the second and so on, and in every fifth doc none."""
+    """Docs of a task. The passage with the answer has rank 1, 2, 3, 4 in turn; every fifth doc has none."""
     docs: list[dict[str, Any]] = []
     for number in range(count):
         doc: dict[str, Any] = {"question": f"{task}: what is number {number}", "answers": [f"answer {number}"]}
@@ -39,7 +39,7 @@ def documents(count: int, passages: int = 0, task: str = "t") -> list[dict[str, 
 def genpoe_facts(
     mode: str = "genpoe", passages: str = "retrieved", num_passages: int = 4, seed: int = 0, **facts: Any
 ) -> dict[str, Any]:
-    """What the genpoe model says of a run of its own."""
+    """The section ``genpoe`` that the genpoe model adds to the results of a run."""
     decided = {
         "mode": mode,
         "passages": passages,
@@ -86,28 +86,28 @@ def write_run(
     trace: bool = False,
     **report: Any,
 ) -> Path:
-    """Write the results and samples of a run below ``folder``; returns the results.
+    """Write the results and samples of a run below ``folder``; returns the path of the results.
 
     Args:
-        scores: metric to one value a doc.
-        genpoe: of `genpoe_facts`, for a run of the genpoe model.
-        trace: write that as well, as of a model that was given the first ``num_passages`` of each doc.
-        report: more of lm_eval's report.
+        scores: one value per doc for each metric.
+        genpoe: for a run of the genpoe model, the result of `genpoe_facts`.
+        trace: whether to write a trace, with the first ``num_passages`` of each doc.
+        report: further fields of lm_eval's report.
     """
     place = folder / "model"
     place.mkdir(parents=True, exist_ok=True)
     date = DATE.format(second)
     hashes, lines = [], []
     for number, doc in enumerate(docs):
-        asked, target = prompt.format(doc["question"]), str(doc["answers"])
-        found = [sha256(text.encode()).hexdigest() for text in (json.dumps(doc), asked, target)]
+        text, target = prompt.format(doc["question"]), str(doc["answers"])
+        found = [sha256(part.encode()).hexdigest() for part in (json.dumps(doc), text, target)]
         hashes += found
         lines.append(
             {
                 "doc_id": number,
                 "doc": doc,
                 "target": target,
-                "arguments": {"gen_args_0": {"arg_0": asked, "arg_1": {}}},
+                "arguments": {"gen_args_0": {"arg_0": text, "arg_1": {}}},
                 "resps": [[f" response {number}"]],
                 "filtered_resps": [f" response {number}"],
                 "filter": "none",
@@ -153,7 +153,7 @@ def _trace(
 ) -> Iterator[dict[str, Any]]:
     facts = genpoe["fingerprint"]
     for number, doc in enumerate(docs):
-        asked = prompt.format(doc["question"])
+        question_prompt = prompt.format(doc["question"])
         texts = [ctx["text"] for ctx in doc["ctxs"][: facts["num_passages"]]]
         retrieved = [
             {
@@ -162,7 +162,7 @@ def _trace(
             }
             for entry in passages_from_ctxs(doc["ctxs"], "")
         ]
-        given = [dict(ctx, title=f"Title {number}", gate=0.25) for ctx in retrieved[: facts["num_passages"]]]
+        used = [dict(ctx, title=f"Title {number}", gate=0.25) for ctx in retrieved[: facts["num_passages"]]]
         yield {
             "task": task,
             "doc_id": number,
@@ -170,8 +170,8 @@ def _trace(
             "mode": facts["mode"],
             "control": facts["passages"],
             "hypernetwork": facts["hypernetwork"],
-            "prompt_hash": sha256(asked.encode()).hexdigest(),
-            "prompt": knowledge_block(texts) + asked if facts["mode"] in PROMPT_MODES else asked,
+            "prompt_hash": sha256(question_prompt.encode()).hexdigest(),
+            "prompt": knowledge_block(texts) + question_prompt if facts["mode"] in PROMPT_MODES else question_prompt,
             "retrieved": retrieved,
-            "passages": given,
+            "passages": used,
         }

@@ -1,10 +1,10 @@
-"""Training the hypernetwork, against a straightforward implementation of the research code's loop.
+"""Training the hypernetwork against a straightforward implementation of the research code's loop.
 
-The alternative, `paper_loop`: one example at a time, float32, the whole LLM in the graph, logits of every position,
-an optimizer step for every example. Ours: the same examples in batches of 16, gradients of the branch and what is above
-it only. Both train the same form on the same LLM where speed is compared; memory is compared between that loop and the
-memory form. Experts in the attention are trained twice: with the states of passages kept from the epoch before,
-and with states that the LLM computes anew.
+The baseline, `paper_loop`, processes one example at a time in float32, with the whole LLM in the graph, logits of every
+position, and an optimizer step per example. Ours processes the same examples in batches of 16, with gradients only for
+the branch and the layers above it. Speed is compared with the same form and LLM; peak memory is compared between the
+baseline and the memory form. Experts in the attention are trained with passage states cached from the previous epoch,
+and without the cache.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REPEATS = 3
 
 
 def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A random Llama of about 100 million parameters and a tokenizer with a token a word."""
+    """A random Llama of about 100 million parameters and a tokenizer with one token per word."""
     return random_llm(WIDTH, LAYERS)
 
 
@@ -58,7 +58,7 @@ def paper_loop(
     optimizer: torch.optim.Optimizer,
     examples: Sequence[TrainingExample],
 ) -> None:
-    """One example, one step: the loop of the paper's code, written down as it is described."""
+    """The training loop of the research code: one optimizer step per example."""
     embed = model.get_input_embeddings()
     for example in examples:
         passage = torch.tensor([tokenizer.encode(example.passage)])
@@ -70,7 +70,7 @@ def paper_loop(
             return output + torch.relu(args[0] @ w1.mT @ w2.mT) @ w3.mT @ w4.mT
 
         hook = model.model.layers[LAYER].mlp.register_forward_hook(add)
-        # What enters the lowest layer requires a gradient, so the graph is of the whole LLM.
+        # The input of the lowest layer requires a gradient, so the graph covers the whole LLM.
         logits = model(inputs_embeds=embed(torch.tensor([prompt + answer])).detach().requires_grad_()).logits
         hook.remove()
         loss = functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(answer))
@@ -82,7 +82,7 @@ def paper_loop(
 def our_step(
     learner: HypernetworkLearner, optimizer: torch.optim.Optimizer, examples: Sequence[TrainingExample]
 ) -> None:
-    """The same examples as one batch."""
+    """One optimizer step over the same examples as one batch."""
     loss = learner.losses([Draw(0, number) for number in range(len(examples))], step=0).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -90,7 +90,7 @@ def our_step(
 
 
 def measure(options: Options) -> list[Row]:
-    """Time and memory of a step of 16 examples, ours over the loop's."""
+    """Time and peak memory of a step of 16 examples, ours against the baseline."""
     model, tokenizer = language_model()
     examples = training_set(BATCH)
     paper = HypernetworkConfig.preset("paper", hidden_size=WIDTH, layer=LAYER, rank=RANK)
@@ -111,21 +111,21 @@ def measure(options: Options) -> list[Row]:
         )
     }
     optimizers = {name: torch.optim.AdamW(learner.module.parameters(), lr=1e-4) for name, learner in learners.items()}
-    works: dict[str, Callable[[], None]] = {
+    variants: dict[str, Callable[[], None]] = {
         "loop": lambda: paper_loop(model, tokenizer, theirs, their_optimizer, examples),
         **{name: lambda name=name: our_step(learners[name], optimizers[name], examples) for name in learners},
     }
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in tqdm(range(1 + (1 if options.quick else REPEATS)), desc="Timing"):
-        for name, work in works.items():
-            taken = seconds(work)
-            if repeat:  # the first is warm-up
+        for name, run in variants.items():
+            taken = seconds(run)
+            if repeat:  # the first round is warm-up
                 times[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     frozen = tensors_of(model)
     parts = {"loop": (theirs, their_optimizer)}
     parts |= {name: (learner.module, optimizers[name]) for name, learner in learners.items()}
-    peaks = {name: peak_bytes(works[name], frozen + tensors_of(*parts[name])) for name in works}
+    peaks = {name: peak_bytes(variants[name], frozen + tensors_of(*parts[name])) for name in variants}
     return [
         Row("training.loop_examples_per_second", BATCH / medians["loop"], "examples/s"),
         Row("training.examples_per_second_ratio", medians["loop"] / medians["paper"], "x", ">= 3"),

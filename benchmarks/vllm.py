@@ -1,10 +1,10 @@
-"""Requests a second on vLLM: experts there, against experts on transformers and against the same LLM without any.
+"""Requests per second on vLLM with experts, against experts on transformers and against vLLM without experts.
 
-256 requests of one question each, with four passages of a hundred words of its own. Answers end where they end, after
-eight tokens on average and 32 at most; once more all have 16 tokens, the same work for every LLM, and what suits
-batches of transformers best. Timed is the whole of an lm-eval call but for the making of experts, which is the same
-for both libraries and told alone. Between repeats vLLM forgets prompts and expert sets; the experts are kept, as they
-are for a second task.
+There are 256 requests of one question each, each with its own four passages of a hundred words. Answers have eight
+tokens on average and at most 32. A second measurement has 16 tokens in all answers: the same work for every variant,
+and the best case for batches on transformers. Times cover the whole lm-eval call except generating experts, which is
+the same for both libraries and has rows of its own. Between repeats, vLLM's caches of prompts and expert sets are
+cleared; the experts stay in the store, as they do for a second task.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ EQUAL = {"until": ["no such word"], "max_gen_toks": 16, "do_sample": False}
 
 
 def requests(count: int, options: dict[str, Any]) -> list[Instance]:
-    """Questions that bring their passages along."""
+    """lm-eval requests whose docs bring their passages."""
     examples = training_set(count * PASSAGES)
-    asked = []
+    instances = []
     for number in range(count):
         own = examples[number * PASSAGES : (number + 1) * PASSAGES]
         ctxs = [
@@ -50,12 +50,12 @@ def requests(count: int, options: dict[str, Any]) -> list[Instance]:
         ]
         doc = {"question": own[0].question, "answers": ["w1"], "ctxs": ctxs}
         context = closed_book_prompt(doc["question"])
-        asked.append(Instance("generate_until", doc, (context, options), 0, ("benchmark", number, 1)))
-    return asked
+        instances.append(Instance("generate_until", doc, (context, options), 0, ("benchmark", number, 1)))
+    return instances
 
 
 def ending_words(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer with a line break at the end of every eighth word, so that a random LLM ends its answers."""
+    """The tokenizer with a line break after every eighth word, so that a random LLM ends its answers."""
     vocabulary = {
         f"{word}\n" if n % 8 == 0 and n >= len(MARKS) else word: n for word, n in tokenizer.get_vocab().items()
     }
@@ -65,7 +65,7 @@ def ending_words(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def write_parts(folder: Path) -> dict[str, str]:
-    """An LLM, and a hypernetwork of either form whose experts speak."""
+    """Write an LLM and a hypernetwork of each form whose experts change its answers."""
     model, words = language_model()
     tokenizer = ending_words(words)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -77,8 +77,8 @@ def write_parts(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("llm", *FORMS)}
 
 
-def forget(lm: Any) -> None:
-    """Have an engine meet every prompt and every expert set for the first time again."""
+def clear_caches(lm: Any) -> None:
+    """Clear the prompts and expert sets that a vLLM engine has cached."""
     engine = getattr(lm.model, "llm_engine", None)
     if engine is not None:
         engine.reset_prefix_cache()
@@ -86,21 +86,21 @@ def forget(lm: Any) -> None:
             engine.remove_lora(number)
 
 
-def requests_per_second(lm: Any, asked: Sequence[Instance], repeats: int, name: str) -> float:
-    """By the median time of the repeats, after a pass that makes the experts and warms everything else up."""
+def requests_per_second(lm: Any, instances: Sequence[Instance], repeats: int, name: str) -> float:
+    """Rate by the median time of the repeats, after a warm-up pass that also generates the experts."""
     taken = []
     for _ in tqdm(range(1 + repeats), desc=name):
-        forget(lm)
+        clear_caches(lm)
         before = lm.seconds["generate"]
-        lm.generate_until(list(asked), disable_tqdm=True)
+        lm.generate_until(list(instances), disable_tqdm=True)
         taken.append(lm.seconds["generate"] - before)
-    return len(asked) / statistics.median(taken[1:])
+    return len(instances) / statistics.median(taken[1:])
 
 
 def measure(options: Options) -> list[Row]:
-    """Every model class in its turn, and the ratios."""
+    """Measure every model class, one after the other, and the ratios."""
     check_vllm()
-    # With one process, no core of a small machine is set aside for the other.
+    # In one process, vLLM does not reserve a core of a small machine for a second one.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from genpoe_plugin.lm.hf import GenPoELM
@@ -109,7 +109,7 @@ def measure(options: Options) -> list[Row]:
     count, repeats = (32, 1) if options.quick else (REQUESTS, REPEATS)
     answers, equal = requests(count, ANSWERS), requests(count, EQUAL)
     rate: dict[str, float] = {}
-    making = 0.0
+    expert_seconds = 0.0
     with folder_of(options) as folder:
         parts = write_parts(folder)
 
@@ -120,26 +120,26 @@ def measure(options: Options) -> list[Row]:
         def vllm(mode: str, form: str = "memory") -> Any:
             return GenPoEVLLM(parts["llm"], mode=mode, hypernetwork=parts[form], max_num_seqs=REQUESTS, **ENGINE)
 
-        made: dict[str, Callable[[], Any]] = {
+        constructors: dict[str, Callable[[], Any]] = {
             "hf": hf,
             "plain_closed_book": lambda: vllm("closed_book"),
             "experts": lambda: vllm("genpoe"),
             "paper_experts": lambda: vllm("genpoe", "paper"),
         }
-        for name, make in made.items():
-            lm = make()
+        for name, construct in constructors.items():
+            lm = construct()
             rate[name] = requests_per_second(lm, answers, repeats, name)
             rate[f"{name}_equal"] = requests_per_second(lm, equal, repeats, f"{name}, equal lengths")
             if name == "experts":
-                making = lm.seconds["experts"]
+                expert_seconds = lm.seconds["experts"]
             del lm
             gc.collect()
-        # Prompts so long take most of the time, and every one of them as long as the next.
+        # Long prompts take most of the time and are equally long, so a quarter of the requests is enough.
         rate["plain_rag"] = requests_per_second(vllm("rag"), answers[: count // 4], 1, "plain_rag")
-    cold = count / (making + count / rate["experts"])
+    cold = count / (expert_seconds + count / rate["experts"])
     return [
         *(Row(f"vllm.{name}_requests_per_second", value, "requests/s") for name, value in rate.items()),
-        Row("vllm.experts_made_per_second", count * PASSAGES / making, "experts/s"),
+        Row("vllm.experts_made_per_second", count * PASSAGES / expert_seconds, "experts/s"),
         Row("vllm.over_hf", rate["experts"] / rate["hf"], "x", ">= 2"),
         Row("vllm.over_hf_equal_lengths", rate["experts_equal"] / rate["hf_equal"], "x"),
         Row("vllm.over_plain_closed_book", rate["experts_equal"] / rate["plain_closed_book_equal"], "x", ">= 0.6"),

@@ -1,4 +1,4 @@
-"""Reading plain or gzipped text, and writing so that a reader never sees half a file."""
+"""Reading of plain or gzipped text, and atomic writing of files and directories."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ from typing import BinaryIO, TextIO, cast
 from genpoe_plugin.errors import InputError
 
 PICKLES = (
-    "DPR publishes its embeddings and indexes as pickles, which are not read here, for unpickling can run anything;"
+    "DPR publishes its embeddings and indexes as pickles, which are not read, because unpickling can run any code;"
     " encode its passages instead: `genpoe data download data.wikipedia_split.psgs_w100`, then `genpoe index build`"
 )
 
 
 def refuse_pickles(path: str | Path) -> None:
-    """Raise an ``InputError`` with advice for a pickle, or a directory that has one."""
+    """Refuse a pickle, or a directory that has one.
+
+    Raises:
+        InputError: ``path`` is or has a pickle.
+    """
     path = Path(path)
     files = sorted(path.glob("*.pkl")) if path.is_dir() else [path] if path.is_file() else []
     for file in files:
         with file.open("rb") as content:
-            # No UTF-8 text begins with this byte; all pickles but those of Python 2 do.
+            # All pickles since protocol 2 begin with this byte; no UTF-8 text does.
             if file.suffix == ".pkl" or content.read(1) == b"\x80":
                 raise InputError(f"{file}: {PICKLES}")
 
 
 @contextmanager
 def open_text(path: str | Path) -> Iterator[TextIO]:
-    """Open ``path`` as UTF-8 text, through gzip where its name ends in ``.gz``.
+    """Open ``path`` as UTF-8 text, decompressed if its name ends in ``.gz``.
 
-    A byte order mark is dropped; newlines are left as they are.
+    A byte order mark is dropped; newlines are unchanged.
 
     Raises:
-        InputError: there is no such file, or it is not the gzip or UTF-8 that it should be.
+        InputError: there is no such file, or it is not valid gzip or UTF-8.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,23 +53,27 @@ def open_text(path: str | Path) -> Iterator[TextIO]:
         with cast(TextIO, opener(path, "rt", encoding="utf-8-sig", newline="")) as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error})") from error
+        raise InputError(f"{path}: damaged or incomplete gzip file ({error})") from error
     except UnicodeDecodeError as error:
         with cast(BinaryIO, opener(path, "rb")) as file:
-            if file.read(1) == b"\x80":  # the first byte of every pickle since 2003, and of no UTF-8
+            if file.read(1) == b"\x80":  # a pickle; see `refuse_pickles`
                 raise InputError(
-                    f"{path}: a pickle, which is not opened since that can run any code; DPR's questions, passages and"
-                    " results come as TSV and JSON (`genpoe data list`), embeddings from `genpoe index build`"
+                    f"{path}: a pickle, which is not read, because unpickling can run any code; DPR's questions,"
+                    " passages and results come as TSV and JSON (`genpoe data list`), embeddings from"
+                    " `genpoe index build`"
                 ) from error
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
 
 
 @contextmanager
 def atomic_file(target: str | Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` that becomes ``target`` when the block ends without an error.
+    """Yield a temporary path beside ``target`` that is renamed to ``target`` when the block ends without an error.
+
+    Args:
+        replace: whether to replace an existing file. Without, exactly one of several concurrent processes succeeds.
 
     Raises:
-        FileExistsError: ``target`` is there and not to be replaced; of several processes that make it, one succeeds.
+        FileExistsError: ``target`` exists and ``replace`` is false.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,23 +92,24 @@ def atomic_file(target: str | Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: str | Path, kept: str) -> Iterator[None]:
-    """Turn a full disk, or whatever else keeps ``path`` from being written, into one line, which ends in ``kept``."""
+def writing(path: str | Path, advice: str) -> Iterator[None]:
+    """Turn an error in writing ``path``, such as a full disk, into an ``InputError`` that ends in ``advice``."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {kept}") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
 
 
 def check_replaceable(target: str | Path, is_ours: Callable[[Path], bool], kind: str) -> None:
-    """Refuse to replace what is not ours: to be called before the work whose result `atomic_directory` writes.
+    """Check that `atomic_directory` may replace ``target``. Call it before the work, not after.
 
     Args:
-        target: where the result will be; it may be missing or an empty directory.
-        is_ours: whether what is there is a ``kind``, such as "an index", which may be replaced.
+        target: output path, which may be missing or an empty directory.
+        is_ours: whether a path holds a ``kind``, which may be replaced.
+        kind: description of the output, such as "an index".
 
     Raises:
-        InputError: something else is there.
+        InputError: ``target`` holds something else.
     """
     target = Path(target)
     empty = target.is_dir() and not any(target.iterdir())
@@ -123,9 +132,9 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
 
 
 def replace_directory(new: Path, target: Path) -> None:
-    """Give the directory ``new`` the name ``target``, on the same file system; what is there is removed."""
+    """Rename the directory ``new`` to ``target``, on the same file system; an existing ``target`` is deleted."""
     if target.exists():
-        # A directory cannot be renamed over a full one, so the old one steps aside first.
+        # A directory cannot be renamed over a non-empty one, so the old one is moved away first.
         old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
         target.replace(old / "previous")
         new.replace(target)
@@ -135,7 +144,7 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def file_digest(path: str | Path) -> str:
-    """The SHA-256 of a file's content.
+    """SHA-256 of a file's content.
 
     Raises:
         InputError: there is no such file.

@@ -1,14 +1,13 @@
 """Loading and scoring of the question answering tasks.
 
-A document has ``question`` (as the data has it), ``answers`` and, where the data brings passages, ``ctxs`` in DPR's
-form; tasks/README.md says which data that is. It comes from the hub, or from local files named by one lm-eval
-argument::
+A doc has ``question`` (unchanged), ``answers`` and, for data sets with passages, ``ctxs`` in DPR's format;
+tasks/README.md lists the data sets. Docs come from the hub, or from local files that one lm-eval argument names::
 
-    --metadata '{"genpoe_data": "FILE"}'                                  every genpoe task of the run
-    --metadata '{"genpoe_data": {"genpoe_nq": "FILE", "genpoe_tqa": "FILE"}}'   task by task
+    --metadata '{"genpoe_data": "FILE"}'                                  for all genpoe tasks
+    --metadata '{"genpoe_data": {"genpoe_nq": "FILE", "genpoe_tqa": "FILE"}}'   per task
 
-in any form that ``genpoe_plugin.data.questions`` reads: the authors' own files, the hub's Parquet files, DPR result
-JSON or JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task that is not named reads the file of its task.
+in any format of ``genpoe_plugin.data.questions``: the authors' own files, the hub's Parquet files, DPR result JSON or
+JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task without a file of its own reads that of its base task.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ HUB = {  # task: data set and split
     "genpoe_2wiki": (hub.TWO_WIKI, "validation"),
     "genpoe_mquake": (hub.MQUAKE, "CF3k"),
 }
-_NATS = "_nats"  # what ends the name of a task that scores the answers of another
+_NATS = "_nats"  # suffix of tasks that score the likelihood of answers
 TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", "genpoe_demo")
 Splits = dict[str, datasets.Dataset]
 
-# The `custom_dataset` of each task, which lm-eval calls with all of its metadata and model arguments.
+# The `custom_dataset` of each task. lm-eval calls it with all metadata and model arguments.
 
 
 def genpoe_nq(genpoe_data: Any = None, **_: Any) -> Splits:
@@ -86,23 +85,23 @@ def genpoe_squad_nats(genpoe_data: Any = None, **_: Any) -> Splits:
 
 
 def genpoe_demo(genpoe_data: Any = None, **_: Any) -> Splits:
-    """The demo has no data but a local file's."""
+    """The demo's questions, which exist only as a local file."""
     splits = _local("genpoe_demo", genpoe_data)
     if splits is None:
         raise InputError(
-            "genpoe_demo: no data; `genpoe demo` makes it and runs this task, "
-            """and its file can be given by --metadata '{"genpoe_data": "FILE"}'"""
+            "genpoe_demo: no data; run `genpoe demo`, which makes it, "
+            """or name a file with --metadata '{"genpoe_data": "FILE"}'"""
         )
     return splits
 
 
 def doc_to_text(doc: Mapping[str, Any]) -> str:
-    """The closed-book prompt; the genpoe model adds to it what its mode says."""
+    """The closed-book prompt. The genpoe model adds passages in the modes with passages in the prompt."""
     return closed_book_prompt(doc["question"])
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """EM, F1, and whether an answer is contained: of the first line of the generation that is not empty."""
+    """EM, F1 and containment of an answer, for the first non-empty line of the generation."""
     prediction, answers = first_line(results[0]), doc["answers"]
     return {
         "em": exact_match(prediction, answers),
@@ -112,33 +111,33 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 def process_popqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Besides, PopQA's own accuracy: whether an answer is a substring, in few forms of its letters."""
+    """Add PopQA's accuracy: whether an answer is a substring, as given, in lower case or capitalised."""
     return {**process_results(doc, results), "acc": popqa_accuracy(first_line(results[0]), doc["answers"])}
 
 
 def process_narrativeqa(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Besides, ROUGE-L, since answers are free text."""
+    """Add ROUGE-L, since answers are free text."""
     return {**process_results(doc, results), "rouge_l": rouge_l(first_line(results[0]), doc["answers"])}
 
 
 def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Besides, which case the question is of and whether it is right, for `any_of_a_case`."""
+    """Add the question's case and whether the answer is right, for `any_of_a_case`."""
     scores = process_results(doc, results)
     return {**scores, "multihop_acc": [doc.get("case") or doc["question"], scores["em"]]}
 
 
 def first_answer(doc: Mapping[str, Any]) -> str:
-    """What the tasks of likelihood score after the prompt."""
+    """The continuation whose likelihood the ``_nats`` tasks score."""
     return f" {doc['answers'][0]}"
 
 
 def process_nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Minus the log-likelihood of the first answer, all of its tokens together; lm-eval logs the answer beside it."""
+    """Negative log-likelihood of the first answer, summed over its tokens."""
     return {"nats": -results[0][0]}
 
 
 def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
-    """MQuAKE's multi-hop accuracy: the share of cases of which a question, whatever its wording, is answered."""
+    """MQuAKE's multi-hop accuracy: the share of cases with a right answer to at least one wording."""
     cases: defaultdict[str, float] = defaultdict(float)
     for case, score in items:
         cases[case] = max(cases[case], score)
@@ -146,10 +145,12 @@ def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
 
 
 def _local(task: str, data: Any) -> Splits | None:
-    """The local file that ``genpoe_data`` names for ``task``, or None where it names none."""
+    """The docs of the local file that ``genpoe_data`` names for ``task``; None if it names none."""
     if isinstance(data, Mapping):
         if unknown := sorted(set(data) - set(TASKS)):
-            raise InputError(f"genpoe_data: {unknown[0]!r} is no task that reads files; these do: {', '.join(TASKS)}")
+            raise InputError(
+                f"genpoe_data: {unknown[0]!r} is not a task with local files; these are: {', '.join(TASKS)}"
+            )
         data = data.get(task, data.get(task.removesuffix(_NATS)))
     if data is None:
         return None
@@ -167,7 +168,7 @@ def _hub(task: str) -> Splits:
         return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task.removesuffix(_NATS)])])
     except InputError as error:
         raise InputError(
-            f"""{task}: {error}; a local file can be given by --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
+            f"""{task}: {error}; to use a local file, give --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
         ) from error
 
 
@@ -180,7 +181,7 @@ def _doc(question: Question) -> dict[str, Any]:
 
 
 def _splits(docs: list[dict[str, Any]]) -> Splits:
-    """The split of ``docs``, without fields that are empty in all of them."""
+    """One split of ``docs``, without fields that are empty in all docs."""
     for field in ("case", "ctxs"):
         if not any(doc[field] for doc in docs):
             for doc in docs:

@@ -210,11 +210,15 @@ def test_the_hub_data_sets_are_the_default(monkeypatch: pytest.MonkeyPatch) -> N
     ("task", "data", "message"),
     [
         ("genpoe_nq", "missing.jsonl", "missing.jsonl: no such file"),
-        ("genpoe_nq", {"genpoe_nk": "x"}, "genpoe_data: 'genpoe_nk' is no task that reads files; these do: genpoe_nq,"),
+        (
+            "genpoe_nq",
+            {"genpoe_nk": "x"},
+            "genpoe_data: 'genpoe_nk' is not a task with local files; these are: genpoe_nq,",
+        ),
         ("genpoe_nq", 7, "genpoe_data: 7 is neither a file nor a mapping from task to file"),
         ("genpoe_nq", None, "genpoe_nq: cannot load google-research-datasets/nq_open from the hub"),
-        ("genpoe_demo", None, "genpoe_demo: no data; `genpoe demo` makes it"),
-        ("genpoe_demo", {"genpoe_nq": "x"}, "genpoe_demo: no data; `genpoe demo` makes it"),
+        ("genpoe_demo", None, "genpoe_demo: no data; run `genpoe demo`, which makes it"),
+        ("genpoe_demo", {"genpoe_nq": "x"}, "genpoe_demo: no data; run `genpoe demo`, which makes it"),
     ],
 )
 def test_bad_data_is_one_clear_line(task: str, data: Any, message: str) -> None:

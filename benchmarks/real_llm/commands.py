@@ -1,4 +1,4 @@
-"""The project's commands, as the studies run them."""
+"""Running `genpoe` commands as subprocesses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run_genpoe(*words: str | Path) -> None:
     """Run ``genpoe WORDS``, with its output in the terminal.
 
     Raises:
-        InputError: it failed.
+        InputError: the command failed.
     """
     command = [str(word) for word in words]
     done = subprocess.run([sys.executable, "-m", "train_cli", *command], stdin=subprocess.DEVNULL)
@@ -22,7 +22,7 @@ def run_genpoe(*words: str | Path) -> None:
 
 
 def whole_name(name: str) -> str:
-    """The absolute path of a directory; a hub name as it is.
+    """The absolute path of a directory; a hub name unchanged.
 
     Runs are recognised by their command, so the command must not depend on the working directory.
     """

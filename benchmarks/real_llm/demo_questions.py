@@ -1,4 +1,4 @@
-"""``python -m benchmarks real-llm demo-questions``: the questions that `genpoe demo` asks, from a study's."""
+"""``python -m benchmarks real-llm demo-questions``: the questions of `genpoe demo`, taken from a study."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.real_llm.questions import SETS, file_of
 from genpoe_plugin.data.questions import Question, read_questions, write_questions
 
 RETRIEVED = 4
-"""Passages of a question, besides its own where that is not among them."""
+"""Passages per question, besides the question's own passage if none of them has an answer."""
 
 
 @click.command("demo-questions")
@@ -19,7 +19,7 @@ RETRIEVED = 4
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON Lines file to write.")
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="Questions of each data set.")
 def demo_questions(study: Path, out: Path, limit: int) -> None:
-    """Write the first questions of each data set of a study, with the passages that MiniLM found for them."""
+    """Write the first questions of each data set of a study, with their retrieved passages."""
     questions = []
     for name in SETS:
         gold, ranked = (list(read_questions(file_of(study, name, purpose)))[:limit] for purpose in ("gold", "ranked"))
@@ -29,7 +29,7 @@ def demo_questions(study: Path, out: Path, limit: int) -> None:
 
 
 def with_own(ranked: Question, gold: Question) -> Question:
-    """The passages that were retrieved first, and the question's own one behind them if none of them has an answer."""
+    """The first retrieved passages, followed by the question's own passage if none of them has an answer."""
     first = ranked.passages[:RETRIEVED]
     if any(entry.has_answer for entry in first):
         return replace(ranked, passages=first)

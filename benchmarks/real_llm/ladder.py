@@ -1,7 +1,8 @@
-"""``real-llm study``: trained experts, beside untrained ones and beside RAG that learned as much.
+"""``real-llm study``: trained experts against untrained ones, and against RAG trained on the same questions.
 
-A cell is a training and its rows of the stock lm_eval: with the right passage, with another question's, and with one
-that is the same for all. What training teaches besides passages shows in the last, and in the adapter of RAG.
+A cell is one training and its evaluations (rows) with the stock lm_eval: with the right passage, with another
+question's passage, and with one passage for all questions. The last control and RAG's adapter show what training
+teaches besides reading passages.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ UNTRAINED, INT8, FOUR_EQUAL = "untrained", "int8", "four-equal"
 LORA = "rag_lora"
 LADDER = "ladder.json"
 IN_INT8 = ("window_4", "window_16")
-"""Trainings whose experts are also kept in int8."""
+"""Cells that are also evaluated with int8 experts."""
 COUNTS = (1, 2, 4, 8)
-"""Retrieved passages of a question."""
+"""Numbers of retrieved passages per question."""
 LABELS = {
     f"-{INT8}": f", {INT8}",
     "-experts": ", untrained experts",
@@ -52,7 +53,7 @@ LABELS = {
     f"-{FOUR_EQUAL}": "",
     **{f"-first-{count}": "" for count in COUNTS},
 }
-"""Ends of the names of rows, and what a table has beside the name of the training."""
+"""Suffix of a row's name to the text that follows the cell's name in the table."""
 COMPARED = ("em", "f1", "nats")
 
 
@@ -61,9 +62,9 @@ class Cell:
     """One training.
 
     Attributes:
-        options: of `genpoe train hypernetwork`, beside those that all cells share; None for the adapter of RAG.
-        pretrained: whether it learns from passages alone first, as many steps as from questions then.
-        several: whether it is also asked with several passages of equal gates.
+        options: options of `genpoe train hypernetwork` besides the shared ones; None for the adapter of RAG.
+        pretrained: whether training starts on passages alone, for as many steps as on questions.
+        several: whether the cell is also evaluated with several passages of equal gates.
     """
 
     name: str
@@ -73,11 +74,11 @@ class Cell:
 
 
 def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> list[Cell]:
-    """The ladder: one form for most, and cells that differ from it in one thing each.
+    """All cells of a study: most differ from ``window_4`` in one option.
 
     Args:
-        layers: of experts in the attention.
-        more_layers: of the cell that has more of them.
+        layers: layers with experts in the attention.
+        more_layers: layers of the cells named ``more_layers``; without them there are no such cells.
     """
 
     def attention(*options: str, window: int = 4, queries: bool = True, layout: str = "paragraph", own: Any = None):
@@ -115,18 +116,17 @@ def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> li
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a study of trainings is asked for.
+    """Settings of a study of trainings.
 
     Attributes:
-        study: its LLM, its questions and where everything goes; its rows are not run but for closed-book answering and
-            RAG.
-        layers: of experts in the attention.
-        training: file of questions with passages, for each data set.
-        arguments: of all trainings, without their seed.
-        lora_rank: of the adapter of RAG.
-        more_layers: as of `cells`.
-        passages: to learn from without questions.
-        jobs: trainings and rows that run at a time.
+        study: LLM, questions and output folder; of its own rows, only closed-book answering and RAG run.
+        layers: layers with experts in the attention.
+        training: files of training questions with passages, one per data set.
+        arguments: arguments of all trainings, except the seed.
+        lora_rank: rank of RAG's LoRA adapter.
+        more_layers: see `cells`.
+        passages: file of passages for pretraining.
+        jobs: number of trainings and rows to run in parallel.
     """
 
     study: Study
@@ -144,42 +144,42 @@ class Ladder:
 
     @property
     def _wanted(self) -> int:
-        """Questions that the steps need."""
+        """Number of training questions for all steps."""
         return (self.arguments.max_steps or 1) * self.arguments.batch_size
 
     @property
     def data(self) -> Path:
-        """The questions that all cells learn from."""
+        """File of the training questions of all cells."""
         return self.study.out / f"training-{self._wanted}.jsonl"
 
     def write_data(self) -> None:
-        """As many questions of each file as the steps need, drawn by seed 0, without those that the study asks.
+        """Sample the training questions from all files, without the study's evaluation questions.
 
-        Each has its passage, and the best of the others for BM25 that have no answer to it.
+        Each question has its own passage and BM25's best passages without an answer.
         """
         if self.data.is_file():
             return
-        asked = {
+        evaluated = {
             normalise_question(question.question).casefold()
             for name in self.study.files
             for question in read_questions(file_of(self.study.out, name, "gold"))
         }
-        drawn = []
+        sampled = []
         for file in self.training:
             questions = [
                 question
                 for question in with_gold(read_questions(file))
-                if normalise_question(question.question).casefold() not in asked
+                if normalise_question(question.question).casefold() not in evaluated
             ]
-            drawn += random.Random(0).sample(questions, min(-(-self._wanted // len(self.training)), len(questions)))
-        random.Random(1).shuffle(drawn)
-        write_questions(self.data, with_hard_negatives(drawn), purpose="training")
+            sampled += random.Random(0).sample(questions, min(-(-self._wanted // len(self.training)), len(questions)))
+        random.Random(1).shuffle(sampled)
+        write_questions(self.data, with_hard_negatives(sampled), purpose="training")
 
     def train(self, cell: Cell, seed: int) -> Path:
-        """The folder of a cell's checkpoint or adapter, which is made unless it is there.
+        """Train a cell, or resume it; returns the folder of its checkpoint or adapter.
 
         Raises:
-            InputError: the training failed, or it needs passages and the study has none.
+            InputError: the training failed, or it needs passages and there is no file of them.
         """
         out = self.study.out / "trained" / f"{cell.name}-{seed}"
         if cell.options is None:
@@ -189,7 +189,7 @@ class Ladder:
             self._run(self._command("--data", self.data, out, seed, cell.options), cell)
             return out
         if self.passages is None:
-            raise InputError(f"{cell.name}: the folder of data has no file of passages to learn from")
+            raise InputError(f"{cell.name}: the data folder has no file of passages for pretraining")
         first = out.with_name(f"{out.name}-passages")
         self._run(self._command("--pretrain", self.passages, first, seed, cell.options), cell)
         self._run(self._command("--data", self.data, out, seed, ("--init", str(first))), cell)
@@ -215,16 +215,16 @@ class Ladder:
             [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, env=processors_of_one(self.jobs)
         )
         if done.returncode:
-            raise InputError(f"{cell.name}: training stopped with status {done.returncode}; the same command resumes")
+            raise InputError(f"{cell.name}: failed with status {done.returncode}; rerun the same command to resume")
 
     def rows(self, cell: Cell, seed: int) -> list[StudyRow]:
-        """What is asked of a trained cell: the right passage, and the controls."""
+        """The evaluations of a trained cell: with the right passage, and the controls."""
         name, trained = f"{cell.name}-{seed}", self.study.out / "trained" / f"{cell.name}-{seed}"
         if cell.options is None:
-            # What has learned to read its prompt reads experts as well, though none of them was trained.
+            # The adapter was trained to read the prompt; it is also evaluated with untrained experts.
             experts = StudyRow(f"{name}-experts", "genpoe", layers=self.layers, adapter=trained / ADAPTER)
             row = StudyRow(name, "rag", adapter=trained / ADAPTER)
-            if seed:  # experts that none was trained for are asked with one adapter
+            if seed:  # untrained experts are evaluated with one adapter only
                 return [row]
             return [
                 row,
@@ -241,14 +241,14 @@ class Ladder:
         return rows
 
     def base_rows(self) -> list[StudyRow]:
-        """What trainings are compared with."""
+        """The rows without training."""
         untrained = StudyRow(UNTRAINED, "genpoe", layers=self.layers)
         four = StudyRow("rag_four", "rag", "hard", num_passages=DISTRACTORS + 1, curve=True)
         rows = [StudyRow("closed_book", "closed_book"), StudyRow("rag", "rag"), four]
         return [*rows, untrained, _in_int8(untrained), _four_equal(untrained)]
 
     def records(self) -> list[dict[str, Any]]:
-        """One for every finished row, of whichever command."""
+        """One record per finished row, also of earlier commands."""
         rows = {
             row.name: (_label(row.name, UNTRAINED) if row.name.startswith(UNTRAINED) else row.name, None, row)
             for row in self.base_rows()
@@ -289,7 +289,7 @@ class Ladder:
         return record
 
     def _size(self, row: StudyRow) -> dict[str, Any]:
-        """Numbers that were trained, bytes of a unit in 16 bits or as it is kept, and tokens of a unit."""
+        """Trained parameters, bytes per unit in 16 bits (or in int8), and tokens per unit."""
         parameters = 0
         if row.adapter is not None:
             weights = load_file(row.adapter / "adapter_model.safetensors")
@@ -301,7 +301,7 @@ class Ladder:
         else:
             config = read_config(row.checkpoint)
             size, parameters = footprint(config).expert_bytes // 2, footprint(config).parameters
-            window = config.window if config.head == "attention" else 10**9  # one unit, whatever the length
+            window = config.window if config.head == "attention" else 10**9  # one unit per passage
         if row.expert_dtype == INT8:
             width = self.study.shape.width
             size = unit_bytes(size // BYTES // width, width)
@@ -309,13 +309,13 @@ class Ladder:
 
 
 def _label(name: str, own: str) -> str:
-    """``own``, the name of a training or of a row without one, and what a table has for the rest of ``name``."""
+    """The name in the table: ``own``, a prefix of ``name``, with the `LABELS` text of the rest."""
     rest = name[len(own) :]
     return own + LABELS.get(rest, "")
 
 
 def _passage(row: StudyRow) -> str:
-    """What a row is asked with, for tables."""
+    """The passages of a row, as the table names them."""
     if row.purpose == "ranked":
         return f"{row.num_passages} retrieved"
     if row.purpose == "hard":
@@ -338,7 +338,7 @@ def _in_int8(row: StudyRow) -> StudyRow:
 
 
 def write_ladder(ladder: Ladder, command: str) -> Path:
-    """Write `LADDER` with all finished rows."""
+    """Write the file `LADDER` with all finished rows."""
     path = ladder.study.out / LADDER
     record = {
         "llm": Path(ladder.study.llm).name,

@@ -1,4 +1,4 @@
-"""A study of trainings for people: the Markdown section of one LLM."""
+"""The Markdown section of a study of trainings."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _CONTROLS = ("training", "seed", "passage", "n", "EM", "F1", "nats")
 
 
 def ladder_section(study: Mapping[str, Any]) -> str:
-    """The section of what ``ladder.json`` has."""
+    """The section for the content of ``ladder.json``."""
     rows = study["rows"]
     arguments = study["arguments"]
     facts = [
         f"- Experts in the attention are in the layers {' '.join(map(str, study['layers']))}.",
-        f"- {arguments['max_steps']} steps of {arguments['batch_size']} questions, at a rate of "
-        f"{arguments['learning_rate']:g}; NQ and SQuAD, train sides alone. `rag_lora` is RAG with an adapter of rank "
-        f"{study['lora_rank']}, trained on the same questions with their passages in the prompt.",
-        "- **of the prompt** is how much of what the untrained prompt gains in F1 is gained, **of RAG, trained** the "
-        "same of what trained RAG gains; KB are those of keys and values in 16 bits.",
+        f"- {arguments['max_steps']} steps of {arguments['batch_size']} questions at learning rate "
+        f"{arguments['learning_rate']:g}, from the training splits of NQ and SQuAD. `rag_lora` is RAG with a LoRA "
+        f"adapter of rank {study['lora_rank']}, trained on the same questions with their passages in the prompt.",
+        "- **of the prompt** is the gain in F1 over closed-book answering, divided by the gain of the passage in the "
+        "prompt; **of RAG, trained** divides by the gain of `rag_lora`. KB are those of keys and values in 16 bits.",
         f"- `{study['command']}`",
         f"- {', '.join(f'{name} {value}' for name, value in study['machine'].items() if value is not None)}",
     ]

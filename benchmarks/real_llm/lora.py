@@ -1,6 +1,7 @@
-"""RAG that learned as much as experts did: a LoRA adapter, trained on the same questions with their passages.
+"""``real-llm adapter``: a LoRA adapter for RAG, trained on the same questions as the experts.
 
-Training teaches how answers look as well, so what trained experts are worth is told by this, not by a plain prompt.
+Training also teaches the form of answers, so trained experts are compared with trained RAG, not only with a plain
+prompt.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
 
 class RagLearner:
-    """An LLM with an adapter, and questions with the passages that stand in their prompts.
+    """An LLM with a LoRA adapter that learns to answer with passages in the prompt.
 
     Args:
-        model, tokenizer: the LLM; it is changed in place.
-        examples: at least one.
-        rank: of the adapter, which is on all projections of the attention.
+        model, tokenizer: the LLM; it is modified in place.
+        examples: at least one example.
+        rank: rank of the adapter, which covers all projections of the attention.
     """
 
     name = "RAG adapter"
@@ -47,7 +48,7 @@ class RagLearner:
         arguments: HypernetworkTraining,
         rank: int,
     ) -> None:
-        self.tokenizer, self.drawn_from, self.arguments = tokenizer, examples, arguments
+        self.tokenizer, self.training_set, self.arguments = tokenizer, examples, arguments
         self.device = model.device
         targets = attention_projections(model)
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
@@ -57,16 +58,16 @@ class RagLearner:
 
     @property
     def examples(self) -> int:
-        return len(self.drawn_from)
+        return len(self.training_set)
 
     def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
-        """As those of a hypernetwork, with passages in the prompt and no experts."""
+        """Loss of each draw, as for a hypernetwork but with passages in the prompt and without experts."""
         arguments = self.arguments
-        drawn = [
-            draw_passages(self.drawn_from, draw.example, arguments.num_passages, draw.rng(arguments.seed, "passages"))
+        examples = [
+            draw_passages(self.training_set, draw.example, arguments.num_passages, draw.rng(arguments.seed, "passages"))
             for draw in draws
         ]
-        batch = make_batch(drawn, True, self.tokenizer)
+        batch = make_batch(examples, True, self.tokenizer)
         logits = answer_logits(cast(PreTrainedModel, self.module), batch, self.device)
         labels = batch.labels.to(logits.device)
         return mean_over_targets(token_losses(logits, labels), labels)
@@ -75,7 +76,7 @@ class RagLearner:
         return {}
 
     def save(self, directory: Path, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Without validation, what is to be saved is what there is."""
+        """Save the adapter's current weights; there is no validation to select others."""
         with atomic_directory(directory / ADAPTER) as temporary:
             cast(peft.PeftModel, self.module).save_pretrained(temporary)
 
@@ -85,15 +86,15 @@ ADAPTER = "adapter"
 
 @click.command()
 @click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Questions with passages.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the training.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="File of questions with passages.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the training.")
 @click.option("--steps", required=True, type=click.IntRange(1))
-@click.option("--batch-size", required=True, type=click.IntRange(1), help="Questions a step.")
+@click.option("--batch-size", required=True, type=click.IntRange(1), help="Questions per step.")
 @click.option("--learning-rate", required=True, type=float)
-@click.option("--rank", required=True, type=click.IntRange(1), help="Of the adapter.")
+@click.option("--rank", required=True, type=click.IntRange(1), help="Rank of the adapter.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--dtype", default="float32", show_default=True, help="Of the LLM.")
-@click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of the LLM.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the LLM.")
 def adapter(
     llm: str,
     data: Path,
@@ -106,7 +107,7 @@ def adapter(
     dtype: str,
     device: str,
 ) -> None:
-    """Train a LoRA adapter of an LLM on questions with their passages in the prompt."""
+    """Train a LoRA adapter on questions with their passages in the prompt. Rerun the same command to resume."""
     model, tokenizer = load_language_model(llm, device=device, dtype=dtype)
     model.requires_grad_(False)
     arguments = HypernetworkTraining(max_steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
@@ -123,13 +124,13 @@ def train_adapter(
     out: Path,
     identity: Mapping[str, Any],
 ) -> Path:
-    """Train an adapter, going on where it stopped; its folder, for ``peft=`` in model arguments.
+    """Train an adapter, or resume its training; returns its folder, for the model argument ``peft``.
 
     Args:
-        identity: of LLM and data.
+        identity: what identifies LLM and data.
 
     Raises:
-        InputError: ``out`` has another training.
+        InputError: ``out`` has a training with other arguments or data.
     """
     learner = RagLearner(model, tokenizer, examples, arguments, rank)
     identity = {**asdict(arguments), "rank": rank, "examples": len(examples), **identity}

@@ -1,4 +1,4 @@
-"""Means, differences and recovered shares, each with its 95 % interval."""
+"""Means, differences and recovered fractions with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from genpoe_plugin.comparison.statistics import (
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the ends of its 95 % interval."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -28,14 +28,14 @@ class Interval:
 
 
 def mean(column: Floats, *, share: bool) -> Interval:
-    """The mean of one value a question: Wilson's interval for a share between 0 and 1, Student's for nats."""
+    """Mean over questions: with Wilson's interval for shares between 0 and 1, with Student's for nats."""
     low, high = (mean_interval if share else t_interval)(column[:, None])
     return Interval(float(column.mean()), float(low[0]), float(high[0]))
 
 
 @dataclass(frozen=True, eq=False)
 class Paired:
-    """Columns of scores over the same questions, [questions, columns], and the same questions drawn again."""
+    """Columns of scores over the same questions, [questions, columns], and ``draws`` bootstrap samples of them."""
 
     columns: Floats
     draws: int = DRAWS
@@ -45,22 +45,22 @@ class Paired:
         return bootstrap_means(self.columns, self.draws)
 
     def difference(self, first: int, second: int) -> Interval:
-        """Of the means of two columns."""
+        """Difference of the means of two columns."""
         found = paired_bootstrap(self.columns.mean(0), self._resampled, np.array([[first, second]]), len(self.columns))
         return Interval(float(found.difference[0]), float(found.low[0]), float(found.high[0]))
 
-    def recovered(self, given: int, without: int, prompt: int) -> Interval | None:
-        """The share ``(given - without) / (prompt - without)`` of three columns' means.
+    def recovered(self, experts: int, without: int, prompt: int) -> Interval | None:
+        """The recovered fraction ``(experts - without) / (prompt - without)`` of three columns' means.
 
-        None where the interval of ``prompt - without`` has 0 in it: a share of what may be nothing says nothing.
+        None if the interval of ``prompt - without`` contains 0, since the prompt may then gain nothing.
         """
         whole = self.difference(prompt, without)
         if whole.low <= 0 <= whole.high:
             return None
         means = self.columns.mean(0)
-        drawn = self._resampled
-        shares = (drawn[:, given] - drawn[:, without]) / (drawn[:, prompt] - drawn[:, without])
+        resampled = self._resampled
+        shares = (resampled[:, experts] - resampled[:, without]) / (resampled[:, prompt] - resampled[:, without])
         tail = expanded_tail(len(self.columns))
         low, high = np.quantile(shares, [tail, 1 - tail])
-        value = (means[given] - means[without]) / (means[prompt] - means[without])
+        value = (means[experts] - means[without]) / (means[prompt] - means[without])
         return Interval(float(value), float(low), float(high))

@@ -1,4 +1,4 @@
-"""The files that a study ends up in: ``table.csv``, ``differences.csv``, ``table.json``, ``section.md``, pictures."""
+"""Output files of a study: ``table.csv``, ``differences.csv``, ``table.json``, ``section.md`` and plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ENDS = ("value", "low", "high")
 
 
 def write_study(study: Study, command: str) -> None:
-    """Write all files of a study into its folder, with the rows that are finished."""
+    """Write all output files of a study, with its finished rows, to its folder."""
     scores, names = study.scores(), list(study.files)
     found = {
         "llm": Path(study.llm).name,
@@ -52,7 +52,7 @@ def write_study(study: Study, command: str) -> None:
 
 
 def passage_tokens(study: Study) -> float:
-    """Of the right passages, on average, cut as experts are."""
+    """Mean number of tokens of the right passages, cut as for experts."""
     tokenizer = load_tokenizer(study.llm)
     strings = [
         entry.passage.string
@@ -65,7 +65,7 @@ def passage_tokens(study: Study) -> float:
 
 
 def _answered(path: Path) -> float:
-    """The share of questions whose passage has an answer."""
+    """Share of questions whose passage has an answer."""
     return fmean(bool(question.passages[0].has_answer) for question in read_questions(path))
 
 
@@ -74,10 +74,10 @@ def _draw(found: dict[str, Any], folder: Path) -> None:
     if not points:
         return
     places = {
-        "layers": ([point["number"] for point in points], f"layers with experts, of {found['depth']}"),
+        "layers": ([point["number"] for point in points], f"layers with experts (of {found['depth']})"),
         "bytes": (
             [point["bytes"] * found["passage_tokens"] / 1000 for point in points],
-            "kilobytes of a passage's experts, in 16 bits",
+            "KB per passage, in 16 bits",
         ),
     }
     for kind in PICTURES:

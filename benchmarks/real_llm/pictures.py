@@ -1,4 +1,4 @@
-"""What sets of layers recover, over their number and over the bytes of a passage."""
+"""Plots of the recovered fraction over the number of layers and over bytes per passage."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ TITLES = {"f1": "F1", "nats": "nats per answer token"}
 def draw_curve(
     points: Sequence[Mapping[str, Any]], places: Sequence[float], path: Path, *, title: str, axis: str
 ) -> None:
-    """Write a PNG of the recovered shares of F1 and nats, with their 95 % intervals.
+    """Write a PNG of the recovered fractions of F1 and nats with 95 % intervals.
 
     Args:
-        points: of `benchmarks.real_llm.results.curve`.
-        places: of each point on the horizontal axis, which ``axis`` names.
+        points: result of `benchmarks.real_llm.results.curve`.
+        places: x coordinate of each point.
+        axis: label of the x axis.
     """
-    # Through the object interface: pyplot would keep the figure, and choose a backend for the whole process.
+    # Not pyplot, which keeps every figure and selects a backend for the whole process.
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -50,7 +51,7 @@ def draw_curve(
             )
     for level in (0, 1):
         axes.axhline(level, color="#888888", linewidth=0.8, linestyle=":")
-    axes.set(title=title, xlabel=axis, ylabel="share of the prompt's gain")
+    axes.set(title=title, xlabel=axis, ylabel="recovered fraction")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right")

@@ -1,4 +1,4 @@
-"""The questions of a study and the passages that they are asked with, as one file for each data set and purpose."""
+"""The questions of a study with their passages: one file per data set and purpose."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.retriever import Retriever
 
 SETS = {"nq": NQ, "squad": SQUAD}
-"""Data set to the name of its file in a folder of data."""
+"""File pattern of each data set in the data folder."""
 PURPOSES = ("gold", "hard", "wrong_first", "retrieved", "ranked")
 DISTRACTORS = 3
 RANKED = 8
-"""Passages of a question whose purpose is ``ranked``."""
+"""Passages per question for the purpose ``ranked``."""
 LESS = -math.log(7)
-"""The rerank score of all passages but the first, whose score is 0: each has a seventh of its gate."""
+"""Rerank score of all passages but the first, whose score is 0: their gates are a seventh of its gate."""
 NEGATIVES = 7
-"""Passages without an answer that a training question has."""
+"""Passages without an answer per training question."""
 _NEGATIVES_AMONG = 30
-_DEPTH = 200  # passages among which distractors are looked for
+_DEPTH = 200  # retrieved passages to take distractors from
 
 
-def find_files(data: Path | None, named: Sequence[str]) -> dict[str, Path]:
-    """The file of each data set: those in the folder ``data``, or as ``named`` (``nq=FILE``), which goes first.
+def find_files(data: Path | None, entries: Sequence[str]) -> dict[str, Path]:
+    """The file of each data set, in the folder ``data`` or named by ``entries`` (``nq=FILE``), which take precedence.
 
     Raises:
-        InputError: there is none, or a name that is no data set's.
+        InputError: there are no files, or an entry names no data set.
     """
     files = {}
     for name, pattern in SETS.items():
         if data is not None and (found := sorted(data.rglob(pattern))):
             files[name] = found[0]
-    for entry in named:
+    for entry in entries:
         name, _, file = entry.partition("=")
         if name not in SETS or not file:
             raise InputError(f"--questions {entry}: give {' or '.join(f'{known}=FILE' for known in SETS)}")
@@ -52,18 +52,18 @@ def find_files(data: Path | None, named: Sequence[str]) -> dict[str, Path]:
 
 
 def with_gold(questions: Iterable[Question]) -> list[Question]:
-    """Each different question that brings a passage to answer from, with the first such passage alone."""
+    """The distinct questions that bring a passage with an answer, each with the first such passage only."""
     found: dict[str, Question] = {}
     for question in questions:
         gold = next((entry for entry in question.passages if entry.has_answer is not False), None)
         if gold is not None:
-            kept = replace(gold, rank=1, rerank_score=None, rerank_rank=None, has_answer=True)
-            found.setdefault(normalise_question(question.question).casefold(), replace(question, passages=(kept,)))
+            only = replace(gold, rank=1, rerank_score=None, rerank_rank=None, has_answer=True)
+            found.setdefault(normalise_question(question.question).casefold(), replace(question, passages=(only,)))
     return list(found.values())
 
 
 def with_hard_negatives(questions: Sequence[Question]) -> list[Question]:
-    """Questions with one passage each, and the `NEGATIVES` best of all their passages for BM25 that have no answer."""
+    """Questions with one passage each, extended by BM25's best `NEGATIVES` passages without an answer."""
     corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
     ranked = BM25(corpus).retrieve([question.question for question in questions], _NEGATIVES_AMONG)
     return [
@@ -78,16 +78,16 @@ def _negatives(question: Question, ranked: Sequence[RetrievedPassage]) -> list[R
 
 
 def sample(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """``count`` of the questions in an order drawn by ``seed``: fewer of them are the first of more of them."""
+    """A random sample of ``count`` questions. A smaller sample is the beginning of a larger one."""
     order = random.Random(seed).sample(range(len(questions)), len(questions))
     return [questions[number] for number in order[:count]]
 
 
 def distractors(question: Question, ranked: Sequence[RetrievedPassage]) -> tuple[RetrievedPassage, ...]:
-    """The best `DISTRACTORS` of the passages retrieved for a question that are not its own and have no answer to it.
+    """The best `DISTRACTORS` retrieved passages that are not the question's own and have no answer.
 
     Raises:
-        InputError: there are not as many.
+        InputError: there are fewer.
     """
     own = {entry.passage.string for entry in question.passages}
     wrong = [
@@ -97,18 +97,20 @@ def distractors(question: Question, ranked: Sequence[RetrievedPassage]) -> tuple
     ]
     if len(wrong) < DISTRACTORS:
         raise InputError(
-            f"{question.question!r}: only {len(wrong)} of {len(ranked)} retrieved passages are without an answer, "
-            f"where {DISTRACTORS} are needed; give a file with more passages"
+            f"{question.question!r}: only {len(wrong)} of {len(ranked)} retrieved passages have no answer, "
+            f"but {DISTRACTORS} are needed; give a file with more passages"
         )
     return tuple(wrong[:DISTRACTORS])
 
 
 def purposes(question: Question, ranked: Sequence[RetrievedPassage]) -> dict[str, Question]:
-    """The question as it is asked for each purpose.
+    """The question with the passages of each purpose.
 
-    gold: with its own passage. hard: with that first, and distractors. wrong_first: with the same four, of which a
-    distractor has the weight that the reranker should have given to the right one. retrieved: with the passage that
-    was retrieved first. ranked: with the first `RANKED` that were retrieved.
+    - gold: its own passage
+    - hard: its own passage, then distractors
+    - wrong_first: the same four, with a distractor in first place, which has the largest gate
+    - retrieved: the first retrieved passage
+    - ranked: the first `RANKED` retrieved passages
     """
     gold, wrong = question.passages, distractors(question, ranked)
     best = tuple(
@@ -137,19 +139,24 @@ def file_of(out: Path, name: str, purpose: str) -> Path:
 
 
 def write_files(files: Mapping[str, Path], out: Path, count: int, seed: int) -> None:
-    """Write the files of every data set that are not there: ``count`` questions of each, retrieval by MiniLM among the
-    passages of all of the data set's questions."""
+    """Write the missing files of every data set, with ``count`` questions each.
+
+    MiniLM retrieves from the passages of all questions of the data set.
+
+    Raises:
+        InputError: a file has too few questions, or too few passages without an answer.
+    """
     for name, source in files.items():
         if all(file_of(out, name, purpose).is_file() for purpose in PURPOSES):
             continue
         questions = with_gold(read_questions(source))
-        asked = sample(questions, count, seed)
-        if len(asked) < count:
-            raise InputError(f"{source}: {len(asked)} different questions with a passage, where --limit is {count}")
+        sampled = sample(questions, count, seed)
+        if len(sampled) < count:
+            raise InputError(f"{source}: {len(sampled)} distinct questions with a passage, but --limit is {count}")
         corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
         encoder = load_encoder(encoder_name())
         retriever = Retriever(index_of(corpus, encoder, out / "indexes" / name), encoder)
-        ranked = retriever.retrieve([q.question for q in asked], min(_DEPTH, len(corpus)), progress=True)
-        asked_for = [purposes(*pair) for pair in zip(asked, ranked, strict=True)]
+        ranked = retriever.retrieve([q.question for q in sampled], min(_DEPTH, len(corpus)), progress=True)
+        variants = [purposes(*pair) for pair in zip(sampled, ranked, strict=True)]
         for purpose in PURPOSES:
-            write_questions(file_of(out, name, purpose), (one[purpose] for one in asked_for), purpose=purpose)
+            write_questions(file_of(out, name, purpose), (one[purpose] for one in variants), purpose=purpose)

@@ -1,4 +1,4 @@
-"""``real-llm report``: the studies of several LLMs as one document."""
+"""``real-llm report``: join the studies of several LLMs into one document."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from genpoe_plugin.files import atomic_file
 
 INTRODUCTION = f"""# Experts in real LLMs
 
-Made by `python -m benchmarks real-llm table` for each LLM, and `real-llm report`. No LLM was changed, and nothing was
-trained: a passage's experts are the keys and values of its tokens in some of the LLM's own attention layers.
+Made by `python -m benchmarks real-llm table` and `real-llm study` for each LLM, and joined by `real-llm report`. The
+LLMs are frozen, except in rows with a LoRA adapter. Experts are untrained unless a section says otherwise: they are the
+keys and values of a passage's tokens in some of the LLM's own attention layers.
 
-- **Questions** are a sample of NQ-open and of SQuAD v1.1, each with one passage that has the answer. Distractors are
-  the {DISTRACTORS} passages that MiniLM finds first among those of the whole data set that have no answer.
-- **EM, F1, contains** are of the answer that the LLM writes, in %. **nats** is minus the log-likelihood of the first
-  accepted answer, for each of its tokens: less is better. Brackets have 95 % intervals; n is the number of questions.
-- **recovered** is how much of what the passage in the prompt gains the experts gain as well,
-  (row - closed_book) / (rag - closed_book): 0 is the LLM alone, 1 the passage in the prompt. It is not known where the
-  prompt itself does not gain for certain.
-- **Differences** are over the same questions in both rows: points of EM and F1, and nats.
-- **Layers**: all sets of layers over the same questions. Bytes are those of keys and values in 16 bits.
+- **Questions** are samples of NQ-open and SQuAD v1.1, each with one passage that has the answer. Distractors are the
+  {DISTRACTORS} passages without an answer that MiniLM ranks first, among the passages of the whole data set.
+- **EM, F1, contains** score the generated answer, in %. **nats** is minus the log-likelihood of the first accepted
+  answer, per token: lower is better. 95 % intervals are in brackets; n is the number of questions.
+- **recovered** is the recovered fraction, (row - closed_book) / (rag - closed_book): 0 is closed-book answering, 1 is
+  the passage in the prompt. It is "not known" where the interval of the prompt's own gain contains 0.
+- **Differences** are paired, over the questions of both rows: points of EM and F1, and nats.
+- **Layers** compares all sets of layers over the same questions. Bytes are those of keys and values in 16 bits.
 
-| row | what it is given |
+| row | meaning |
 |---|---|
 """
 
@@ -41,11 +41,14 @@ trained: a passage's experts are the keys and values of its tokens in some of th
 @click.argument("studies", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The Markdown file.")
 def report(studies: tuple[Path, ...], out: Path) -> None:
-    """Join STUDIES, folders that `real-llm table` wrote; pictures go into the folder `real` beside the file."""
+    """Join STUDIES, the folders of `real-llm table` and `real-llm study`.
+
+    Plots are copied to the folder `real` beside the file.
+    """
     found = [_read(folder) for folder in studies]
     names = [study["llm"] + (", trained" if "lora_rank" in study else "") for study in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"two studies of {twice[0]}; give one")
+        raise InputError(f"two studies of {twice[0]}; give only one of them")
     for folder in studies:
         for picture in sorted((folder / FOLDER).glob("*.png")):
             with atomic_file(out.parent / FOLDER / picture.name) as temporary:
@@ -65,4 +68,4 @@ def _read(folder: Path) -> dict:
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no study ({name} cannot be read); `real-llm table` makes one") from error
+        raise InputError(f"{folder}: no study ({name} cannot be read); run `real-llm table` to make one") from error

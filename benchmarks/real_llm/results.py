@@ -1,4 +1,4 @@
-"""The numbers of a study: one record for each row and data set, and the curve over layers."""
+"""Results of a study: one record per row and data set, and the curve over layers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Record = dict[str, Any]
 
 
 def sets_of(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Each data set alone, and all of them together where there are several."""
+    """Each data set alone and, if there are several, all of them together."""
     alone: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
     return {BOTH: tuple(names), **alone} if len(names) > 1 else alone
 
 
 def records(rows: Sequence[StudyRow], scores: Mapping[str, Scores], names: Sequence[str]) -> list[Record]:
-    """Of every row that has scores, in the order of ``rows``; comparisons with rows that have none are left out.
+    """Records of all rows with scores, in the order of ``rows``. Comparisons with rows without scores are left out.
 
     Args:
-        scores: by the name of the row.
-        names: of the data sets.
+        scores: scores by name of the row.
+        names: names of the data sets.
     """
     return [
         _record(row, label, together, scores)
@@ -56,18 +56,20 @@ def _record(row: StudyRow, label: str, together: Sequence[str], scores: Mapping[
     return record
 
 
-def _recovered(row: str, together: Sequence[str], scores: Mapping[str, Scores], most: int | None = None) -> Record:
+def _recovered(
+    row: str, together: Sequence[str], scores: Mapping[str, Scores], max_questions: int | None = None
+) -> Record:
     three = [scores[name] for name in (row, "closed_book", "rag")]
     found: dict[str, Interval | None] = {
-        name: Paired(paired(three, together, (name,), most)).recovered(0, 1, 2) for name in RECOVERED
+        name: Paired(paired(three, together, (name,), max_questions)).recovered(0, 1, 2) for name in RECOVERED
     }
     return {name: share and asdict(share) for name, share in found.items()}
 
 
 def curve(
-    rows: Sequence[StudyRow], scores: Mapping[str, Scores], names: Sequence[str], shape: Shape, most: int
+    rows: Sequence[StudyRow], scores: Mapping[str, Scores], names: Sequence[str], shape: Shape, max_questions: int
 ) -> list[Record]:
-    """What each set of layers recovers, over the same questions for all sets: the first ``most`` of each data set."""
+    """Recovered fractions of every set of layers, over the first ``max_questions`` of each data set."""
     if not {"closed_book", "rag"} <= scores.keys():
         return []
     reading = sorted((row for row in rows if row.reads_gold and row.name in scores), key=lambda row: len(row.layers))
@@ -78,8 +80,8 @@ def curve(
             "number": len(row.layers),
             "whole": not row.heads,
             "bytes": shape.bytes(row.layers, row.heads),
-            "n": len(paired([scores[row.name]], names, ("f1",), most)),
-            "recovered": _recovered(row.name, names, scores, most),
+            "n": len(paired([scores[row.name]], names, ("f1",), max_questions)),
+            "recovered": _recovered(row.name, names, scores, max_questions),
         }
         for row in reading
     ]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks real-llm router``: how much of the attention the passage with the answer has among several."""
+"""``python -m benchmarks real-llm router``: the share of the router's mass on the passage with the answer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from genpoe_plugin.model import GenPoEModel
 
 @click.command()
 @click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
-@click.option("--hypernetwork", required=True, help="Checkpoint of experts in its attention.")
+@click.option("--hypernetwork", required=True, help="Checkpoint of experts in the LLM's attention.")
 @click.option(
-    "--questions", "files", required=True, multiple=True, type=click.Path(path_type=Path), help="May be repeated."
+    "--questions",
+    "files",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File of questions; repeatable.",
 )
-@click.option(
-    "--num-passages", default=4, show_default=True, type=click.IntRange(2), help="The first of each question."
-)
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Questions of each file.")
-@click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the LLM.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the shares of all questions.")
+@click.option("--num-passages", default=4, show_default=True, type=click.IntRange(2), help="Passages per question.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Questions per file.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the LLM.")
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of the LLM.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the shares of all questions to this file.")
 def router(
     llm: str,
     hypernetwork: str,
@@ -39,15 +42,16 @@ def router(
     dtype: str,
     out: Path | None,
 ) -> None:
-    """Passages stand side by side with equal gates, so that the LLM's attention alone tells them apart.
+    """Measure how much of the attention on experts goes to the passage with the answer.
 
-    Counted are questions of which one passage has an answer and the others have none.
+    All passages have equal gates, so only the LLM's attention tells them apart. Only questions with exactly one passage
+    marked `has_answer` are used.
     """
     model = GenPoEModel.from_pretrained(llm, hypernetwork, device=device, dtype=dtype)
     right, experts, first = [], [], []
     for file in files:
-        asked = [question for question, _ in zip(read_questions(file), range(limit), strict=False)]
-        for question in tqdm(asked, desc=f"Weighing {file.name}"):
+        questions = [question for question, _ in zip(read_questions(file), range(limit), strict=False)]
+        for question in tqdm(questions, desc=f"Weighing {file.name}"):
             passages = question.passages[:num_passages]
             marks = [bool(entry.has_answer) for entry in passages]
             if len(marks) < num_passages or sum(marks) != 1:
@@ -58,12 +62,14 @@ def router(
             experts.append(sum(masses))
             first.append(own == max(masses))
     if not right:
-        raise InputError(f"none of the questions has {num_passages} passages of which just one is marked `has_answer`")
+        raise InputError(
+            f"none of the questions has {num_passages} passages of which exactly one is marked `has_answer`"
+        )
     share = mean(np.array(right), share=False)
     click.echo(
-        f"{len(right)} questions, {num_passages} passages: of the attention on experts, the passage with the answer "
-        f"has {share.value:.3f} ({share.low:.3f} to {share.high:.3f}), by chance {1 / num_passages:.3f}; most "
-        f"of it in {np.mean(first):.1%} of the questions. Experts have {np.mean(experts):.3f} of the softmax."
+        f"{len(right)} questions, {num_passages} passages: the passage with the answer has {share.value:.3f} "
+        f"({share.low:.3f} to {share.high:.3f}) of the attention on experts, by chance {1 / num_passages:.3f}, and the "
+        f"largest share in {np.mean(first):.1%} of the questions. Experts have {np.mean(experts):.3f} of the softmax."
     )
     if out is not None:
         with atomic_file(out) as temporary:

@@ -1,4 +1,4 @@
-"""The rows of a study, the most important first: each is one run of lm_eval."""
+"""The rows of a study, most important first. Each row is one evaluation with lm_eval."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from benchmarks.real_llm.questions import DISTRACTORS
 
 @dataclass(frozen=True)
 class StudyRow:
-    """One run of lm_eval over all data sets.
+    """One evaluation with lm_eval over all data sets.
 
     Attributes:
         mode, passages, num_passages, gates: arguments of the genpoe model.
-        purpose: of the file of questions (`benchmarks.real_llm.questions.PURPOSES`).
-        layers: that hold the experts; none in modes without experts.
-        heads: key-value heads of the layers, where not all.
-        checkpoint: of the experts; without it that of the study, which has all layers.
-        adapter: of the LLM, that has learned to read its prompt.
-        expert_dtype: in which experts are kept, where not in the LLM's.
-        curve: asked with the smaller number of questions.
-        against: rows that it is compared with, question by question.
+        purpose: purpose of the question file (`benchmarks.real_llm.questions.PURPOSES`).
+        layers: layers with experts; empty in modes without experts.
+        heads: key-value heads per layer; empty for all.
+        checkpoint: checkpoint of the experts; by default the study's, which has all layers.
+        adapter: LoRA adapter of the LLM.
+        expert_dtype: dtype of stored experts; by default the LLM's.
+        curve: whether the row uses the smaller number of questions, ``limit_curve``.
+        against: rows that it is compared with, paired by question.
     """
 
     name: str
@@ -41,7 +41,7 @@ class StudyRow:
 
     @property
     def reads_gold(self) -> bool:
-        """Whether its experts are those of the right passage alone, with nothing in the prompt."""
+        """Whether the row has the right passage, and only that, as an expert, and no passage in the prompt."""
         return (self.mode, self.purpose, self.passages) == ("genpoe", "gold", "retrieved")
 
 
@@ -49,24 +49,24 @@ MEANINGS = {
     "closed_book": "the LLM alone",
     "rag": "the right passage in the prompt",
     "genpoe": "the right passage as experts",
-    "genpoe_quarter": "the same in at most a quarter of the layers",
-    "genpoe_heads": "the right passage as experts of chosen key-value heads, in as many bytes as genpoe_quarter",
+    "genpoe_quarter": "the right passage as experts in at most a quarter of the layers",
+    "genpoe_heads": "the right passage as experts of selected key-value heads, in as many bytes as genpoe_quarter",
     "genpoe_all_layers": "the right passage as experts in all layers",
     "genpoe_shuffled": "another question's passage as experts",
     "genpoe_rag": "the right passage in the prompt and as experts",
-    "rag_retrieved": "the passage that MiniLM finds first, in the prompt",
-    "genpoe_retrieved": "the passage that MiniLM finds first, as experts",
-    "genpoe_random": "as experts a passage drawn at random that has no answer",
-    "genpoe_constant": "one passage as experts, the same for all questions",
-    "genpoe_none": "the model of `genpoe` without any passage: it has to equal `closed_book`",
+    "rag_retrieved": "the first passage retrieved by MiniLM, in the prompt",
+    "genpoe_retrieved": "the first passage retrieved by MiniLM, as experts",
+    "genpoe_random": "a random passage without an answer, as experts",
+    "genpoe_constant": "one passage for all questions, as experts",
+    "genpoe_none": "the model of `genpoe` without a passage; must equal `closed_book`",
     "genpoe_rag_shuffled": "another question's passage in the prompt and as experts",
     "rag_four": f"the right passage and {DISTRACTORS} hard distractors in the prompt, the right one first",
-    "genpoe_four": "the same four as experts; a distractor has a seventh of the right one's gate",
+    "genpoe_four": "the same four as experts; each distractor has a seventh of the right passage's gate",
     "genpoe_four_equal": "the same four as experts with equal gates",
-    "genpoe_four_wrong_first": "the same four as experts; a distractor has the great gate, the right one a seventh",
+    "genpoe_four_wrong_first": "the same four as experts; a distractor has the largest gate, each other a seventh",
     "layers_N": "the right passage as experts in N layers",
 }
-"""What each row is; an LLM has as many `layers_N` as it has sets of layers."""
+"""Meaning of each row. There is one `layers_N` per set of layers."""
 
 
 def study_rows(
@@ -79,11 +79,11 @@ def study_rows(
     """All rows of a study.
 
     Args:
-        sets: layers by their number.
-        main: the layers of all rows but those on layers.
-        quarter: of the row that names it.
+        sets: sets of layers by size.
+        main: layers of all rows that do not vary the layers.
+        quarter: layers of ``genpoe_quarter``.
         everything: all layers of the LLM.
-        heads: checkpoint, its layers and their key-value heads, of the row that names them.
+        heads: checkpoint, layers and key-value heads of ``genpoe_heads``.
     """
 
     def experts(
@@ -144,6 +144,6 @@ def study_rows(
     rows += [
         StudyRow(f"layers_{size}", "genpoe", layers=layers, curve=True, against=("closed_book", "rag"))
         for size, layers in sets.items()
-        if layers not in (main, quarter, everything)  # which have rows of their own
+        if layers not in (main, quarter, everything)  # these have their own rows
     ]
     return rows

@@ -1,4 +1,4 @@
-"""What every question of a row scored, read from the samples that lm_eval logged."""
+"""Scores per question of a row, read from the samples that lm_eval logged."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from genpoe_plugin.errors import InputError
 GENERATED = ("em", "f1", "contains")
 MEASURES = (*GENERATED, "nats")
 NATS = "_nats"
-"""What the name of a task ends in that scores the likelihood of the answers of another."""
+"""Suffix of the tasks that score the likelihood of answers."""
 
 Scores = dict[str, dict[str, Floats]]
-"""Data set, then measure, to one value a question, in the order of the file of questions."""
+"""Scores by data set and measure: one value per question, in the order of the question file."""
 Tokens = Callable[[str, str], int]
-"""How many tokens a continuation of a context has."""
+"""Counts the tokens of a continuation, given its context."""
 
 
 def tasks_of(names: Sequence[str], kind: str) -> tuple[str, ...]:
-    """The tasks of lm_eval for data sets: those that are answered, or (`NATS`) how likely the right answers are."""
+    """lm_eval tasks of the data sets: generated answers (``kind`` is empty) or likelihoods (`NATS`)."""
     return tuple(f"genpoe_{name}{kind}" for name in names)
 
 
 def kinds_of(tasks: Sequence[str]) -> set[str]:
-    """The kinds, as of `tasks_of`, that are among ``tasks``."""
+    """The kinds of ``tasks``, as in `tasks_of`."""
     return {NATS if task.endswith(NATS) else "" for task in tasks}
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Counts as lm_eval splits a text: what context and continuation have together beyond the context alone."""
+    """Count as lm_eval does: tokens of context and continuation minus tokens of the context."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -43,15 +43,15 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Tokens:
 
 
 def read_scores(folders: Sequence[Path], names: Sequence[str], tokens: Tokens, *, nats: bool = True) -> Scores:
-    """The scores of the row that lm_eval wrote to ``folders``.
+    """Read the scores of the row whose results are in ``folders``.
 
-    ``nats`` are those of the first accepted answer, divided by its tokens.
+    ``nats`` are per token of the first accepted answer.
 
     Args:
-        nats: whether they have to be there.
+        nats: whether results of the likelihood tasks are required.
 
     Raises:
-        InputError: results of a data set are missing, broken, or not of its first questions.
+        InputError: results of a data set are missing or broken, or are not those of its first questions.
     """
     runs, left_out = read_runs(folders, QuestionBook())
     if left_out:
@@ -69,10 +69,10 @@ def read_scores(folders: Sequence[Path], names: Sequence[str], tokens: Tokens, *
 
 
 def _samples(run: Run) -> list[Mapping]:
-    """In the order of the file of questions."""
+    """Samples in the order of the question file."""
     places = np.argsort(run.doc_ids)
     if run.doc_ids[places].tolist() != list(range(len(places))):
-        raise InputError(f"{run.samples}: not the first questions of the file")
+        raise InputError(f"{run.samples}: the samples are not the first questions of the file")
     return [run.sample(int(place)) for place in places]
 
 
@@ -90,19 +90,20 @@ def _nats(run: Run, tokens: Tokens) -> Floats:
     return np.array(found, np.float64)
 
 
-def paired(rows: Sequence[Scores], names: Sequence[str], measures: Sequence[str], most: int | None = None) -> Floats:
-    """Columns of several rows over the questions that all of them were asked: [questions, rows x measures].
+def paired(
+    rows: Sequence[Scores], names: Sequence[str], measures: Sequence[str], max_questions: int | None = None
+) -> Floats:
+    """Scores of several rows over their common questions: [questions, rows x measures].
 
-    The questions of one data set come after those of another. Of each, a row has the first of the file, so those in
-    common are the fewest.
+    Data sets follow each other. Every row has the first questions of each file, so the shortest row sets their number.
 
     Args:
-        names: data sets.
-        most: at most so many questions of each data set.
+        names: names of the data sets.
+        max_questions: maximum number of questions per data set.
     """
     parts = []
     for name in names:
         columns = [row[name][measure] for row in rows for measure in measures]
-        common = min([len(column) for column in columns] + ([most] if most is not None else []))
+        common = min([len(column) for column in columns] + ([max_questions] if max_questions is not None else []))
         parts.append(np.stack([column[:common] for column in columns], axis=1))
     return np.concatenate(parts)

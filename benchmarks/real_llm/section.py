@@ -1,4 +1,4 @@
-"""A study's numbers for people: the Markdown section of one LLM."""
+"""The Markdown section of a study."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def picture_name(llm: str, kind: str) -> str:
 
 
 def section(study: Mapping[str, Any]) -> str:
-    """The section of a study, of what its ``table.json`` has."""
+    """The section for the content of ``table.json``."""
     blocks = [f"## {study['llm']}", _facts(study)]
     records = study["records"]
     for label in dict.fromkeys(record["questions"] for record in records):
@@ -40,11 +40,11 @@ def _facts(study: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in study["machine"].items() if value is not None)
     return "\n".join(
         [
-            f"- {study['depth']} layers; n counts the questions of an answer's scores; nats are of the first "
-            f"{study['settings']['limit_nats']} of each data set.",
-            f"- Rows without a number of layers have experts in {len(main)}: {' '.join(map(str, main))}.",
+            f"- {study['depth']} layers. n is the number of questions with generated answers; nats use the first "
+            f"{study['settings']['limit_nats']} questions of each data set.",
+            f"- Rows without a number of layers have experts in {len(main)} layers: {' '.join(map(str, main))}.",
             f"- A passage has {study['passage_tokens']:.0f} tokens on average (at most 256).",
-            f"- The passage that MiniLM finds first has an answer: {retrieved}.",
+            f"- The first passage retrieved by MiniLM has an answer for: {retrieved}.",
             f"- `{study['command']}`",
             f"- {versions}",
         ]
@@ -89,11 +89,11 @@ def _curve(study: Mapping[str, Any]) -> str:
         for point in study["curve"]
     ]
     names = [f"recovered, {_NAMES[measure]}" for measure in RECOVERED]
-    return markdown_table(["number", "layers", "bytes a passage token", "KB a passage", "n", *names], lines)
+    return markdown_table(["number", "layers", "bytes per passage token", "KB per passage", "n", *names], lines)
 
 
 def with_interval(interval: Mapping[str, float], factor: float, sign: str = "") -> str:
-    """``value (low to high)``, times ``factor``; every number with a sign where ``sign`` is ``+``."""
+    """``value (low to high)``, times ``factor``; with ``sign="+"``, every number has a sign."""
     digits = f"{sign}.{1 if factor == 100 else 2}f"
     value, low, high = (format(factor * interval[name], digits) for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
@@ -104,6 +104,6 @@ def _share(interval: Mapping[str, float] | None) -> str:
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A table of lines of cells."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

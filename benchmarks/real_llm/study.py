@@ -1,4 +1,4 @@
-"""A study of one LLM: its settings, its rows as runs of the stock lm_eval, and what has been found so far."""
+"""A study of one LLM: its settings, its rows as runs of the stock lm_eval, and their scores."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.llm.language_model import load_tokenizer
 
 SETTINGS = "study.json"
-NATS_BATCH = 8  # lm_eval keeps the logits of whole prompts: gigabytes with a large vocabulary
-SEED = 0  # of the sample of questions, and of the controls
+NATS_BATCH = 8  # lm_eval keeps the logits of whole prompts, which are gigabytes for a large vocabulary
+SEED = 0  # random seed of the sample of questions and of the controls
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study is asked for.
+    """Settings of a study.
 
     Attributes:
-        llm: a directory, or a name of the hub.
-        out: folder of all that the study writes.
-        files: of questions, by data set.
-        sets: layers by their number.
-        limit, limit_curve, limit_nats: questions of each data set; the second in rows on layers, distractors and
-            retrieval, the third where the likelihood of answers is scored.
-        max_tokens: of an answer.
+        llm: directory or hub name.
+        out: output folder.
+        files: files of questions by data set.
+        sets: sets of layers by size.
+        limit: questions per data set.
+        limit_curve: questions per data set in rows on layers, distractors and retrieval.
+        limit_nats: questions per data set for likelihoods.
+        max_tokens: maximum length of an answer.
         expert_gb: gigabytes of memory for experts.
-        store: whether all experts are kept on disk too, so that every passage is read once for all rows.
-        heads: checkpoint with chosen key-value heads.
+        store: whether experts are also stored on disk, so that each passage is read once for all rows.
+        heads: checkpoint with selected key-value heads.
 
     Raises:
-        InputError: settings that cannot be.
+        InputError: a limit is too large, or a path has a comma.
     """
 
     llm: str
@@ -63,16 +64,16 @@ class Study:
     def __post_init__(self) -> None:
         for name, part in (("curve", self.limit_curve), ("nats", self.limit_nats)):
             if part > self.limit:
-                raise InputError(f"--limit-{name} {part}: more than --limit {self.limit}, of which it is a part")
+                raise InputError(f"--limit-{name} {part}: more than --limit {self.limit}; give at most as many")
         for value in (self.llm, str(self.out)):
             if "," in value:
-                raise InputError(f"{value}: has a comma, at which lm_eval would split it; give another directory")
+                raise InputError(f"{value}: has a comma, which separates arguments in lm_eval; give another directory")
 
     @classmethod
-    def asked(
+    def from_options(
         cls, llm: str, out: Path, *, limit: int, limit_curve: int | None, limit_nats: int | None, **more: Any
     ) -> Study:
-        """As a command asks for it: limits that are not given are ``limit``."""
+        """The study for the options of a command; a limit that is None is ``limit``."""
         return cls(
             llm=whole_name(llm),
             out=out.resolve(),
@@ -92,8 +93,8 @@ class Study:
         heads = None if self.heads is None else (self.heads, *read_heads(self.heads))
         return study_rows(dict(self.sets), self.main, quarter, self.shape.all, heads)
 
-    def chosen(self, names: str | None) -> list[StudyRow]:
-        """The rows of these names, separated by commas, in their order; without names all of them.
+    def select_rows(self, names: str | None) -> list[StudyRow]:
+        """The rows with the given names (comma-separated), in that order; without names, all rows.
 
         Raises:
             InputError: there is no such row.
@@ -107,7 +108,7 @@ class Study:
         return [known[name] for name in wanted]
 
     def prepare(self) -> None:
-        """Write down the settings, or check them against those of what is there; then write the files of questions.
+        """Write the settings, or check them against those of an existing study; then write the files of questions.
 
         Raises:
             InputError: ``out`` has a study with other settings.
@@ -124,7 +125,7 @@ class Study:
         write_files(self.files, self.out, self.limit, SEED)
 
     def _settings(self) -> dict[str, Any]:
-        """What all rows share. The sets of layers are not among it, so that some may come later."""
+        """Settings that all rows share. Sets of layers are not included, so more can be added later."""
         return {
             "llm": Path(self.llm).name,
             "limit": self.limit,
@@ -138,9 +139,9 @@ class Study:
         }
 
     def _matrices(self, row: StudyRow) -> list[Matrix]:
-        """The runs of lm_eval that a row is: answers, and likelihoods of the right ones.
+        """The lm_eval runs of a row: generated answers, and likelihoods of the right answers.
 
-        It is one run where both are for as many questions and no passage stands in the prompt.
+        Both are one run if they use the same number of questions and no passage is in the prompt.
         """
         limit = self.limit_curve if row.curve else self.limit
         if limit <= self.limit_nats and row.mode in ("closed_book", "genpoe"):
@@ -156,7 +157,7 @@ class Study:
         if row.expert_dtype is not None:
             arguments["expert_dtype"] = row.expert_dtype
         if row.layers:
-            # One checkpoint for all sets of layers, so that every passage is read once for all rows.
+            # One checkpoint for all sets of layers, so that each passage is read once for all rows.
             arguments |= {"hypernetwork": row.checkpoint or self._checkpoint, "gates": row.gates}
             arguments |= {"expert_gb": self.expert_gb}
             if self.store:
@@ -181,13 +182,13 @@ class Study:
         return self.out / "checkpoint"
 
     def run(self, row: StudyRow, jobs: int = 1) -> None:
-        """Carry out a row, unless its results are there.
+        """Run a row, unless its results exist.
 
         Args:
-            jobs: rows that are carried out at a time, which share the processors.
+            jobs: number of rows that run in parallel and share the processors.
 
         Raises:
-            InputError: it failed, or its folder has another run.
+            InputError: the run failed, or its folder has another run.
         """
         if row.layers and row.checkpoint is None:
             self.create()
@@ -195,16 +196,16 @@ class Study:
             run_matrix(matrix, jobs)
 
     def create(self) -> None:
-        """Write the checkpoint of experts in all layers, unless it is there."""
+        """Write the checkpoint of experts in all layers, unless it exists."""
         if self._checkpoint.is_dir():
             return
         run_genpoe("experts", "create", "--llm", self.llm, "--preset", "attention", "--out", self._checkpoint)
 
     def finished(self, rows: Sequence[StudyRow] | None = None) -> list[StudyRow]:
-        """Those of ``rows``, or of all rows of the study, that have whole results.
+        """The rows (by default of the whole study) with complete results.
 
         Raises:
-            InputError: a row's folder has another run than the settings say.
+            InputError: a row's folder has a run with other settings.
         """
         return [
             row
@@ -213,7 +214,7 @@ class Study:
         ]
 
     def scores(self, rows: Sequence[StudyRow] | None = None) -> dict[str, Scores]:
-        """Of all finished rows, by name."""
+        """Scores of all finished rows, by name."""
         tokens = token_counter(load_tokenizer(self.llm))
         return {
             row.name: read_scores(self._folders(self._matrices(row)), list(self.files), tokens)
@@ -221,7 +222,7 @@ class Study:
         }
 
     def answers(self, rows: Sequence[StudyRow]) -> dict[str, Scores]:
-        """Of all rows whose answers are there, by name; with likelihoods only where they are there too."""
+        """Scores of all rows with generated answers, by name. Likelihoods are included if they exist."""
         tokens = token_counter(load_tokenizer(self.llm))
         found = {}
         for row in rows:

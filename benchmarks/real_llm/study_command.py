@@ -1,4 +1,4 @@
-"""``real-llm study``: the command."""
+"""The command ``real-llm study``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from genpoe_plugin.training.training_arguments import HypernetworkTraining
 from train_cli.layers import Layers as LayersType
 
 TRAINING = ("nq_qed.train*.jsonl*", "squad_v1_train_44articles.train*.jsonl*")
-"""Questions of the folder of data; none of their questions or articles is in the files of `table`."""
+"""Files of training questions in the data folder. They share no questions and no articles with the files of `table`."""
 
 PASSAGES = "wikipedia_paragraphs*.jsonl*"
-"""Passages of the folder of data, to learn from without questions."""
+"""File of passages in the data folder, for pretraining."""
 
 
 class Seeds(click.ParamType):
-    """Whole numbers with commas between them."""
+    """Comma-separated integers."""
 
     name = "seeds"
 
@@ -41,25 +41,33 @@ class Seeds(click.ParamType):
 
 @click.command()
 @click.option("--llm", required=True, help="Directory or hub name of a decoder LLM.")
-@click.option("--layers", required=True, type=LayersType(), help="Of the experts, such as 5,11,12.")
-@click.option("--more-layers", type=LayersType(), help="Of a training that has more of them.")
-@click.option("--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="NQ and SQuAD.")
+@click.option("--layers", required=True, type=LayersType(), help="Layers with experts, such as 5,11,12.")
+@click.option("--more-layers", type=LayersType(), help="Layers of additional cells with more layers.")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder with NQ and SQuAD."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
-@click.option("--cells", "names", metavar="NAME,...", help="Only these trainings now, in this order.  [default: all]")
-@click.option("--seeds", default="0", show_default=True, type=Seeds(), help="One training for each.")
+@click.option("--cells", "names", metavar="NAME,...", help="Run only these trainings, in this order.  [default: all]")
+@click.option(
+    "--seeds", default="0", show_default=True, type=Seeds(), help="Seeds; each cell is trained once per seed."
+)
 @click.option("--steps", default=200, show_default=True, type=click.IntRange(1))
-@click.option("--train-batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions a step.")
+@click.option("--train-batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions per step.")
 @click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--lora-rank", default=16, show_default=True, type=click.IntRange(1), help="Of RAG's adapter.")
-@click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions of each data set.")
-@click.option("--limit-controls", type=click.IntRange(2), help="In controls.  [default: all]")
-@click.option("--limit-nats", type=click.IntRange(2), help="Where likelihoods are scored.  [default: all]")
-@click.option("--dtype", default="float32", show_default=True, help="Of the LLM.")
-@click.option("--device", default="cpu", show_default=True, help="Of the LLM.")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions asked at a time.")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Trainings and rows at a time.")
-@click.option("--store/--no-store", default=True, show_default=True, help="Keep experts of passages on disk as well.")
-@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
+@click.option("--lora-rank", default=16, show_default=True, type=click.IntRange(1), help="Rank of RAG's adapter.")
+@click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions per data set.")
+@click.option(
+    "--limit-controls", type=click.IntRange(2), help="Questions per data set in controls.  [default: --limit]"
+)
+@click.option(
+    "--limit-nats", type=click.IntRange(2), help="Questions per data set for likelihoods.  [default: --limit]"
+)
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of the LLM.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the LLM.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Batch size of evaluations.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Trainings and rows in parallel.")
+@click.option("--store/--no-store", default=True, show_default=True, help="Also store experts on disk.")
+@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Maximum tokens per answer.")
 def study(
     llm: str,
     layers: Layers,
@@ -82,14 +90,14 @@ def study(
     store: bool,
     max_tokens: int,
 ) -> None:
-    """Train experts of an LLM in several forms, and an adapter of RAG, and ask all of them the same questions.
+    """Train experts of several forms and an adapter for RAG, and evaluate them on the same questions.
 
-    Trainings and rows that --out has already are not run again.
+    Finished trainings and rows in --out are not repeated. Rerun the same command to resume.
     """
     training = tuple(found[0] for pattern in TRAINING if (found := sorted(data.rglob(pattern))))
     if not training:
-        raise InputError(f"{data}: none of {' and '.join(TRAINING)} to train on")
-    base = Study.asked(
+        raise InputError(f"{data}: no training questions; put {' or '.join(TRAINING)} there")
+    base = Study.from_options(
         llm,
         out,
         files=find_files(data, ()),
@@ -120,16 +128,16 @@ def study(
     write_ladder(ladder, _command(ladder, seeds))
     click.echo(f"written: {out / LADDER}")
     if failed:
-        raise InputError(f"failed: {', '.join(failed)}; the same command resumes with what is missing")
+        raise InputError(f"failed: {', '.join(failed)}; rerun the same command to resume")
 
 
 def run_ladder(ladder: Ladder, trainings: Sequence[tuple[Cell, int]]) -> list[str]:
-    """Carry out trainings and rows, ``ladder.jobs`` at a time, the rows of a training as soon as it has ended.
+    """Run trainings and rows, ``ladder.jobs`` in parallel. The rows of a training start when it has ended.
 
-    Trainings come first, since they take longest. One that fails keeps no other from being run.
+    Trainings start first, since they take longest. The others continue when one fails.
 
     Returns:
-        The names of those that failed.
+        The names of failed trainings and rows.
     """
     ready: deque[StudyRow | tuple[Cell, int]] = deque([*trainings, *ladder.base_rows()])
     running: dict[Future, StudyRow | tuple[Cell, int]] = {}

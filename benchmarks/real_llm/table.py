@@ -1,4 +1,4 @@
-"""``real-llm table``."""
+"""The command ``real-llm table``."""
 
 from __future__ import annotations
 
@@ -20,27 +20,33 @@ from genpoe_plugin.errors import InputError
     "--layers-file",
     required=True,
     type=click.Path(path_type=Path),
-    help="The calibration.csv of a checkpoint, or JSON.",
+    help="calibration.csv of a checkpoint, or JSON.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
 @click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Folder with NQ and SQuAD.")
-@click.option("--questions", multiple=True, metavar="NAME=FILE", help="A file as nq or squad; repeatable.")
-@click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions of each data set.")
+@click.option("--questions", multiple=True, metavar="NAME=FILE", help="File of questions for nq or squad; repeatable.")
+@click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions per data set.")
 @click.option(
-    "--limit-curve", type=click.IntRange(2), help="In rows on layers, distractors and retrieval.  [default: all]"
+    "--limit-curve",
+    type=click.IntRange(2),
+    help="Questions per data set in rows on layers, distractors and retrieval.  [default: --limit]",
 )
-@click.option("--limit-nats", type=click.IntRange(2), help="Where likelihoods are scored.  [default: all]")
-@click.option("--rows", metavar="NAME,...", help="Run only these rows now, in this order.  [default: all]")
-@click.option("--dtype", default="auto", show_default=True, help="Of the LLM: auto, float32, bfloat16, float16.")
-@click.option("--device", help="Of the LLM.  [default: lm_eval's]")
+@click.option(
+    "--limit-nats", type=click.IntRange(2), help="Questions per data set for likelihoods.  [default: --limit]"
+)
+@click.option("--rows", metavar="NAME,...", help="Run only these rows, in this order.  [default: all]")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Dtype of the LLM: auto, float32, bfloat16 or float16."
+)
+@click.option("--device", help="Device of the LLM.  [default: lm_eval's]")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
-@click.option("--expert-gb", default=2.0, show_default=True, help="Memory for experts.")
-@click.option("--store/--no-store", default=True, show_default=True, help="Keep the experts of all rows on disk.")
+@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Maximum tokens per answer.")
+@click.option("--expert-gb", default=2.0, show_default=True, help="Gigabytes of memory for experts.")
+@click.option("--store/--no-store", default=True, show_default=True, help="Also store experts on disk.")
 @click.option(
     "--heads",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Checkpoint of `genpoe experts create --heads`, for a row of its own.",
+    help="Checkpoint of `genpoe experts create --heads`; adds the row genpoe_heads.",
 )
 def table(
     llm: str,
@@ -60,12 +66,12 @@ def table(
     store: bool,
     heads: Path | None,
 ) -> None:
-    """One LLM in every mode, with controls, distractors and sets of layers: a run of lm_eval for each row.
+    """Evaluate one LLM in every mode, with controls, distractors and sets of layers. Each row is a run of lm_eval.
 
-    Rows that --out has already are not run again, and the table has all of them.
+    Finished rows in --out are not repeated, and the table has all of them. Rerun the same command to resume.
     """
     shape = Shape.of(llm)
-    study = Study.asked(
+    study = Study.from_options(
         llm,
         out,
         files=find_files(data, questions),
@@ -82,24 +88,24 @@ def table(
         store=store,
         heads=None if heads is None else heads.resolve(),
     )
-    chosen = study.chosen(rows)
+    selected = study.select_rows(rows)
     study.prepare()
     failed = []
-    for number, row in enumerate(chosen, 1):
-        click.echo(f"{row.name} ({number} of {len(chosen)})")
+    for number, row in enumerate(selected, 1):
+        click.echo(f"{row.name} ({number} of {len(selected)})")
         try:
             study.run(row)
-        except InputError as error:  # it keeps no other row from being run
+        except InputError as error:  # the other rows still run
             click.echo(f"failed: {error}", err=True)
             failed.append(row.name)
     write_study(study, _command(study, layers_file))
     click.echo(f"written: {out / SECTION}")
     if failed:
-        raise InputError(f"failed: {', '.join(failed)}; the same command goes on with what is missing")
+        raise InputError(f"failed: {', '.join(failed)}; rerun the same command to resume")
 
 
 def _command(study: Study, layers_file: Path) -> str:
-    """What makes the whole study again, with names in the place of this machine's paths."""
+    """The command that reproduces the study, with names instead of local paths."""
     words = ["python", "-m", "benchmarks", "real-llm", "table", "--llm", Path(study.llm).name]
     words += ["--layers-file", layers_file.name, "--data", "DATA", "--out", study.out.name]
     words += [] if study.heads is None else ["--heads", study.heads.name]

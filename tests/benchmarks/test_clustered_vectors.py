@@ -15,7 +15,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(clustered_vectors, name, value)
 
 
-def test_a_block_depends_on_the_seed_and_its_number_alone() -> None:
+def test_a_block_depends_only_on_the_seed_and_its_number() -> None:
     vectors = ClusteredVectors(1500)
     whole = vectors.vectors(0, 1500)
     assert whole.shape == (1500, 48) and whole.dtype == np.float32
@@ -26,7 +26,7 @@ def test_a_block_depends_on_the_seed_and_its_number_alone() -> None:
         vectors.vectors(100, 200)
 
 
-def test_queries_are_of_the_same_clusters_and_no_copies() -> None:
+def test_queries_are_of_the_same_clusters_but_not_copies() -> None:
     vectors = ClusteredVectors(5000)
     corpus, queries = vectors.vectors(0, 5000), vectors.queries(100)
     unit = corpus / np.linalg.norm(corpus, axis=1, keepdims=True)
@@ -43,20 +43,20 @@ def test_norms_are_about_one() -> None:
     assert abs(norms.mean() - 1) < 0.01 and 0.03 < norms.std() < 0.07
 
 
-def test_the_surface_is_bent() -> None:
-    """The latent space has 10 dimensions, the span of the vectors more."""
+def test_the_surface_is_curved() -> None:
+    """The latent space has 10 dimensions; the vectors span more."""
     spectrum = np.linalg.svd(ClusteredVectors(2000).vectors(0, 2000), compute_uv=False) ** 2
     assert spectrum[:10].sum() < 0.95 * spectrum.sum()
 
 
-def test_shards_hold_the_vectors_and_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_hold_the_vectors_and_are_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NumberedQuestions, "dimension", 48)
     vectors = ClusteredVectors(1500)
     shards = write_shards(vectors, tmp_path / "shards")
     stored = np.concatenate([shards.vectors(number) for number in shards.numbers])
     assert stored.dtype == np.float16
     np.testing.assert_array_equal(stored, vectors.vectors(0, 1500).astype(np.float16))
-    drawn = []
-    monkeypatch.setattr(ClusteredVectors, "vectors", lambda self, *rows: drawn.append(rows))
+    calls = []
+    monkeypatch.setattr(ClusteredVectors, "vectors", lambda self, *rows: calls.append(rows))
     write_shards(vectors, tmp_path / "shards")
-    assert not drawn
+    assert not calls

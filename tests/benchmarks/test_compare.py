@@ -12,7 +12,7 @@ from benchmarks.options import Options
 from genpoe_plugin.comparison.leaderboard import compare
 
 
-def test_every_declared_run_is_in_one_board(tmp_path: Path) -> None:
+def test_all_runs_are_in_one_board(tmp_path: Path) -> None:
     benchmark.write_runs(tmp_path, 34, 40)
     comparison = compare([tmp_path], draws=50)
     assert not comparison.left_out and not comparison.notes
@@ -22,7 +22,7 @@ def test_every_declared_run_is_in_one_board(tmp_path: Path) -> None:
     assert sorted(len(system.runs) for system in board.systems if system.control == "shuffled") == [3, 3, 3, 3]
 
 
-def test_the_command_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_itself_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
     def stand_in(arguments, environment):
@@ -43,7 +43,7 @@ def test_the_command_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert rows["page"].value == 2
     assert rows["time"].unit == "s" and rows["time"].target == "<= 30"
 
-    # Some of its values and aims are numpy's, which JSON does not know.
+    # Some values are numpy types, which JSON cannot represent.
     monkeypatch.setattr(benchmark, "measure", lambda options: measured)
     done = CliRunner().invoke(main, ["compare", "--json", str(tmp_path / "rows.json")])
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""What our evaluation is measured against answers as ours does, and the rows say what was timed."""
+"""The evaluation benchmark: its baseline gives our answers, and its rows are the measured times."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_the_naive_flow_has_our_answers(models, docs):
     evaluation.check_answers(models, docs)
 
 
-def test_other_answers_than_ours_are_no_comparison(models, docs, monkeypatch):
+def test_different_answers_of_the_naive_flow_are_an_error(models, docs, monkeypatch):
     monkeypatch.setattr(evaluation.NaiveFlow, "answer_all", lambda self, docs: ["w1 " * 10] * len(docs))
     with pytest.raises(RuntimeError, match="batch 1: 6 of 6 answers"):
         evaluation.check_answers(models, docs)
 
 
-def test_experts_that_change_nothing_are_no_comparison(models, docs, monkeypatch):
+def test_experts_that_change_nothing_are_an_error(models, docs, monkeypatch):
     monkeypatch.setattr(evaluation.Models, "ours", lambda self, form, batch: self.plain(batch))
     plain = evaluation.answers(models.plain(1), evaluation.requests(docs))
     monkeypatch.setattr(evaluation.NaiveFlow, "answer_all", lambda self, docs: plain)
@@ -43,10 +43,10 @@ def test_experts_that_change_nothing_are_no_comparison(models, docs, monkeypatch
         evaluation.check_answers(models, docs)
 
 
-def test_every_work_is_timed_in_every_round_and_gives_the_rows(models, docs, monkeypatch):
+def test_every_variant_is_timed_in_every_round(models, docs, monkeypatch):
     monkeypatch.setattr(evaluation, "PRODUCT", 64)
     monkeypatch.setattr(evaluation, "reading", lambda: (lambda: torch.ones(8) @ torch.ones(8), 64))
-    times = evaluation.time_works(models, docs, single=2, rounds=2)
+    times = evaluation.time_variants(models, docs, single=2, rounds=2)
     assert all(len(taken) == 2 and min(taken) > 0 for taken in times.values())
     rows = {row.name: row for row in evaluation.ratio_rows(times)}
     assert {name: row.target for name, row in rows.items() if row.target} == {
@@ -66,12 +66,12 @@ def test_every_work_is_timed_in_every_round_and_gives_the_rows(models, docs, mon
     assert floors.head == head.numel() == 508 * 64
 
 
-def test_a_ratio_is_the_median_of_those_of_the_rounds():
+def test_a_ratio_is_the_median_of_the_ratios_per_round():
     times = {"slow": [6.0, 10.0, 8.0], "fast": [1.0, 5.0, 2.0]}
     assert evaluation.ratio(times, "slow", "fast") == 4
 
 
-def test_floors_are_the_greater_of_arithmetic_and_reading():
+def test_a_floor_is_the_larger_of_arithmetic_and_reading():
     floors = evaluation.Floors(
         flops_rate=100, bytes_rate=10, body=30, head=20, expert=5, unit=8, reading=0.5, generator=40
     )
@@ -87,7 +87,7 @@ SHAPES = [(batch, experts, words) for batch in (1, 4, 16) for experts in (0, 1, 
 
 
 def points(coefficients):
-    """Batches that took what the terms of the model's docstring add up to."""
+    """Batches whose times follow the formula in the docstring of `benchmarks.cost_model`."""
     fixed, row, expert, start, passage, token = coefficients
     return [
         Point(
@@ -102,7 +102,7 @@ def points(coefficients):
     ]
 
 
-def test_the_cost_model_finds_the_terms_of_what_was_measured():
+def test_the_cost_model_recovers_the_coefficients():
     coefficients = (0.3, 0.02, 0.004, 0.1, 0.003, 0.00002)
     measured = points(coefficients)
     model = CostModel.fitted(measured)
@@ -111,7 +111,7 @@ def test_the_cost_model_finds_the_terms_of_what_was_measured():
     assert model.seconds(8, 2, 50, True) == pytest.approx(0.3 + 0.16 + 0.064 + 0.1 + 0.048 + 0.016)
 
 
-def test_a_term_that_was_not_measured_is_nought():
+def test_a_term_without_measurements_is_zero():
     measured = [point for point in points((0.3, 0.02, 0.004, 0, 0, 0)) if not point.cold]
     assert CostModel.fitted(measured).coefficients[3:] == (0, 0, 0)
 
@@ -135,7 +135,7 @@ def test_the_picture_has_a_curve_for_every_batch_size_and_number_of_experts(tmp_
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_questions_differ_and_are_the_same_again(docs):
+def test_questions_differ_and_are_reproducible(docs):
     texts = [ctx["text"] for doc in docs for ctx in doc["ctxs"]]
     assert len(set(texts)) == len(texts) == TINY.questions * evaluation.PASSAGES
     assert evaluation.questions(TINY.questions, words=12) == docs

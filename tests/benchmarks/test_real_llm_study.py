@@ -1,4 +1,4 @@
-"""The study of trainings: real trainings of a tiny LLM, and an lm_eval that makes its results up."""
+"""``real-llm study``: real trainings of a tiny LLM, and a stand-in for lm_eval that writes synthetic results."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from train_cli.train_hypernetwork import hypernetwork
 
 
 class Trains(LmEval):
-    """Also trains, as `genpoe train hypernetwork` does, in this process."""
+    """Also runs trainings, in this process."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trained: list[list[str]] = []
         self.arguments: dict[str, dict[str, str]] = {}
-        self.said = ""
+        self.output = ""
         self.one_at_a_time = Lock()
 
     def __call__(self, command, **options):
         words = command[2:]
         with self.one_at_a_time:
-            return self.carry_out(words, command, options)
+            return self.run(words, command, options)
 
-    def carry_out(self, words, command, options):
+    def run(self, words, command, options):
         if words[0] == "train_cli":
             self.trained += [words[1:]] if words[1] == "train" else []
             return SimpleNamespace(returncode=CliRunner().invoke(genpoe, words[1:]).exit_code)
         if words[0] == "benchmarks":
             result = CliRunner().invoke(main, words[1:])
-            self.said += result.output
+            self.output += result.output
             return SimpleNamespace(returncode=result.exit_code)
-        given = dict(pairwise(words))
-        pairs = given["--model_args"].split(",")
-        self.arguments[Path(given["--output_path"]).name] = dict(pair.split("=", 1) for pair in pairs)
+        lm_eval_options = dict(pairwise(words))
+        pairs = lm_eval_options["--model_args"].split(",")
+        self.arguments[Path(lm_eval_options["--output_path"]).name] = dict(pair.split("=", 1) for pair in pairs)
         return super().__call__(command, **options)
 
 
@@ -59,11 +59,11 @@ def stand_in(monkeypatch) -> Trains:
 
 @pytest.fixture
 def run(data, letters, stand_in, llm_dir, tmp_path):  # noqa: F811
-    """``run(*more)``: the command, with its exit status and what it said. One training question is also asked."""
-    asked = next(iter(read_questions(next(data.rglob("nq-open*")))))
+    """``run(*more)``: runs the command and returns its result. One training question is also an evaluation question."""
+    evaluated = next(iter(read_questions(next(data.rglob("nq-open*")))))
     rows = [
         {
-            "question": asked.question if number == 0 else f"where does number {number} live",
+            "question": evaluated.question if number == 0 else f"where does number {number} live",
             "answers": [f"town {number}"],
             "ctxs": [{"id": str(number), "title": f"T{number}", "text": f"Number {number} lives in town {number}."}],
         }
@@ -80,7 +80,7 @@ def run(data, letters, stand_in, llm_dir, tmp_path):  # noqa: F811
     return command
 
 
-def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_study_trains_evaluates_and_writes_its_results(run, stand_in, data, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "study"
     result = run("--cells", "window_4,rag_lora")
     assert result.exit_code == 0, result.output
@@ -95,9 +95,9 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     weights = load_file(adapter / "adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name), "it has learned"
 
-    asked = {q.question for f in (out / "questions").glob("*-gold.jsonl") for q in read_questions(f)}
+    evaluated = {q.question for f in (out / "questions").glob("*-gold.jsonl") for q in read_questions(f)}
     training = list(read_questions(next(out.glob("training-*.jsonl"))))
-    assert len(training) == 8 and not asked & {question.question for question in training}
+    assert len(training) == 8 and not evaluated & {question.question for question in training}
 
     study = json.loads((out / LADDER).read_text())
     found = {(row["row"], row["passage"]): row for row in study["rows"]}
@@ -117,12 +117,12 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     assert found["window_4, int8", "right"]["unit_bytes"] == 2 * 2 * 2 * (8 + 4) == trained["unit_bytes"] * 3 // 4
     assert stand_in.arguments["window_4-0-int8"]["expert_dtype"] == "int8"
     assert trained["parameters"] > found["rag_lora", "right"]["parameters"] > 0 == untrained["parameters"]
-    # Of 8 questions, 2 have a number that 4 divides, which experts leave; closed-book answers none and the prompt all.
+    # Experts answer 6 of 8 questions (all but the multiples of 4), closed-book answers none, and the prompt all.
     assert trained["of_prompt"]["value"] == trained["of_rag_lora"]["value"] == pytest.approx(6 / 8)
     assert found["window_4", "shuffled"]["f1"]["value"] == 0 and found["window_4", "shuffled"]["n"] == 8
 
     again = run("--cells", "window_4,rag_lora")
-    assert again.exit_code == 0 and len(stand_in.runs) == len(set(stand_in.runs)), "nothing is asked twice"
+    assert again.exit_code == 0 and len(stand_in.runs) == len(set(stand_in.runs)), "nothing is evaluated twice"
     more = run("--cells", "window_16", "--seeds", "1")
     assert more.exit_code == 0, more.output
     rows = json.loads((out / LADDER).read_text())["rows"]
@@ -134,10 +134,10 @@ def test_a_study_trains_asks_and_writes_what_was_found(run, stand_in, data, tmp_
     assert ", trained" in text and "| window_4 | 0 |" in text and "### With other passages" in text
 
 
-def test_another_adapter_than_the_one_that_is_there_is_refused(run, stand_in):
+def test_an_adapter_with_other_arguments_is_refused(run, stand_in):
     assert run("--cells", "rag_lora").exit_code == 0
     other = run("--cells", "rag_lora", "--lora-rank", "3")
-    assert other.exit_code == 2 and "rank was 2, is 3" in stand_in.said
+    assert other.exit_code == 2 and "rank was 2, is 3" in stand_in.output
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_bad_input_is_one_line(run, more, message):
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
 
 
-def test_names_of_cells_are_all_different():
+def test_cell_names_are_unique():
     names = [cell.name for cell in cells((0, 2))]
     assert len(set(names)) == len(names)
 
 
-def test_cells_have_options_that_the_training_takes():
+def test_cells_have_valid_training_options():
     shared = ["--model", "llm", "--data", "questions.jsonl", "--out", "out"]
     for cell in cells((1, 2)):
         if cell.options is not None:
@@ -164,8 +164,8 @@ def test_cells_have_options_that_the_training_takes():
     assert layers == {"window_4_beside_mlp": "1,2", "window_4_beside_one_mlp": "2"}
 
 
-def test_several_at_a_time_are_what_one_after_the_other_is(run, stand_in, data, tmp_path):  # noqa: F811
-    """Rows of a training run when it has ended, whatever else is running."""
+def test_parallel_jobs_run_all_rows(run, stand_in, data, tmp_path):  # noqa: F811
+    """Rows of a training start when it has ended, while others still run."""
     result = run("--cells", "window_4_robust,window_16", "--seeds", "0,1", "--jobs", "3")
     assert result.exit_code == 0, result.output
     found = {
@@ -181,9 +181,9 @@ def test_several_at_a_time_are_what_one_after_the_other_is(run, stand_in, data, 
     assert all([entry.rank for entry in q.passages] == list(range(1, len(q.passages) + 1)) for q in ranked)
 
 
-def test_learning_from_passages_alone_comes_first(run, stand_in, data, tmp_path):  # noqa: F811
+def test_pretraining_on_passages_comes_first(run, stand_in, data, tmp_path):  # noqa: F811
     missing = run("--cells", "window_4_pretrained")
-    assert missing.exit_code == 2 and "no file of passages to learn from" in missing.output
+    assert missing.exit_code == 2 and "no file of passages for pretraining" in missing.output
     text = " ".join(f"word{number}" for number in range(60))
     rows = [{"id": str(number), "title": f"T{number}", "text": f"{number} {text}"} for number in range(9)]
     (data / "wikipedia_paragraphs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -193,7 +193,7 @@ def test_learning_from_passages_alone_comes_first(run, stand_in, data, tmp_path)
     assert "--pretrain" in first and then[then.index("--init") + 1] == first[first.index("--out") + 1]
 
 
-def test_a_training_that_fails_keeps_no_other_from_running(run, stand_in, monkeypatch, tmp_path):
+def test_other_trainings_run_when_one_fails(run, stand_in, monkeypatch, tmp_path):
     def fails(command, **options):
         if "--window" in command and command[command.index("--window") + 1] == "16":
             return SimpleNamespace(returncode=2)

@@ -1,4 +1,4 @@
-"""The study of a real LLM, here with an encoder that counts letters and an lm_eval that makes its results up."""
+"""``real-llm table``, with an encoder that counts letters and a stand-in for lm_eval that writes synthetic results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.selection.pipeline import Pipeline
 from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
-COUNT = 12  # questions of a data set
+COUNT = 12  # questions per data set
 LIMIT, CURVE, NATS = 8, 5, 4
 SETS = {1: (2,), 2: (0, 2)}
 
@@ -51,8 +51,8 @@ class Letters:
         counts = Counter(text.lower())
         return np.array([counts[chr(97 + i)] for i in range(26)], np.float32) / 10
 
-    def encode_questions(self, asked):
-        return np.stack([self._encode(question) for question in asked])
+    def encode_questions(self, texts):
+        return np.stack([self._encode(question) for question in texts])
 
     def encode_passages(self, passages):
         return np.stack([self._encode(passage.string) for passage in passages])
@@ -72,8 +72,8 @@ def data(tmp_path: Path) -> Path:
         text = f"The {name} was found in {year}."
         ctx = {"id": name, "title": name, "text": text, "score": "0", "has_answer": True}
         rows.append({"question": f"when was the {name} found", "answers": [str(year)], "ctxs": [ctx]})
-        asked = [{"question": f"In which year was the {name} found?", "answers": [{"text": str(year)}]}]
-        paragraphs.append({"context": text, "qas": asked})
+        qas = [{"question": f"In which year was the {name} found?", "answers": [{"text": str(year)}]}]
+        paragraphs.append({"context": text, "qas": qas})
     (folder / "nq-open-gold-passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "squad-v1.1-part.json").write_text(json.dumps({"data": [{"title": "things", "paragraphs": paragraphs}]}))
     return folder
@@ -88,18 +88,18 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 # Questions and their passages
 
 
-def test_a_smaller_sample_is_the_beginning_of_a_larger_one_and_depends_on_the_seed():
-    asked = [Question(f"question {number}", ("a",)) for number in range(50)]
-    assert sample(asked, 10, 0) == sample(asked, 30, 0)[:10]
-    assert sample(asked, 10, 0) != sample(asked, 10, 1)
-    assert len({question.question for question in sample(asked, 50, 0)}) == 50
+def test_a_sample_is_the_beginning_of_a_larger_one_and_depends_on_the_seed():
+    pool = [Question(f"question {number}", ("a",)) for number in range(50)]
+    assert sample(pool, 10, 0) == sample(pool, 30, 0)[:10]
+    assert sample(pool, 10, 0) != sample(pool, 10, 1)
+    assert len({question.question for question in sample(pool, 50, 0)}) == 50
 
 
-def test_each_different_question_has_its_own_passage_alone():
+def test_each_distinct_question_has_only_its_own_passage():
     wrong, right = passage("w", "no", 1, False), passage("r", "yes", 2, True)
-    asked = [Question("Who?", ("yes",), (wrong, right)), Question("who", ("yes",), (right,)), Question("What", ("a",))]
-    (kept,) = with_gold(asked)
-    (gold,) = kept.passages
+    items = [Question("Who?", ("yes",), (wrong, right)), Question("who", ("yes",), (right,)), Question("What", ("a",))]
+    (only,) = with_gold(items)
+    (gold,) = only.passages
     assert gold.passage == right.passage and gold.rank == 1 and gold.has_answer
 
 
@@ -109,62 +109,62 @@ def test_distractors_are_the_best_without_an_answer_and_not_the_own_passage():
     texts = ["also 1900, it says", "in 1901", "In 1900 it was.", "19000", "in 1902", "in 1903"]
     names = ["x", "b", "gold", "d", "e", "f"]
     ranked = [passage(name, text, rank) for rank, (name, text) in enumerate(zip(names, texts, strict=True), 1)]
-    asked = purposes(question, ranked)
-    assert [entry.passage.id for entry in asked["gold"].passages] == ["gold"]
-    assert [entry.passage.id for entry in asked["hard"].passages] == ["gold", "b", "d", "e"]
-    assert [entry.passage.id for entry in asked["wrong_first"].passages] == ["b", "gold", "d", "e"]
-    assert [entry.passage.id for entry in asked["retrieved"].passages] == ["x"]
-    assert [entry.has_answer for entry in asked["hard"].passages] == [True, False, False, False]
-    assert asked["retrieved"].passages[0].has_answer
+    by_purpose = purposes(question, ranked)
+    assert [entry.passage.id for entry in by_purpose["gold"].passages] == ["gold"]
+    assert [entry.passage.id for entry in by_purpose["hard"].passages] == ["gold", "b", "d", "e"]
+    assert [entry.passage.id for entry in by_purpose["wrong_first"].passages] == ["b", "gold", "d", "e"]
+    assert [entry.passage.id for entry in by_purpose["retrieved"].passages] == ["x"]
+    assert [entry.has_answer for entry in by_purpose["hard"].passages] == [True, False, False, False]
+    assert by_purpose["retrieved"].passages[0].has_answer
     with pytest.raises(InputError, match="only 2 of 4"):
         purposes(question, ranked[:4])
 
 
-def test_the_model_gives_the_first_of_four_seven_times_the_gate_of_each_other(data, letters, tmp_path, tokenizer):
+def test_the_first_of_four_has_seven_times_the_gate_of_each_other(data, letters, tmp_path, tokenizer):
     write_files(find_files(data, []), tmp_path, LIMIT, 0)
     for purpose, right in (("hard", 0), ("wrong_first", 1)):
-        asked = list(read_questions(file_of(tmp_path, "nq", purpose)))
+        items = list(read_questions(file_of(tmp_path, "nq", purpose)))
         for kind, expected in (("softmax", [0.7, 0.1, 0.1, 0.1]), ("uniform", [0.25] * 4)):
             pipeline = Pipeline(tokenizer, num_passages=4, gates=kind, progress=False)
-            for selection in pipeline.select(["t"] * len(asked), asked):
+            for selection in pipeline.select(["t"] * len(items), items):
                 assert selection.gates == pytest.approx(expected)
                 stated = [selection.question.answers[0] in entry.passage.text for entry in selection.passages]
                 assert stated == [place == right for place in range(4)]
 
 
-def test_files_hold_the_same_questions_for_every_purpose_and_are_made_once(data, letters, tmp_path, monkeypatch):
+def test_files_of_all_purposes_have_the_same_questions_and_are_written_once(data, letters, tmp_path, monkeypatch):
     files = find_files(data, [])
     write_files(files, tmp_path, LIMIT, 0)
     for name in files:
-        asked = [[one.question for one in read_questions(file_of(tmp_path, name, purpose))] for purpose in PURPOSES]
-        assert len(asked[0]) == LIMIT and all(same == asked[0] for same in asked)
+        texts = [[one.question for one in read_questions(file_of(tmp_path, name, purpose))] for purpose in PURPOSES]
+        assert len(texts[0]) == LIMIT and all(same == texts[0] for same in texts)
     monkeypatch.setattr(questions, "load_encoder", None)
     write_files(files, tmp_path, LIMIT, 0)
 
 
-def test_what_files_of_questions_cannot_be(data, letters, tmp_path):
+def test_invalid_files_of_questions_are_errors(data, letters, tmp_path):
     with pytest.raises(InputError, match="no questions; give --data"):
         find_files(None, [])
     with pytest.raises(InputError, match="--questions tqa=x: give nq=FILE or squad=FILE"):
         find_files(data, ["tqa=x"])
     assert find_files(data, ["nq=other"])["nq"] == Path("other")
-    with pytest.raises(InputError, match="12 different questions with a passage, where --limit is 13"):
+    with pytest.raises(InputError, match="12 distinct questions with a passage, but --limit is 13"):
         write_files(find_files(data, []), tmp_path, COUNT + 1, 0)
 
 
 # Layers and rows
 
 
-def test_bytes_are_those_of_the_keys_and_values_that_the_llm_keeps(llm_dir, make_llm):
+def test_bytes_equal_those_of_the_llms_key_value_cache(llm_dir, make_llm):
     shape, tokens = Shape.of(str(llm_dir)), 7
     with torch.no_grad():
-        kept = make_llm("llama")(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
-    numbers = sum(kept.layers[layer].keys.numel() + kept.layers[layer].values.numel() for layer in (0, 2))
+        cache = make_llm("llama")(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    numbers = sum(cache.layers[layer].keys.numel() + cache.layers[layer].values.numel() for layer in (0, 2))
     assert shape.depth == 3 and shape.all == (0, 1, 2)
     assert shape.bytes((0, 2)) * tokens == 2 * numbers
 
 
-def test_sets_of_layers_are_read_and_the_main_one_is_at_most_half(tmp_path):
+def test_sets_of_layers_are_read_by_size(tmp_path):
     file = tmp_path / "layers.json"
     file.write_text('{"4": [9, 1, 2, 3], "1": [5], "3": [1, 2, 3]}')
     sets = read_layers(file, 10)
@@ -196,14 +196,14 @@ def test_a_calibration_has_sets_of_layers(tmp_path):
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"2": [1]}', '{"1": [10]}', '{"2": [1, 1]}', '{"1": 3}', '{"1": [true]}']
 )
-def test_what_is_no_set_of_layers(tmp_path, text):
+def test_an_invalid_set_of_layers_is_an_error(tmp_path, text):
     file = tmp_path / "layers.json"
     file.write_text(text)
     with pytest.raises(InputError, match="give"):
         read_layers(file, 10)
 
 
-def test_rows_are_all_explained_and_compared_with_rows_that_are_there():
+def test_every_row_has_a_meaning_and_is_compared_with_existing_rows():
     heads = Path("heads"), (0, 1), ((0,), (0, 1))
     rows = study_rows({1: (2,), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2, 3)}, (0, 2), (2,), (0, 1, 2, 3), heads)
     names = [row.name for row in rows]
@@ -224,14 +224,14 @@ def test_rows_are_all_explained_and_compared_with_rows_that_are_there():
 
 @pytest.fixture
 def heads_checkpoint(make_llm, tokenizer, tmp_path) -> Path:
-    """A checkpoint of experts in two layers, of the first with one of two key-value heads."""
+    """A checkpoint of experts in two layers, in the first of them with one of two key-value heads."""
     llm = make_llm("llama")
     config = replace(attention_config(llm, (0, 2)), kv_heads=((1,), (0, 1)))
     create_attention_experts(tmp_path / "heads", config, llm, tokenizer, None, card_of(tmp_path / "heads"))
     return tmp_path / "heads"
 
 
-def test_heads_are_those_of_a_checkpoint(heads_checkpoint, make_llm, tokenizer, llm_dir, tmp_path):
+def test_heads_are_read_from_the_checkpoint(heads_checkpoint, make_llm, tokenizer, llm_dir, tmp_path):
     layers, heads = read_heads(heads_checkpoint)
     assert (layers, heads) == ((0, 2), ((1,), (0, 1))) and named(layers, heads) == "0:1 2:0+1"
     shape = Shape.of(str(llm_dir))
@@ -246,7 +246,7 @@ def test_heads_are_those_of_a_checkpoint(heads_checkpoint, make_llm, tokenizer, 
 
 
 def write_results(folder: Path, task: str, docs: list[dict], value, second: int) -> None:
-    """The results of a task as lm_eval writes them; ``value`` of a doc's number."""
+    """Write the results of a task in lm_eval's format; a score is ``value`` of the doc's number."""
     nats = task.endswith("_nats")
     numbers = range(len(docs))
     found = {name: [value(number) for number in numbers] for name in (("nats",) if nats else ("em", "f1", "contains"))}
@@ -260,7 +260,7 @@ def write_results(folder: Path, task: str, docs: list[dict], value, second: int)
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_scores_are_in_the_order_of_the_file_and_nats_are_for_each_token(tmp_path, tokenizer):
+def test_scores_are_in_the_order_of_the_file_and_nats_are_per_token(tmp_path, tokenizer):
     docs = [{"question": f"q{number}", "answers": ["Rossini" * (1 + number)]} for number in range(4)]
     folders = [tmp_path / "answers", tmp_path / "likelihood"]
     write_results(folders[0], *tasks_of(["nq"], ""), docs, lambda number: number % 2, 0)
@@ -274,18 +274,18 @@ def test_scores_are_in_the_order_of_the_file_and_nats_are_for_each_token(tmp_pat
         read_scores(folders, ["nq", "squad"], token_counter(tokenizer))
 
 
-def test_pairs_are_over_the_questions_that_all_rows_have_of_each_data_set():
+def test_pairs_cover_the_common_questions_of_each_data_set():
     def scores(first: int, second: int, factor: float):
         return {"nq": {"f1": factor * np.arange(first)}, "squad": {"f1": factor * (100 + np.arange(second))}}
 
     columns = paired([scores(4, 3, 1.0), scores(2, 3, 2.0)], ["nq", "squad"], ["f1"])
     assert columns.tolist() == [[0, 0], [1, 2], [100, 200], [101, 202], [102, 204]]
-    assert len(paired([scores(4, 3, 1.0)], ["nq", "squad"], ["f1"], most=2)) == 4
+    assert len(paired([scores(4, 3, 1.0)], ["nq", "squad"], ["f1"], max_questions=2)) == 4
 
 
 @pytest.fixture(scope="module")
 def columns() -> np.ndarray:
-    """Closed-book, prompt and experts, which recover about four fifths."""
+    """Scores of closed-book answering, prompt and experts, which recover about four fifths."""
     rng = np.random.default_rng(5)
     hard = rng.normal(size=(600, 1))
     return hard + np.array([4.0, 2.0, 2.4]) + 0.5 * rng.normal(size=(600, 3))
@@ -294,37 +294,37 @@ def columns() -> np.ndarray:
 def test_means_have_wilsons_or_students_interval(columns):
     right = (columns[:, 0] > 4).astype(float)
     exact = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    told = mean(right, share=True)
-    assert (told.value, told.low, told.high) == pytest.approx((right.mean(), exact.low, exact.high))
+    found = mean(right, share=True)
+    assert (found.value, found.low, found.high) == pytest.approx((right.mean(), exact.low, exact.high))
     student = stats.t.interval(0.95, 599, columns[:, 0].mean(), stats.sem(columns[:, 0]))
-    told = mean(columns[:, 0], share=False)
-    assert (told.low, told.high) == pytest.approx(student)
+    found = mean(columns[:, 0], share=False)
+    assert (found.low, found.high) == pytest.approx(student)
 
 
 def test_differences_are_paired(columns):
-    told = Paired(columns).difference(2, 0)
+    found = Paired(columns).difference(2, 0)
     gaps = columns[:, 2] - columns[:, 0]
-    assert told.value == pytest.approx(gaps.mean())
-    assert (told.low, told.high) == pytest.approx(stats.t.interval(0.95, 599, gaps.mean(), stats.sem(gaps)), abs=0.01)
+    assert found.value == pytest.approx(gaps.mean())
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 599, gaps.mean(), stats.sem(gaps)), abs=0.01)
 
 
-def test_the_recovered_share_has_fiellers_interval(columns):
-    given, prompt = columns[:, 2] - columns[:, 0], columns[:, 1] - columns[:, 0]
-    told = Paired(columns).recovered(2, 0, 1)
-    assert told is not None and told.value == pytest.approx(given.mean() / prompt.mean())
-    # All shares s for which the mean of given - s * prompt may be nothing.
+def test_the_recovered_fraction_has_fiellers_interval(columns):
+    experts, prompt = columns[:, 2] - columns[:, 0], columns[:, 1] - columns[:, 0]
+    found = Paired(columns).recovered(2, 0, 1)
+    assert found is not None and found.value == pytest.approx(experts.mean() / prompt.mean())
+    # All fractions s for which the mean of experts - s * prompt may be 0.
     shares = np.linspace(0.5, 1.1, 6001)
-    gaps = given - shares[:, None] * prompt
+    gaps = experts - shares[:, None] * prompt
     possible = shares[np.abs(gaps.mean(1)) <= stats.t.ppf(0.975, 599) * stats.sem(gaps, axis=1)]
-    assert (told.low, told.high) == pytest.approx((possible.min(), possible.max()), abs=0.01)
+    assert (found.low, found.high) == pytest.approx((possible.min(), possible.max()), abs=0.01)
 
 
-def test_no_share_of_what_may_be_nothing(columns):
+def test_no_recovered_fraction_if_the_prompt_may_gain_nothing(columns):
     same = np.stack([columns[:, 0], columns[::-1, 0], columns[:, 2]], axis=1)
     assert Paired(same).recovered(2, 0, 1) is None
 
 
-def test_records_leave_out_what_there_is_nothing_to_compare_with():
+def test_records_leave_out_comparisons_with_missing_rows():
     rng = np.random.default_rng(0)
     scores = {"nq": {name: rng.random(9) for name in ("em", "f1", "contains", "nats")}}
     rows = [StudyRow("closed_book", "closed_book", against=()), StudyRow("rag", "rag", against=("closed_book", "x"))]
@@ -337,7 +337,7 @@ def test_records_leave_out_what_there_is_nothing_to_compare_with():
 
 
 class LmEval:
-    """Stands in for the commands that a study starts: writes results by mode, and keeps count."""
+    """Stands in for the commands of a study: writes results that depend on the mode, and counts runs."""
 
     def __init__(self) -> None:
         self.runs: list[str] = []
@@ -352,19 +352,19 @@ class LmEval:
             self.created.append("all")
             Path(words[words.index("--out") + 1]).mkdir(parents=True)
             return SimpleNamespace(returncode=0)
-        given = dict(pairwise(words))
-        folder = Path(given["--output_path"])
+        options = dict(pairwise(words))
+        folder = Path(options["--output_path"])
         self.runs.append(folder.name)
         if folder.name in self.fails:
             return SimpleNamespace(returncode=1)
-        arguments = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
-        for second, task in enumerate(given["--tasks"].split(",")):
-            file = json.loads(given["--metadata"])["genpoe_data"][task.removesuffix("_nats")]
-            asked = list(read_questions(file))[: int(given["--limit"])]
-            docs = [{"question": one.question, "answers": list(one.answers)} for one in asked]
+        arguments = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
+        for second, task in enumerate(options["--tasks"].split(",")):
+            file = json.loads(options["--metadata"])["genpoe_data"][task.removesuffix("_nats")]
+            items = list(read_questions(file))[: int(options["--limit"])]
+            docs = [{"question": one.question, "answers": list(one.answers)} for one in items]
             write_results(folder, task, docs, self.value(task, arguments), second)
             if folder.name in self.interrupts:
-                next(folder.rglob("samples_*")).unlink()  # they are written after the results
+                next(folder.rglob("samples_*")).unlink()  # samples are written after the results
                 raise KeyboardInterrupt
         return SimpleNamespace(returncode=0)
 
@@ -390,7 +390,7 @@ def lm_eval(monkeypatch) -> LmEval:
 
 @pytest.fixture
 def run(data, letters, lm_eval, llm_dir, tmp_path):
-    """``run(*more)``: the command, with its exit status and what it said."""
+    """``run(*more)``: runs the command and returns its result."""
     layers = tmp_path / "layers.json"
     layers.write_text(json.dumps({size: list(layers) for size, layers in SETS.items()}))
 
@@ -413,7 +413,7 @@ def run(data, letters, lm_eval, llm_dir, tmp_path):
     return command
 
 
-def test_a_study_from_its_first_row_to_the_report(run, lm_eval, llm_dir, tmp_path):
+def test_a_whole_study_with_its_report(run, lm_eval, llm_dir, tmp_path):
     out = tmp_path / "study"
     assert run("--rows", "rag,closed_book").exit_code == 0
     assert lm_eval.rows == ["rag", "closed_book"] and not lm_eval.created
@@ -428,7 +428,7 @@ def test_a_study_from_its_first_row_to_the_report(run, lm_eval, llm_dir, tmp_pat
     found = {(record["row"], record["questions"]): record for record in study["records"]}
     assert found["genpoe", "both"]["n"] == 2 * LIMIT and found["layers_2", "squad"]["n"] == CURVE
     assert found["genpoe", "both"]["n_nats"] == 2 * NATS
-    # Of 8 questions, 2 have a number that 4 divides; closed-book answers none and the prompt all.
+    # Experts answer 6 of 8 questions (all but the multiples of 4), closed-book answers none, and the prompt all.
     assert found["genpoe", "nq"]["recovered"]["f1"]["value"] == pytest.approx(6 / 8)
     assert found["genpoe", "nq"]["recovered"]["nats"]["value"] == pytest.approx((3.5 - 8) / (2 - 8))
     assert found["layers_2", "nq"]["recovered"]["f1"]["value"] == pytest.approx(3 / 5)
@@ -453,13 +453,13 @@ def test_a_study_from_its_first_row_to_the_report(run, lm_eval, llm_dir, tmp_pat
         assert f"]({picture})" in text and (tmp_path / "docs" / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_row_that_was_interrupted_is_run_again_and_one_that_fails_keeps_no_other_from_running(run, lm_eval, tmp_path):
+def test_an_interrupted_row_runs_again_and_others_run_when_one_fails(run, lm_eval, tmp_path):
     lm_eval.interrupts = {"rag"}
     assert run("--rows", "closed_book,rag").exit_code == 130
     assert list((tmp_path / "study" / "rows" / "rag").rglob("results_*.json"))
     lm_eval.interrupts, lm_eval.fails = set(), {"genpoe"}
     failed = run("--rows", "genpoe,rag")
-    assert failed.exit_code == 2 and "failed: genpoe; the same command" in failed.output
+    assert failed.exit_code == 2 and "failed: genpoe; rerun the same command to resume" in failed.output
     assert lm_eval.rows == ["closed_book", "rag", "genpoe", "rag"]
     study = json.loads((tmp_path / "study" / "table.json").read_text())
     assert {record["row"] for record in study["records"]} == {"closed_book", "rag"}
@@ -468,8 +468,8 @@ def test_a_row_that_was_interrupted_is_run_again_and_one_that_fails_keeps_no_oth
 def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
     assert run("--rows", "genpoe_four_equal", "--dtype", "float32").exit_code == 0
     command = json.loads((tmp_path / "study" / "rows" / "genpoe_four_equal" / "cell.json").read_text())["command"]
-    given = dict(zip(command[1::2], command[2::2], strict=False))
-    arguments = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+    options = dict(zip(command[1::2], command[2::2], strict=False))
+    arguments = dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
     study = tmp_path / "study"
     assert arguments.pop("trace") and arguments == {
         "pretrained": str(llm_dir),
@@ -484,23 +484,23 @@ def test_the_command_of_a_row(run, lm_eval, tmp_path, llm_dir):
         "expert_store": str(study / "experts"),
         "expert_gb": "2.0",
     }
-    assert given["--tasks"] == "genpoe_nq,genpoe_squad"
-    assert given["--limit"] == str(CURVE) and given["--gen_kwargs"] == "max_gen_toks=16"
-    assert json.loads(given["--metadata"])["genpoe_data"]["genpoe_nq"] == str(study / "questions" / "nq-hard.jsonl")
+    assert options["--tasks"] == "genpoe_nq,genpoe_squad"
+    assert options["--limit"] == str(CURVE) and options["--gen_kwargs"] == "max_gen_toks=16"
+    assert json.loads(options["--metadata"])["genpoe_data"]["genpoe_nq"] == str(study / "questions" / "nq-hard.jsonl")
     likelihood = json.loads((study / "rows" / "genpoe_four_equal_nats" / "cell.json").read_text())["command"]
-    given = dict(zip(likelihood[1::2], likelihood[2::2], strict=False))
-    assert given["--tasks"] == "genpoe_nq_nats,genpoe_squad_nats" and given["--limit"] == str(NATS)
-    assert "--gen_kwargs" not in given
+    options = dict(zip(likelihood[1::2], likelihood[2::2], strict=False))
+    assert options["--tasks"] == "genpoe_nq_nats,genpoe_squad_nats" and options["--limit"] == str(NATS)
+    assert "--gen_kwargs" not in options
 
 
 def command_of(study: Path, run: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The options of a run of lm_eval, and the arguments of its model."""
+    """The options of an lm_eval run, and its model arguments."""
     command = json.loads((study / "rows" / run / "cell.json").read_text())["command"]
-    given = dict(zip(command[1::2], command[2::2], strict=False))
-    return given, dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+    options = dict(zip(command[1::2], command[2::2], strict=False))
+    return options, dict(pair.split("=", 1) for pair in options["--model_args"].split(","))
 
 
-def test_the_row_of_heads_has_their_checkpoint(run, heads_checkpoint, tmp_path):
+def test_the_row_with_selected_heads_uses_their_checkpoint(run, heads_checkpoint, tmp_path):
     assert run("--rows", "genpoe_heads", "--heads", str(heads_checkpoint), "--no-store").exit_code == 0
     _, arguments = command_of(tmp_path / "study", "genpoe_heads")
     assert arguments["hypernetwork"] == str(heads_checkpoint)
@@ -510,7 +510,7 @@ def test_the_row_of_heads_has_their_checkpoint(run, heads_checkpoint, tmp_path):
     assert "--heads heads" in study["command"]
 
 
-def test_likelihoods_after_prompts_with_passages_are_scored_in_small_batches(run, tmp_path):
+def test_likelihoods_with_passages_in_the_prompt_use_small_batches(run, tmp_path):
     assert run("--rows", "closed_book,rag", "--limit-nats", str(LIMIT), "--batch-size", "32").exit_code == 0
     both, _ = command_of(tmp_path / "study", "closed_book")
     assert both["--tasks"] == "genpoe_nq,genpoe_squad,genpoe_nq_nats,genpoe_squad_nats"
@@ -542,7 +542,7 @@ def test_a_folder_has_one_study(run, tmp_path):
     assert nothing.exit_code == 2 and "no study (table.json cannot be read)" in nothing.output
 
 
-def test_commands_are_imported_on_use():
+def test_commands_are_imported_lazily():
     script = "import sys, benchmarks.__main__; print('benchmarks.real_llm.table' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

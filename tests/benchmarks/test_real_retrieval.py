@@ -1,4 +1,4 @@
-"""The table over real text, here over a few made-up questions and an encoder that counts letters."""
+"""The benchmark of real retrieval, with a few synthetic questions and an encoder that counts letters."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name: ByTitle()))
 
 
-def test_the_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     rows = {row.name: row.value for row in real_retrieval.measure(Options(data=data, out=out, reranker="r"))}
     rankings = ("bm25", "dense", "reranked")
@@ -87,12 +87,12 @@ def test_the_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.C
     # Every passage of SQuAD's has the people, but only one is the question's.
     assert rows["real_retrieval.squad.dense.recall_at_1"] == 1
     for name, questions in {"nq": 1, "squad": 2}.items():
-        asked = [topic for topic in TOPICS if real_retrieval.zlib.crc32(topic.encode()) % 2]
-        assert rows[f"real_retrieval.{name}.questions"] == questions * len(asked) and 0 < len(asked) < 8
+        topics = [topic for topic in TOPICS if real_retrieval.zlib.crc32(topic.encode()) % 2]
+        assert rows[f"real_retrieval.{name}.questions"] == questions * len(topics) and 0 < len(topics) < 8
         test, train = (list(read_questions(out / f"{name}.{part}.jsonl")) for part in ("test", "train"))
-        assert len(test) == questions * len(asked) and len(train) == questions * (8 - len(asked))
+        assert len(test) == questions * len(topics) and len(train) == questions * (8 - len(topics))
         own = [next(topic for topic in TOPICS if topic in question.question) for question in test]
-        assert set(own) == set(asked)
+        assert set(own) == set(topics)
         # Own passages, by hand.
         encoder, ranks = Letters(), []
         passages = [
@@ -108,9 +108,7 @@ def test_the_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.C
     assert "the question's own passage, among 8" in capsys.readouterr().out
 
 
-def test_the_index_is_used_again_if_it_is_of_the_same_corpus(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_of_the_same_corpus_is_reused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(data=data / "nq", out=tmp_path / "out")
     first = real_retrieval.measure(options)
     encoded = []
@@ -146,7 +144,7 @@ def test_bm25_equals_the_formula() -> None:
     assert [entry.score for entry in found] == pytest.approx([scores[row] for row in order], rel=1e-5)
 
 
-def test_without_data_it_says_what_it_needs(tmp_path: Path) -> None:
+def test_missing_data_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--data FOLDER"):
         real_retrieval.measure(Options())
     with pytest.raises(InputError, match="neither nq-open"):

@@ -1,4 +1,4 @@
-"""Experts in an LLM of real size: here of none, so that a CPU will do."""
+"""The benchmark of an LLM of real size, here with a tiny LLM on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tiny(monkeypatch) -> None:
     monkeypatch.setattr(real_size, "QUICK", real_size.Sizes(64, 4, 16, 2, (2,), 1))
 
 
-def test_rows_are_those_of_every_batch(tiny, tmp_path):
+def test_every_batch_size_has_its_rows(tiny, tmp_path):
     rows = {row.name: row for row in real_size.measure(Options(True, tmp_path, None, None))}
     aims = {name: row.target for name, row in rows.items() if row.target}
     assert aims == {
@@ -38,7 +38,7 @@ def test_the_full_size_needs_a_gpu(monkeypatch):
         real_size.measure(Options(False, None, None, None))
 
 
-def test_the_random_llm_has_the_shape_and_precision_that_are_asked_for():
+def test_the_random_llm_has_the_given_shape_and_dtype():
     model, _ = random_llm.random_llm(64, 2, head_width=16, kv_heads=2, dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.model.layers[0].self_attn.k_proj.weight.shape == (2 * 16, 64)

@@ -1,4 +1,4 @@
-"""The harder world asks what only the order of words tells, about names that training has not seen."""
+"""The world of relations: only word order decides an answer, and no name of the test side is in training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from benchmarks.relations import related_questions, surnames
 
 
-def test_the_first_passage_alone_states_the_answer_and_only_by_its_order():
+def test_only_the_first_passage_states_the_answer_and_only_by_word_order():
     questions = related_questions("test", 12, 0)
     assert len(questions) == 4 * 12 and len({question.question for question in questions}) == len(questions)
     for question in questions:
@@ -33,5 +33,5 @@ def test_no_surname_is_on_both_sides():
     assert words - {"employs", "teaches"} <= test
 
 
-def test_a_world_is_its_seed():
+def test_a_world_depends_on_its_seed():
     assert related_questions("train", 5, 1) == related_questions("train", 5, 1) != related_questions("train", 5, 2)

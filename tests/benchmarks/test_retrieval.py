@@ -40,14 +40,14 @@ def test_exact_neighbours_over_several_shards(tmp_path: Path, monkeypatch: pytes
     assert [set(row) for row in found.tolist()] == naive_neighbours(stored, corpus.queries(30), 20)
 
 
-def test_as_many_lists_as_suit_the_size() -> None:
+def test_the_number_of_lists_follows_the_size() -> None:
     factory = "OPQ96_384,IVF65536_HNSW32,PQ96x4fs,Refine(SQ6)"
     assert retrieval.with_lists_for(factory, 1_000_000) == "OPQ96_384,IVF4096,PQ96x4fs,Refine(SQ6)"
     assert retrieval.with_lists_for("IVF4096,RaBitQfs4", 60_000) == "IVF256,RaBitQfs4"
     assert retrieval.with_lists_for("Flat", 60_000) == "Flat"
 
 
-def test_what_is_offered_fits_ever_smaller_memory() -> None:
+def test_offered_types_need_less_and_less_memory() -> None:
     factories = list(dict.fromkeys(retrieval.offered(1_000_000)))
     assert len(factories) > 2
     assert factories[0] == retrieval.with_lists_for(choose_factory(retrieval.WIKIPEDIA, 48).factory, 1_000_000)
@@ -56,14 +56,14 @@ def test_what_is_offered_fits_ever_smaller_memory() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_times_are_taken_in_turns() -> None:
+def test_variants_run_interleaved() -> None:
     calls: list[str] = []
-    times = retrieval.in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    times = retrieval.interleaved_times({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
     assert calls == ["a", "b"] * 4 and set(times) == {"a", "b"} and min(times.values()) >= 0
 
 
-def as_a_call(arguments, environment):
-    """The child's work, in this process."""
+def run_in_process(arguments, environment):
+    """`flat_search`, in this process instead of a subprocess."""
     assert environment["OMP_NUM_THREADS"].isdigit() and "OPENBLAS_CORETYPE" not in environment
     _, module, name, folder = arguments
     assert module == "benchmarks.flat_search"
@@ -82,12 +82,12 @@ def test_every_row_is_there(
 
     def child(arguments, environment):
         if arguments[1] == "benchmarks.flat_search":
-            return as_a_call(arguments, environment)
+            return run_in_process(arguments, environment)
         builds.append(arguments)
         Path(arguments[arguments.index("--out") + 1]).mkdir()
         return None, 3_000_000_000
 
-    # Training a rotation takes longer than all the rest.
+    # Without a rotation, whose training takes longer than everything else.
     wikipedia = Choice("IVF65536_HNSW32,PQ24x4fs,Refine(SQ8)", 0, 0, "")
     monkeypatch.setattr(retrieval, "choose_factory", lambda count, *_: wikipedia)
     monkeypatch.setattr(retrieval, "run_child", child)
@@ -114,7 +114,7 @@ def test_every_row_is_there(
     assert (tmp_path / "recommended").is_dir() and not (tmp_path / "other").exists()
 
 
-def test_the_child_prints_what_is_read(
+def test_the_subprocess_prints_times_and_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(flat_search, "BATCH", 8)
@@ -122,11 +122,11 @@ def test_the_child_prints_what_is_read(
     write_shards(corpus, tmp_path / "shards")
     np.save(tmp_path / "queries.npy", corpus.queries(100))
     flat_search.main("default", tmp_path)
-    said = json.loads(capsys.readouterr().out)
-    assert said["ms"] > 0 and len(said["rows"]) == 8 * (1 + flat_search.BATCHES)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ms"] > 0 and len(printed["rows"]) == 8 * (1 + flat_search.BATCHES)
 
 
-def test_the_default_is_faiss_with_nothing_of_ours(tmp_path: Path) -> None:
+def test_the_default_search_does_not_import_our_faiss_setup(tmp_path: Path) -> None:
     write_shards(ClusteredVectors(100), tmp_path / "shards")
     code = (
         "import sys; from pathlib import Path; from benchmarks.flat_search import default_search; "

@@ -1,4 +1,4 @@
-"""Files of benchmarks: numbers and truth values of any library become JSON's."""
+"""Rows of benchmarks: their aims, their table and their JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.row import Row, table, write
 
 @pytest.mark.parametrize("value", [2, 2.5, np.float32(2.5), np.float64(2.5), np.int64(2)])
 @pytest.mark.parametrize(("target", "holds"), [(None, None), (">= 2", True), ("<= 1.5", False)])
-def test_a_row_is_written_whatever_library_measured_it(value, target, holds, tmp_path):
+def test_values_of_any_numeric_type_are_written(value, target, holds, tmp_path):
     write([Row("compare.seconds", value, "s", target)], tmp_path / "rows.json")
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row == {"name": "compare.seconds", "value": float(value), "unit": "s", "target": target, "holds": holds}
@@ -32,12 +32,12 @@ def test_a_row_says_whether_its_aim_is_met(value, target, holds):
     assert ("MISSED" in table([row]), "holds" in table([row])) == (holds is False, holds is True)
 
 
-def test_columns_stand_below_each_other():
+def test_columns_are_aligned():
     lines = table([Row("a.b", 2.0, "x", ">= 3"), Row("a.much.longer.name", 1.0, "x", ">= 3")]).splitlines()
     assert lines[0].index("aim") == lines[1].index("aim")
 
 
-def test_what_is_written_names_machine_and_command(tmp_path, monkeypatch):
+def test_the_file_has_machine_and_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "training", "--json", "a file"])
     write([Row("a.b", 2.0, "x", ">= 3"), Row("a.c", 1.0, "s")], tmp_path / "rows.json")
     record = json.loads((tmp_path / "rows.json").read_text())

@@ -1,4 +1,4 @@
-"""The alternative that training is measured against computes the same thing."""
+"""The training benchmark: its baseline computes the same update, and peak memory is counted correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def small(monkeypatch):
     return HypernetworkConfig.preset("paper", hidden_size=64, layer=1, rank=4)
 
 
-def test_one_example_moves_the_weights_as_ours(small):
+def test_the_baseline_updates_the_weights_as_ours(small):
     model, tokenizer = training.language_model()
     examples = training.training_set(1)
     learner = HypernetworkLearner(small, HypernetworkTraining(), examples, model, tokenizer)
@@ -34,7 +34,7 @@ def test_one_example_moves_the_weights_as_ours(small):
         assert not torch.equal(weight, before[name])
 
 
-def test_the_peak_is_what_was_alive_at_once():
+def test_the_peak_counts_live_tensors():
     def work():
         first = torch.zeros(1000, 1000)
         second = first + 1

@@ -180,7 +180,7 @@ def test_a_pickle_is_refused_unread(tmp_path: Path, name: str, protocol: int) ->
 
     data = pickle.dumps([RESULT, Bomb()], protocol)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    with pytest.raises(InputError, match=rf"{name}: a pickle, which is not opened .* JSON") as caught:
+    with pytest.raises(InputError, match=rf"{name}: a pickle, which is not read, .* JSON") as caught:
         list(read_questions(tmp_path / name))
     assert "\n" not in str(caught.value) and not (tmp_path / "canary").exists()
 
