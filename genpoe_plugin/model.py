@@ -33,9 +33,9 @@ from genpoe_plugin.training.batches import answer_logits, make_batch, token_loss
 from genpoe_plugin.training.examples import DrawnExample
 
 Passages = Sequence[Sequence[str]]
-"""A list of passages per question, best first, each as ``title: text`` or as text alone; cut to 256 tokens each."""
+"""For each question, a list of passages, best first, as ``title: text`` or as text alone; each is cut to 256 tokens."""
 Gates = Sequence[Sequence[float]] | None
-"""A list of gates per question, one gate per passage; None for equal gates."""
+"""For each question, a list with one gate per passage; None for equal gates."""
 _OTHER_OUTPUTS = ("num_return_sequences", "return_dict_in_generate")
 
 
@@ -203,8 +203,8 @@ class GenPoEModel:
                 (both). If a prompt is too long for the LLM, passages are left out of it, the last ones first.
             batch_size: number of questions per batch.
             **generation: further arguments of the LLM's ``generate``. The defaults are those of the tasks of
-                ``lm_eval``: greedy decoding, at most 32 new tokens, and an end before a line that begins with
-                ``Question:`` (``stop_strings``).
+                ``lm_eval``: greedy decoding, at most 32 new tokens, and a stop string (``stop_strings``) that ends the
+                answer at a new line with ``Question:``.
 
         Returns:
             For each question, the generated text before the stop string; its first line is the answer.
