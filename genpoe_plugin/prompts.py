@@ -109,15 +109,15 @@ def find_question(context: str, question: str | None, bos: str | None = None) ->
     question = (question or "").strip()
     if question:
         forms = (normalise_question(question), question)
-        place = max(context.rfind(f"Question: {form}") for form in forms)
-        if place >= 0:
-            return place
-        place = max(context.rfind(form) for form in forms)
-        if place >= 0:
-            label = _LABEL.search(context, max(0, place - 20), place)
-            return label.start() if label else place
-    place = context.rfind("Question:")
-    return place if place >= 0 else _bos_length(context, bos)
+        position = max(context.rfind(f"Question: {form}") for form in forms)
+        if position >= 0:
+            return position
+        position = max(context.rfind(form) for form in forms)
+        if position >= 0:
+            label = _LABEL.search(context, max(0, position - 20), position)
+            return label.start() if label else position
+    position = context.rfind("Question:")
+    return position if position >= 0 else _bos_length(context, bos)
 
 
 def _bos_length(context: str, bos: str | None) -> int:
@@ -159,12 +159,12 @@ def with_knowledge(
     """
     if not context.strip():
         return Prompt(context)
-    place = find_question(context, question, bos)
+    position = find_question(context, question, bos)
     for count in range(len(passages), 0, -1):
         knowledge = knowledge_block(passages[:count])
-        text = context[:place] + knowledge + context[place:]
+        text = context[:position] + knowledge + context[position:]
         if fits(text):
-            return Prompt(text, count, place + len(knowledge))
+            return Prompt(text, count, position + len(knowledge))
     return Prompt(context)
 
 
