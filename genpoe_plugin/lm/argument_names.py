@@ -30,16 +30,16 @@ def check_names(cls: type, arguments: Mapping[str, Any], options: Mapping[str, A
             raise InputError(
                 f"{name}={value} among the model arguments: lm_eval has the option --{name} for this; use only that"
             )
-    known, own = accepted_names(*cls.__mro__), accepted_names(cls)
+    all_names, own_names = accepted_names(*cls.__mro__), accepted_names(cls)
     for name in arguments:
-        if name not in known and (near := get_close_matches(name, own, 1, 0.8)):
-            raise InputError(f"{name}: no such model argument; did you mean {near[0]}?")
+        if name not in all_names and (similar := get_close_matches(name, own_names, 1, 0.8)):
+            raise InputError(f"{name}: no such model argument; did you mean {similar[0]}?")
 
 
 def nearest_name(cls: type, name: str) -> str | None:
-    """The argument of ``cls`` or its base classes that is most similar to ``name``; None if none is."""
-    near = get_close_matches(name, accepted_names(*cls.__mro__), 1)
-    return near[0] if near else None
+    """The argument of ``cls`` or its base classes that is most similar to ``name``; None if none is similar."""
+    similar = get_close_matches(name, accepted_names(*cls.__mro__), 1)
+    return similar[0] if similar else None
 
 
 def accepted_names(*classes: type) -> set[str]:

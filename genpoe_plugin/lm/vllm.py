@@ -79,25 +79,28 @@ class GenPoEVLLM(PassageRequests, VLLM):
         **arguments: Any,
     ) -> None:
         vllm_arguments = self._take_arguments(arguments)
-        ours = self.arguments
-        if ours.expert_dtype is not None:
+        settings = self.arguments
+        if settings.expert_dtype is not None:
             raise InputError(
-                f"expert_dtype={ours.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
+                f"expert_dtype={settings.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
             )
-        own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
-        if ours.control != "none":
-            load_tokenizer(own.get("tokenizer", pretrained))
+        loader_options = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
+        if settings.control != "none":
+            load_tokenizer(loader_options.get("tokenizer", pretrained))
         self._engine: ExpertEngine | None = None
         expert_models = None
-        device, engine = share_device(None if ours.mode == "closed_book" else device, device_memory, vllm_arguments)
-        if ours.uses_experts:
-            assert ours.hypernetwork is not None
-            own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            expert_models = load_expert_models(pretrained, ours.hypernetwork, device=device, **own)
+        own_device = None if settings.mode == "closed_book" else device
+        device, engine_options = share_device(own_device, device_memory, vllm_arguments)
+        if settings.uses_experts:
+            assert settings.hypernetwork is not None
+            loader_options["dtype"] = vllm_arguments.get("dtype") or "auto"
+            expert_models = load_expert_models(pretrained, settings.hypernetwork, device=device, **loader_options)
             config = expert_models[0].config
-            ours.layers_of(config)
-            engine |= engine_arguments(pretrained, ours.hypernetwork, config, ours.num_passages, vllm_arguments)
-        super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
+            settings.layers_of(config)
+            engine_options |= engine_arguments(
+                pretrained, settings.hypernetwork, config, settings.num_passages, vllm_arguments
+            )
+        super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine_options})
         self._pretrained = pretrained
         self._order = EngineOrder()
         dtype = self.model.llm_engine.model_config.dtype
