@@ -1,9 +1,9 @@
-"""The one error that users are meant to read."""
+"""The exception for errors in user input."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used.
+    """Raised when an argument, a file or another input cannot be used.
 
-    The message is a single line: what is wrong, where, and what would fix it. The command line prints it and exits
-    with status 2; a library caller gets it as a ``ValueError``.
+    The message is one line that says what is wrong, where, and how to fix it. The ``genpoe`` command prints it and
+    exits with status 2.
     """

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: names with a revision, the commit behind one, and a directory as a repository.
+"""The Hugging Face hub: parse names with revisions, download files, find commits, and upload directories.
 
-The token is the one that huggingface_hub finds: ``HF_TOKEN``, or what ``hf auth login`` keeps.
+The token is the one that huggingface_hub finds, in ``HF_TOKEN`` or from ``hf auth login``.
 """
 
 from __future__ import annotations
@@ -15,39 +15,51 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RevisionNotFoun
 from genpoe_plugin.errors import InputError
 
 UNREACHABLE = (HTTPError, HFValidationError, OSError)
-"""What huggingface_hub raises where a repository is not there, not for everyone, not named rightly, or out of reach."""
+"""The errors of huggingface_hub for a repository that is missing, private or unreachable, or has an invalid name."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADAPTER = "adapter_config.json"
 
 
 def split_revision(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """The repository and the revision of ``user/name@revision``; a directory of that name is left as it is.
+    """Split ``user/name@revision`` into repository and revision; the name of a directory is returned unchanged.
 
     Args:
-        revision: a branch, a tag or a commit, where it is not part of ``name``.
+        name: a directory or a hub repository.
+        revision: branch, tag or commit, if it is not part of ``name``.
+
+    Returns:
+        The directory or repository, and the revision; None without a revision.
 
     Raises:
-        InputError: two revisions, none behind the ``@``, or one of a directory.
+        InputError: there are two different revisions, nothing after the ``@``, or a revision for a directory.
     """
     text = str(name)
     if Path(text).is_dir():
         if revision is not None:
             raise InputError(f"{text}: a directory, which has no revision {revision}; leave the revision out")
         return text, None
-    repository, at, behind = text.partition("@")
-    if at and not behind:
-        raise InputError(f"{text}: no revision behind the @; give a branch, a tag or a commit")
-    if at and revision not in (None, behind):
-        raise InputError(f"{text}: two revisions, {behind} and {revision}; give one")
-    return repository, behind or revision
+    repository, at, revision_in_name = text.partition("@")
+    if at and not revision_in_name:
+        raise InputError(f"{text}: no revision after the @; give a branch, a tag or a commit")
+    if at and revision not in (None, revision_in_name):
+        raise InputError(f"{text}: two revisions, {revision_in_name} and {revision}; give one")
+    return repository, revision_in_name or revision
 
 
 def download(name: str | Path, files: Sequence[str], revision: str | None = None) -> tuple[Path, str]:
-    """Those of ``files`` that a repository has, in the hub's cache, and its commit.
+    """Download files of a repository into the hub's cache; files that it does not have are skipped.
+
+    Args:
+        name: ``user/name`` or ``user/name@revision``.
+        files: names or patterns of the files.
+        revision: branch, tag or commit, if it is not part of ``name``.
+
+    Returns:
+        The directory with the files, and the commit.
 
     Raises:
         InputError: there is no such revision.
-        `UNREACHABLE`: there is no such repository, or it is neither within reach nor in the cache.
+        `UNREACHABLE`: the repository does not exist, or it is unreachable and not in the cache.
     """
     repository, revision = split_revision(name, revision)
     try:
@@ -58,7 +70,7 @@ def download(name: str | Path, files: Sequence[str], revision: str | None = None
 
 
 def commit_of(name: str | Path, revision: str | None = None) -> str | None:
-    """The commit of a model that was loaded from the hub; None for a directory, and where it cannot be told."""
+    """The commit of a model that was loaded from the hub; None for a directory or if the commit is unknown."""
     if Path(name).is_dir():
         return None
     try:
@@ -69,12 +81,13 @@ def commit_of(name: str | Path, revision: str | None = None) -> str | None:
 
 
 def loaded_from(name: str | Path) -> tuple[str, dict[str, str]]:
-    """What transformers loads a model from, and the options that it needs.
+    """The name and the options for transformers to load a model with.
 
-    Files of an adapter with a revision are downloaded here: transformers looks for its revision in its base model too.
+    An adapter with a revision is downloaded here, because transformers would look for the same revision in the
+    repository of its base model.
 
     Raises:
-        InputError: there is nothing behind the ``@``.
+        InputError: there is nothing after the ``@``.
     """
     repository, revision = split_revision(name)
     if revision is None:
@@ -84,21 +97,23 @@ def loaded_from(name: str | Path) -> tuple[str, dict[str, str]]:
         if (directory / _ADAPTER).is_file():
             return str(download(name, ["*"])[0]), {}
     except (InputError, *UNREACHABLE):
-        pass  # transformers says what is wrong
+        pass  # transformers will report the error
     return repository, {"revision": revision}
 
 
 def make_repository(name: str, revision: str | None = None, *, private: bool | None = None) -> str:
-    """Make a repository of the hub, and a branch of it, unless they are there.
+    """Create a hub repository, and a branch in it, if they do not exist.
 
     Args:
-        name: ``user/name``, or a name among one's own.
+        name: ``user/name``, or a name in the user's own namespace.
+        revision: branch to create.
+        private: whether a new repository is private; by default the hub decides.
 
     Returns:
-        ``user/name``.
+        The repository's name, as ``user/name``.
 
     Raises:
-        InputError: the hub is out of reach, or does not let the user do that.
+        InputError: the hub is unreachable, or refuses the request.
     """
     api = HfApi()
     try:
@@ -111,13 +126,13 @@ def make_repository(name: str, revision: str | None = None, *, private: bool | N
 
 
 def upload(directory: Path, repository: str, revision: str | None = None) -> str:
-    """Make the files of a directory a commit of a repository; other files there stay.
+    """Upload the files of a directory to a repository as one commit; other files of the repository stay.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        InputError: the hub is out of reach, or does not let the user do that.
+        InputError: the hub is unreachable, or refuses the upload.
     """
     try:
         commit = HfApi().upload_folder(repo_id=repository, folder_path=directory, revision=revision)
@@ -129,6 +144,6 @@ def upload(directory: Path, repository: str, revision: str | None = None) -> str
 def _refused(name: str, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(
-        f"{name}: cannot be pushed to the hub ({reason}); that needs a token that may write, by `hf auth login` or "
-        "HF_TOKEN"
+        f"{name}: cannot be pushed to the hub ({reason}); pushing needs a token with write access, from "
+        "`hf auth login` or HF_TOKEN"
     )

@@ -1,4 +1,4 @@
-"""A frozen LLM and its experts in Python: answers, likelihoods, and experts in a decode loop of one's own."""
+"""The Python interface: generate and score answers with experts, or use experts in a custom decoding loop."""
 
 from __future__ import annotations
 
@@ -33,45 +33,59 @@ from genpoe_plugin.training.batches import answer_logits, make_batch, token_loss
 from genpoe_plugin.training.examples import DrawnExample
 
 Passages = Sequence[Sequence[str]]
-"""For each question its passages, best first, each as ``title: text`` or as text alone; at most 256 tokens are read."""
+"""For each question, a list of passages, best first, as ``title: text`` or as text alone; each is cut to 256 tokens."""
 Gates = Sequence[Sequence[float]] | None
-"""For each question a gate for each of its passages; None for equal ones."""
-_ONE_ANSWER = ("num_return_sequences", "return_dict_in_generate")
+"""For each question, a list with one gate per passage; None for equal gates."""
+_OTHER_OUTPUTS = ("num_return_sequences", "return_dict_in_generate")
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A question as the LLM reads it: its prompt, with so many passages in it, and the experts beside it."""
+    """One question, ready for the LLM.
+
+    Attributes:
+        question: the question, as given.
+        prompt: the prompt, as text.
+        ids: token ids of the prompt.
+        num_in_prompt: number of passages in the prompt.
+        passages: the passages, cut; in modes with experts, each becomes an expert.
+        gates: one gate per passage.
+        start: the first position that the experts act on.
+    """
 
     question: str
     prompt: str
     ids: list[int]
-    shown: int
+    num_in_prompt: int
     passages: tuple[str, ...]
     gates: tuple[float, ...]
     start: int
 
 
 class GenPoEModel:
-    """A frozen decoder LLM, and the hypernetwork that makes its experts.
+    """A frozen decoder LLM and a hypernetwork that generates experts for it.
 
-    The LLM's weights are never changed: experts are there during a call, or inside the block of `experts`. Its parts
-    are those of ``lm_eval --model genpoe``, so the same passages and gates give the same answers there.
+    The LLM's weights never change: experts act only during a call, or inside a block of `experts`. With the same
+    passages and gates, ``lm_eval --model genpoe`` gives the same answers.
 
     Args:
-        llm, tokenizer: as `transformers` loads them; the tokenizer has to be of the fast kind. The LLM is put into
-            evaluation mode.
-        hypernetwork: a checkpoint for this LLM: a directory, a repository of the hub as ``user/name`` or
+        llm: decoder LLM, as loaded by `transformers`; it is put into evaluation mode.
+        tokenizer: fast tokenizer of the LLM.
+        hypernetwork: checkpoint of a hypernetwork for this LLM: a directory, a hub repository as ``user/name`` or
             ``user/name@revision``, or a `HypernetworkCheckpoint`.
-        revision: of the hypernetwork's repository, where it is not in its name.
-        expert_dtype: of the experts that are kept (``float32``, ``bfloat16``, ``float16``, and ``int8`` where they are
-            in the attention); the LLM's without it.
+        revision: revision of the hypernetwork's repository (branch, tag or commit), if it is not part of its name.
+        expert_dtype: dtype in which experts are stored: ``float32``, ``bfloat16``, ``float16`` or, for experts in the
+            attention, ``int8``. By default the LLM's dtype.
 
     Attributes:
-        checkpoint: where the hypernetwork is from, and its commit.
+        llm: the LLM.
+        tokenizer: the LLM's tokenizer.
+        hypernetwork: the hypernetwork.
+        checkpoint: the hypernetwork's checkpoint, with its directory and commit.
 
     Raises:
-        InputError: the checkpoint is missing, damaged, or belongs to another LLM.
+        InputError: the checkpoint is missing, damaged, or for another LLM; the tokenizer is not a fast one; or
+            ``expert_dtype`` is invalid.
     """
 
     def __init__(
@@ -106,24 +120,28 @@ class GenPoEModel:
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> GenPoEModel:
-        """Load an LLM, or take one that is loaded, and a checkpoint for it.
+        """Load a hypernetwork, and its LLM unless that is already loaded.
 
         Args:
-            llm: a directory, a repository of the hub as ``user/name`` or ``user/name@revision``, or a loaded LLM.
-            hypernetwork, revision, expert_dtype: as of the class.
-            tokenizer: of a loaded LLM, which needs one; for an LLM by name it is loaded beside it.
-            device: ``cpu``, which it is by default, or such as ``cuda:1``.
-            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, which it is by default: as the LLM is stored.
-            gguf_file: in the LLM's directory or repository, to read it from.
-            trust_remote_code: run code that comes with the LLM.
+            llm: a directory, a hub repository as ``user/name`` or ``user/name@revision``, or a loaded LLM.
+            hypernetwork: checkpoint of a hypernetwork for this LLM: a directory, a hub repository as ``user/name`` or
+                ``user/name@revision``, or a `HypernetworkCheckpoint`.
+            tokenizer: tokenizer of a loaded LLM. The tokenizer of an LLM that is given by name is loaded with it.
+            revision: revision of the hypernetwork's repository (branch, tag or commit), if it is not part of its name.
+            device: device of the LLM, such as ``cuda:1``; ``cpu`` by default. Only for an LLM that is given by name.
+            dtype: dtype of the LLM: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the default) for the dtype in
+                which it is stored. Only for an LLM that is given by name.
+            expert_dtype: dtype in which experts are stored; see the class.
+            gguf_file: name of a GGUF file in the LLM's directory or repository to load the LLM from.
+            trust_remote_code: whether to run code from the LLM's repository.
 
         Raises:
-            InputError: either cannot be loaded, or they do not belong together; a loaded LLM comes without tokenizer,
-                or with what is for loading.
+            InputError: a model cannot be loaded, the hypernetwork is for another LLM, a loaded LLM has no tokenizer, or
+                an argument does not fit the kind of ``llm``.
         """
         if isinstance(llm, str | Path):
             if tokenizer is not None:
-                raise InputError("tokenizer: it is loaded beside an LLM that is given by name; leave it out")
+                raise InputError("tokenizer: an LLM that is given by name is loaded with its own; leave it out")
             model, tokenizer = load_language_model(
                 str(llm),
                 device=device or "cpu",
@@ -133,33 +151,33 @@ class GenPoEModel:
             )
         else:
             model = llm
-            told = {"device": device, "dtype": dtype, "gguf_file": gguf_file}
-            if loading := [name for name, value in told.items() if value is not None]:
-                raise InputError(f"{loading[0]}={told[loading[0]]}: the LLM is loaded already; leave it out")
+            loader_options = {"device": device, "dtype": dtype, "gguf_file": gguf_file}
+            if unused := [name for name, value in loader_options.items() if value is not None]:
+                raise InputError(f"{unused[0]}={loader_options[unused[0]]}: the LLM is already loaded; leave it out")
             if tokenizer is None:
                 raise InputError("a loaded LLM needs its tokenizer; give tokenizer=")
         return cls(model, tokenizer, hypernetwork, revision=revision, expert_dtype=expert_dtype)
 
     @staticmethod
     def gates(scores: Sequence[Sequence[float]], gate_temperature: float = 1.0) -> list[tuple[float, ...]]:
-        """Gates of scores, a reranker's or a retriever's, as an evaluation makes them.
+        """Compute gates from the scores of a reranker or a retriever, as an evaluation does.
 
         Args:
-            scores: for each question one for each of its passages; the higher, the better.
-            gate_temperature: above 0. Gates are the softmax of the scores divided by it: with a large one they are
-                equal, with a small one the best passage counts alone.
+            scores: for each question, one score per passage; higher is better.
+            gate_temperature: temperature of the softmax, above 0. A large one makes all gates equal; with a small one,
+                only the best passage counts.
 
         Returns:
-            For each question as many gates as it has scores; they add up to 1.
+            For each question, one gate per score; the gates of a question add up to 1.
 
         Raises:
-            InputError: a score is not a finite number, or the temperature is not one above 0.
+            InputError: a score is not a finite number, or the temperature is not a finite number above 0.
         """
         check_value("gate_temperature", gate_temperature)
-        for number, own in enumerate(scores):
-            if not all(math.isfinite(score) for score in own):
+        for number, question_scores in enumerate(scores):
+            if not all(math.isfinite(score) for score in question_scores):
                 raise InputError(f"question {number}: a score is not a finite number; give one for every passage")
-        return [softmax(own, gate_temperature) for own in scores]
+        return [softmax(question_scores, gate_temperature) for question_scores in scores]
 
     @torch.no_grad()
     def generate(
@@ -172,27 +190,31 @@ class GenPoEModel:
         batch_size: int = 16,
         **generation: Any,
     ) -> list[str]:
-        """The LLM's answers, in the order of the questions.
+        """Generate answers to questions.
 
         Args:
-            questions: any number; a first letter in lower case and a missing question mark are mended.
-            passages: any number for each question; a question without any is answered by the LLM alone.
-            gates: as many; they say how much each passage counts. `gates` makes them of scores.
-            mode: ``closed_book``, ``rag`` (passages in the prompt), ``genpoe`` (as experts) or ``genpoe_rag`` (both).
-                Where the prompt gets too long for the LLM, passages are left out of it, the last ones first.
-            batch_size: questions at a time.
-            generation: arguments of the LLM's ``generate``. As in the tasks of ``lm_eval``, where nothing else is
-                said: greedy, at most 32 new tokens, and up to a new line with ``Question:`` (``stop_strings``).
+            questions: a list of questions. In the prompt, the first letter is capitalised and a missing question mark
+                is added.
+            passages: for each question, a list of passages, best first, as ``title: text`` or as text alone; each is
+                cut to 256 tokens. A question without passages is answered by the LLM alone.
+            gates: for each question, one weight per passage, such as those from `gates`; by default equal weights that
+                add up to 1.
+            mode: ``closed_book``, ``rag`` (passages in the prompt), ``genpoe`` (passages as experts) or ``genpoe_rag``
+                (both). If a prompt is too long for the LLM, passages are left out of it, the last ones first.
+            batch_size: number of questions per batch.
+            **generation: further arguments of the LLM's ``generate``. The defaults are those of the tasks of
+                ``lm_eval``: greedy decoding, at most 32 new tokens, and a stop string (``stop_strings``) that ends the
+                answer at a new line with ``Question:``.
 
         Returns:
-            For each question what the LLM wrote, without the stop string; its first line is the answer.
+            For each question, the generated text before the stop string; its first line is the answer.
 
         Raises:
-            InputError: no such mode, lists of different lengths, a gate that cannot be, or arguments of ``generate``
-                that return more than one text a question.
+            InputError: there is no such mode, lists differ in length, a gate is negative or not finite, or
+                ``generation`` asks for anything other than one text per question.
         """
-        if wrong := [name for name in _ONE_ANSWER if generation.get(name) not in (None, False, 1)]:
-            raise InputError(f"{wrong[0]}={generation[wrong[0]]}: there is one answer a question; leave it out")
+        if wrong := [name for name in _OTHER_OUTPUTS if generation.get(name) not in (None, False, 1)]:
+            raise InputError(f"{wrong[0]}={generation[wrong[0]]}: there is one text per question; leave it out")
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": self._padding, "stop_strings": [STOP]}
         if "max_length" not in generation:
             options["max_new_tokens"] = MAX_NEW_TOKENS
@@ -200,15 +222,16 @@ class GenPoEModel:
         stops = options.get("stop_strings") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         options["stop_strings"] = stops or None
-        rows = self._laid_out(questions, passages, gates, mode, options.get("max_new_tokens") or 0)
+        rows = self._build_rows(questions, passages, gates, mode, options.get("max_new_tokens") or 0)
         answers = [""] * len(rows)
         for numbers in self._batches(rows, mode, batch_size):
-            part = [rows[number] for number in numbers]
-            batch = self._encoded(part)
-            with self._with_experts(part, mode):
-                found = self.llm.generate(**batch, **options, tokenizer=self.tokenizer)
-            new = found[:, batch["input_ids"].shape[1] :]
-            for number, text in zip(numbers, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            batch_rows = [rows[number] for number in numbers]
+            inputs = self._inputs(batch_rows)
+            with self._with_experts(batch_rows, mode):
+                generated = self.llm.generate(**inputs, **options, tokenizer=self.tokenizer)
+            new_tokens = generated[:, inputs["input_ids"].shape[1] :]
+            texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            for number, text in zip(numbers, texts, strict=True):
                 for stop in stops:
                     text = text.partition(stop)[0]
                 answers[number] = text
@@ -225,30 +248,40 @@ class GenPoEModel:
         mode: str = "genpoe",
         batch_size: int = 16,
     ) -> list[float]:
-        """The log-likelihood of an answer to each question, in nats, summed over its tokens.
+        """Compute the log-likelihood of one given answer per question.
 
         Args:
-            answers: one for each question; a space is put before it.
-            passages, gates, mode, batch_size: as of `generate`.
+            questions: a list of questions, as for `generate`.
+            answers: for each question, the answer to score; a space is added before it.
+            passages: for each question, a list of passages, as for `generate`.
+            gates: for each question, one weight per passage, as for `generate`.
+            mode: mode of the prompt and the experts, as for `generate`.
+            batch_size: number of questions per batch.
+
+        Returns:
+            For each question, the log-likelihood of the answer in nats, summed over its tokens.
 
         Raises:
-            InputError: no such mode, lists of different lengths, an empty answer, or a gate that cannot be.
+            InputError: there is no such mode, lists differ in length, an answer is empty, or a gate is negative or not
+                finite.
         """
         if isinstance(answers, str) or len(answers) != len(questions):
             raise InputError(f"{len(questions)} questions, but {len(answers)} answers; give a list with one for each")
         if empty := [number for number, answer in enumerate(answers) if not answer.strip()]:
             raise InputError(f"answer {empty[0]} is empty")
         longest = max((len(self._ids(answer)) for answer in answers), default=0)
-        rows = self._laid_out(questions, passages, gates, mode, longest)
+        rows = self._build_rows(questions, passages, gates, mode, longest)
         scores = [0.0] * len(rows)
         for numbers in self._batches(rows, mode, batch_size):
-            part = [rows[number] for number in numbers]
+            batch_rows = [rows[number] for number in numbers]
             examples = [
-                DrawnExample(row.question, answers[number], row.passages[: row.shown], row.gates[: row.shown])
-                for number, row in zip(numbers, part, strict=True)
+                DrawnExample(
+                    row.question, answers[number], row.passages[: row.num_in_prompt], row.gates[: row.num_in_prompt]
+                )
+                for number, row in zip(numbers, batch_rows, strict=True)
             ]
             batch = make_batch(examples, mode in PROMPT_MODES, self.tokenizer, end="")
-            with self._with_experts(part, mode):
+            with self._with_experts(batch_rows, mode):
                 logits = answer_logits(self.llm, batch, self.llm.device)
             losses = token_losses(logits, batch.labels.to(logits.device)).sum(1)
             for number, loss in zip(numbers, losses.tolist(), strict=True):
@@ -257,105 +290,120 @@ class GenPoEModel:
 
     @property
     def has_router(self) -> bool:
-        """Whether the LLM's attention weighs the experts."""
+        """Whether the experts are in the LLM's attention, which then weights them."""
         return (self.hypernetwork.config.head, self.hypernetwork.config.place) == ("attention", "attention")
 
     @torch.no_grad()
     def router_mass(self, questions: Sequence[str], passages: Passages, gates: Gates = None) -> list[list[float]]:
-        """How much of the attention each passage has when the LLM is about to answer.
+        """Compute the share of the attention that each passage receives from the last token of the prompt.
 
         Args:
-            passages: at least one for each question.
+            questions: a list of questions, as for `generate`.
+            passages: for each question, a list of at least one passage.
+            gates: for each question, one weight per passage, as for `generate`.
 
         Returns:
-            For each question and passage its share of the softmax at the prompt's last token, a mean over heads and
-            layers with experts. What is missing to 1 is the share of the prompt itself.
+            For each question, one share per passage, as a mean over heads and layers with experts. The rest up to 1 is
+            the share of the prompt itself.
 
         Raises:
-            InputError: the experts are not in the attention, a question has no passage, or lists of different lengths.
+            InputError: the experts are not in the attention, a question has no passage, or lists differ in length.
         """
         if not self.has_router:
-            raise InputError("there is a router for experts in the attention alone; gates weigh those beside an MLP")
-        rows = self._laid_out(questions, passages, gates, "genpoe")
+            raise InputError("only experts in the attention have a router; experts beside an MLP have gates alone")
+        rows = self._build_rows(questions, passages, gates, "genpoe")
         if empty := [number for number, row in enumerate(rows) if not row.passages]:
             raise InputError(f"question {empty[0]} has no passage")
-        found = []
+        shares = []
         for row in rows:
             with self._with_experts([row], "genpoe"), observe_router() as masses:
-                self.llm(**self._encoded([row]))
-            units = torch.stack([mass.cpu() for mass in masses.values()]).mean(0)[0]
-            found.append([float(part.sum()) for part in units.split(self._store.units(row.passages))])
-        return found
+                self.llm(**self._inputs([row]))
+            unit_shares = torch.stack([mass.cpu() for mass in masses.values()]).mean(0)[0]
+            of_passages = unit_shares.split(self._store.units(row.passages))
+            shares.append([float(of_passage.sum()) for of_passage in of_passages])
+        return shares
 
     @contextmanager
     def experts(self, passages: Passages, gates: Gates = None, start: Sequence[int] | None = None) -> Iterator[None]:
-        """Experts in every forward pass of the LLM inside the block, for a decode loop of one's own.
+        """Add experts to every forward pass of the LLM inside the block, for a custom decoding loop.
 
         Args:
-            passages: for each row of the batch; a batch may also be a multiple of the rows, as beams are.
-            gates: for each row as many as passages; equal ones, which add up to 1, without them.
-            start: for each row the first position (padding not counted) that its experts act on; 0 without it. Where
-                passages stand in the prompt as well, it is that of the question.
+            passages: for each row of the batch, a list of passages. With beam search, the batch has a multiple of these
+                rows.
+            gates: for each row, one weight per passage; by default equal weights that add up to 1.
+            start: for each row, the first position (padding not counted) that its experts act on; 0 by default. If the
+                prompt contains passages, give the position of the question.
 
         Raises:
-            InputError: lists of different lengths, or a gate that cannot be.
+            InputError: lists differ in length, or a gate is negative or not finite.
         """
-        given = _checked_passages(passages, len(passages))
-        cut = [tuple(cut_passages(own, self.tokenizer)) for own in given]
+        passage_lists = _checked_passages(passages, len(passages))
+        cut = [tuple(cut_passages(row_passages, self.tokenizer)) for row_passages in passage_lists]
         if start is not None and len(start) != len(cut):
-            raise InputError(f"passages for {len(cut)} rows, but starts for {len(start)}")
+            raise InputError(f"passages for {len(cut)} rows, but start positions for {len(start)}")
         rows = self._store.rows(cut, _checked_gates(cut, gates), [0] * len(cut) if start is None else start)
         with inject(self.llm, self._store.layers, rows):
             yield
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the hypernetwork's checkpoint, and its card; the LLM itself is not written.
+        """Copy the hypernetwork's checkpoint and its card to a directory; the LLM is not saved.
+
+        Args:
+            directory: directory to write to; an older checkpoint in it is replaced.
 
         Raises:
-            InputError: the directory holds something else.
+            InputError: the directory holds something that is not a checkpoint.
         """
         self.checkpoint.save_pretrained(directory)
 
     def push_to_hub(self, repository: str, *, revision: str | None = None, private: bool | None = None) -> str:
-        """Upload the hypernetwork's checkpoint, and its card: see `HypernetworkCheckpoint.push_to_hub`.
+        """Upload the hypernetwork's checkpoint and its card to the hub; the LLM is not uploaded.
+
+        The upload needs a token, in ``HF_TOKEN`` or from ``hf auth login``.
+
+        Args:
+            repository: ``user/name``, or a name in the user's own namespace; it is created if it does not exist.
+            revision: branch to upload to; it is created if it does not exist. By default the main branch.
+            private: whether a new repository is private; by default the hub decides.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            InputError: the hub is out of reach, or does not let the user do that.
+            InputError: the hub is unreachable, or refuses the upload.
         """
         return self.checkpoint.push_to_hub(repository, revision=revision, private=private)
 
-    def _laid_out(
-        self, questions: Sequence[str], passages: Passages | None, gates: Gates, mode: str, room: int = 0
+    def _build_rows(
+        self, questions: Sequence[str], passages: Passages | None, gates: Gates, mode: str, answer_tokens: int = 0
     ) -> list[_Row]:
-        """Questions as the LLM reads them, with so many tokens left for what follows."""
+        """Build prompts that leave room for ``answer_tokens`` tokens of an answer."""
         check_value("mode", mode)
         if isinstance(questions, str):
-            raise InputError("questions are a list; give [question] for one")
-        used = None if mode == "closed_book" else passages
-        given = [()] * len(questions) if used is None else _checked_passages(used, len(questions))
-        checked = _checked_gates(given, None if used is None else gates)
-        most = context_length(self.llm) - room
+            raise InputError("questions must be a list; give [question] for one question")
+        if passages is None or mode == "closed_book":
+            passages, gates = [()] * len(questions), None
+        passage_lists = _checked_passages(passages, len(questions))
+        gate_lists = _checked_gates(passage_lists, gates)
+        max_prompt_tokens = context_length(self.llm) - answer_tokens
         rows = []
-        for question, own, weights in zip(questions, given, checked, strict=True):
-            cut = tuple(cut_passages(own, self.tokenizer))
+        for question, question_passages, question_gates in zip(questions, passage_lists, gate_lists, strict=True):
+            cut = tuple(cut_passages(question_passages, self.tokenizer))
             prompt = in_mode(
                 mode,
                 closed_book_prompt(question),
                 question,
                 cut,
-                fits=lambda text: len(self._ids(text)) <= most,
+                fits=lambda text: len(self._ids(text)) <= max_prompt_tokens,
                 bos=self.tokenizer.bos_token,
             )
             ids = self._ids(prompt.text)
             start = expert_start(prompt.question_at, prompt.text, len(ids), self.tokenizer)
-            rows.append(_Row(question, prompt.text, ids, prompt.passages, cut, tuple(weights), start))
+            rows.append(_Row(question, prompt.text, ids, prompt.passages, cut, tuple(question_gates), start))
         return rows
 
     def _batches(self, rows: Sequence[_Row], mode: str, size: int) -> Iterator[list[int]]:
-        """Numbers of rows of like length, the longest first; their experts are made ahead of the first."""
+        """Prepare the experts of all rows, then yield the numbers of each batch's rows, longest prompts first."""
         if size < 1:
             raise InputError(f"batch_size={size}: give a whole number of at least 1")
         if mode in EXPERT_MODES:
@@ -381,44 +429,44 @@ class GenPoEModel:
     @property
     def _padding(self) -> int:
         tokenizer = self.tokenizer
-        found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return 0 if found is None else int(found)
+        token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return 0 if token_id is None else int(token_id)
 
-    def _encoded(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+    def _inputs(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
         """Token ids and mask, padded on the left, on the LLM's device."""
-        most = max(len(row.ids) for row in rows)
-        ids = torch.tensor([[self._padding] * (most - len(row.ids)) + row.ids for row in rows])
-        mask = torch.tensor([[0] * (most - len(row.ids)) + [1] * len(row.ids) for row in rows])
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([[self._padding] * (longest - len(row.ids)) + row.ids for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows])
         return {"input_ids": ids.to(self.llm.device), "attention_mask": mask.to(self.llm.device)}
 
 
 def _checked_passages(passages: Passages, questions: int) -> list[Sequence[str]]:
-    """Passages as they were given.
+    """Check the passages of a number of questions, and return them unchanged.
 
     Raises:
-        InputError: they are not a list for each question, or one is no text.
+        InputError: they are not one list per question, or a passage is empty or not a string.
     """
-    given = list(passages)
-    if isinstance(passages, str) or any(isinstance(own, str) for own in given):
-        raise InputError("passages are a list for each question; give [[passage, passage]] for one question")
-    if len(given) != questions:
-        raise InputError(f"{questions} questions, but passages for {len(given)}")
-    for number, own in enumerate(given):
-        if any(not isinstance(passage, str) or not passage.strip() for passage in own):
-            raise InputError(f"question {number}: a passage is no text, or an empty one; leave it out")
-    return given
+    passage_lists = list(passages)
+    if isinstance(passages, str) or any(isinstance(item, str) for item in passage_lists):
+        raise InputError("passages must be one list per question; give [[passage, passage]] for one question")
+    if len(passage_lists) != questions:
+        raise InputError(f"{questions} questions, but passages for {len(passage_lists)}")
+    for number, question_passages in enumerate(passage_lists):
+        if any(not isinstance(passage, str) or not passage.strip() for passage in question_passages):
+            raise InputError(f"question {number}: a passage is empty or not a string; leave it out")
+    return passage_lists
 
 
 def _checked_gates(passages: Passages, gates: Gates) -> Sequence[Sequence[float]]:
-    """Gates as they were given, or equal ones that add up to 1.
+    """Check the gates and return them unchanged; by default, equal gates that add up to 1.
 
     Raises:
-        InputError: they are not as many as the passages, or one is negative or no number.
+        InputError: a question does not have one gate per passage, or a gate is negative or not finite.
     """
     if gates is None:
-        return [uniform(len(own)) for own in passages]
-    if [len(own) for own in gates] != [len(own) for own in passages]:
-        raise InputError("gates have to be as many as the passages, for every question")
-    if any(not 0 <= gate < math.inf for own in gates for gate in own):
-        raise InputError("a gate is negative or no number; give numbers from 0 on")
+        return [uniform(len(question_passages)) for question_passages in passages]
+    if list(map(len, gates)) != list(map(len, passages)):
+        raise InputError("the gates do not match the passages; give one gate per passage, for every question")
+    if any(not 0 <= gate < math.inf for question_gates in gates for gate in question_gates):
+        raise InputError("a gate is negative or not a finite number; give finite numbers of at least 0")
     return gates

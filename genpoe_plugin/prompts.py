@@ -1,7 +1,7 @@
-"""The prompts of the four modes, and where in them the question begins.
+"""Build the prompts of the four modes, and find the token where the question begins.
 
-A position in a prompt is found from token offsets, never from the lengths of strings: experts see the question's first
-token and everything after it, and nothing before.
+Experts act on the question's first token and on all tokens after it. The index of this token comes from the tokenizer's
+character offsets, never from the length of a string.
 """
 
 from __future__ import annotations
@@ -21,41 +21,46 @@ EXPERT_MODES = ("genpoe", "genpoe_rag")
 """The modes that turn passages into experts."""
 MAX_PASSAGE_TOKENS = 256
 MAX_NEW_TOKENS, STOP = 32, "\nQuestion:"
-"""At most how many tokens an answer has, and what ends it, in the tasks as well: some LLMs go on with a question."""
+"""Largest number of tokens of an answer, and the string that ends it, because some LLMs continue with a question.
+
+The tasks have the same values.
+"""
 
 _LABEL = re.compile(r"(?<!\w)[A-Za-z]{1,16}:\s?$")
 _QUERY_WORDS = 100
 
 
 def normalise_question(question: str) -> str:
-    """The question as prompts show it: first letter capitalised, ``?`` ensured. Applying it twice changes nothing."""
+    """Capitalise the first letter of a question and add a missing question mark."""
     question = question.strip()
     question = question[:1].upper() + question[1:]
     return question if question.endswith("?") else question + "?"
 
 
 def closed_book_prompt(question: str) -> str:
+    """The prompt without passages."""
     return f"Question: {normalise_question(question)}\nAnswer:"
 
 
 def rag_prompt(question: str, passages: Sequence[str]) -> str:
-    """The closed-book prompt after a ``Knowledge:`` block with ``passages``, best first; alone if there are none."""
+    """A block with the passages, followed by the closed-book prompt; without passages, the closed-book prompt alone."""
     return knowledge_block(passages) + closed_book_prompt(question)
 
 
 def knowledge_block(passages: Sequence[str]) -> str:
+    """The line ``Knowledge:`` and one line per passage; empty without passages."""
     return "".join(f"{line}\n" for line in ("Knowledge:", *passages)) if passages else ""
 
 
 def paragraph(passage: str) -> str:
-    """The passage by itself, with an empty line behind it."""
+    """The passage followed by an empty line."""
     return f"{passage}\n\n"
 
 
 def cut_passages(
     passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int = MAX_PASSAGE_TOKENS
 ) -> list[str]:
-    """Cut every passage string to at most ``limit`` tokens, at the beginning of the first token that is too many."""
+    """Cut every passage to at most ``limit`` tokens."""
     if not passages:
         return []
     offsets = tokenizer(list(passages), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -66,48 +71,53 @@ def cut_passages(
 
 
 def first_token_at(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the first token that overlaps the text from ``character`` on; ``len(offsets)`` if none does.
+    """The index of the first token that overlaps the text from ``character`` on; ``len(offsets)`` if there is none.
 
-    ``offsets`` are the (begin, end) characters of each token; special tokens have empty ones and are passed over.
+    Args:
+        offsets: the begin and end character of each token. Special tokens have empty ranges and are skipped.
+        character: index of a character.
     """
     return next((i for i, (begin, end) in enumerate(offsets) if end > max(begin, character)), len(offsets))
 
 
 def tokens_from(text: str, character: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens of ``text`` there are from the first one that overlaps ``text[character:]`` to the last.
+    """The number of tokens of ``text`` from the first one that overlaps ``text[character:]`` to the last.
 
-    Counted from the end, the place stays right whether or not a BOS token or tokens cut off on the left come before.
+    A position counted from the end stays correct if a BOS token is added or tokens are truncated on the left.
     """
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return len(offsets) - first_token_at(offsets, character)
 
 
 def last_question(context: str, bos: str | None = None) -> str:
-    """The retrieval query that a rendered context holds: the line after its last ``Question:``, else its last words."""
+    """Extract a retrieval query from a prompt: the line after the last ``Question:``, otherwise the last 100 words."""
     _, label, rest = context.rpartition("Question:")
     question = rest.strip().partition("\n")[0].strip() if label else ""
     return question or " ".join(context[_bos_length(context, bos) :].split()[-_QUERY_WORDS:])
 
 
 def find_question(context: str, question: str | None, bos: str | None = None) -> int:
-    """The character of a rendered context (few-shot examples, chat template) where the task's own question begins.
+    """Find the character where the current question begins in a prompt with few-shot examples or a chat template.
 
-    That is the last ``Question: {question}``, normalised or as it is; else the last place of the question's text,
-    with a short label directly before it (``Q: ``); else the last ``Question:``; else the beginning of the context,
-    after a ``bos`` string that it may begin with.
+    The first of these that exists:
+
+    1. the last ``Question: {question}``, with the question normalised or unchanged;
+    2. the last occurrence of the question's text, or of a short label such as ``Q: `` directly before it;
+    3. the last ``Question:``;
+    4. the beginning of the context, after the string ``bos`` if the context begins with it.
     """
     question = (question or "").strip()
     if question:
         forms = (normalise_question(question), question)
-        place = max(context.rfind(f"Question: {form}") for form in forms)
-        if place >= 0:
-            return place
-        place = max(context.rfind(form) for form in forms)
-        if place >= 0:
-            label = _LABEL.search(context, max(0, place - 20), place)
-            return label.start() if label else place
-    place = context.rfind("Question:")
-    return place if place >= 0 else _bos_length(context, bos)
+        position = max(context.rfind(f"Question: {form}") for form in forms)
+        if position >= 0:
+            return position
+        position = max(context.rfind(form) for form in forms)
+        if position >= 0:
+            label = _LABEL.search(context, max(0, position - 20), position)
+            return label.start() if label else position
+    position = context.rfind("Question:")
+    return position if position >= 0 else _bos_length(context, bos)
 
 
 def _bos_length(context: str, bos: str | None) -> int:
@@ -116,10 +126,13 @@ def _bos_length(context: str, bos: str | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt with passages put into it.
+    """A prompt that may contain passages.
 
-    text: the whole prompt; passages: how many are in it, best first; question_at: the character where the question
-    part begins, None where no passage stands before it (experts then see the prompt from its first token on).
+    Attributes:
+        text: the whole prompt.
+        passages: number of passages in it; these are the best ones.
+        question_at: index of the character where the question begins; None if no passage is before it. Experts then
+            act on the whole prompt.
     """
 
     text: str
@@ -135,18 +148,23 @@ def with_knowledge(
     fits: Callable[[str], bool],
     bos: str | None = None,
 ) -> Prompt:
-    """Put ``passages`` right before the question of ``context``, leaving out the worst (last) until the prompt fits.
+    """Insert passages directly before the question of a prompt, as many of the best ones as fit.
 
-    An empty context (the unconditional score of a choice) stays empty.
+    Args:
+        context: the prompt without passages. An empty one, as for the unconditional score of a choice, stays empty.
+        question: the question; None if it is unknown.
+        passages: the passages, best first.
+        fits: whether a prompt is short enough.
+        bos: the string of the BOS token.
     """
     if not context.strip():
         return Prompt(context)
-    place = find_question(context, question, bos)
+    position = find_question(context, question, bos)
     for count in range(len(passages), 0, -1):
         knowledge = knowledge_block(passages[:count])
-        text = context[:place] + knowledge + context[place:]
+        text = context[:position] + knowledge + context[position:]
         if fits(text):
-            return Prompt(text, count, place + len(knowledge))
+            return Prompt(text, count, position + len(knowledge))
     return Prompt(context)
 
 
@@ -159,19 +177,21 @@ def in_mode(
     fits: Callable[[str], bool],
     bos: str | None = None,
 ) -> Prompt:
-    """What the LLM reads in a mode: the context as it is, or with the best passages in it (see `with_knowledge`)."""
+    """The prompt of a mode: with passages in it, by `with_knowledge`, or the context unchanged."""
     if mode not in PROMPT_MODES:
         return Prompt(context)
     return with_knowledge(context, question, passages, fits=fits, bos=bos)
 
 
 def expert_start(question_at: int | None, text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first token that sees the experts, of a prompt whose first ``tokens`` tokens end where ``text`` does.
+    """The index of the first token that the experts act on.
 
-    Counted from the end, so it does not matter what is before: BOS, or what left truncation took away.
+    It is counted from the end, so it is also correct with a BOS token or after truncation on the left.
 
     Args:
-        question_at: of the `Prompt`.
-        text: the prompt, without white space at its end where that became part of what follows.
+        question_at: index of the character where the question begins; None for 0.
+        text: the prompt. Leave out white space at its end that is tokenized with the continuation.
+        tokens: number of tokens up to the end of ``text``, after any truncation.
+        tokenizer: tokenizer of the LLM.
     """
     return 0 if question_at is None else max(0, tokens - tokens_from(text, question_at, tokenizer))

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, folder, versions, machine, data, and the memory that it took."""
+"""The provenance of a result: command, directory, versions, device, data and peak memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SECRET = re.compile(r"(token|key|password|secret)=[^,\s'\"]+", re.IGNORECASE)
 
 
 def digest(facts: Any) -> str:
-    """A short hash of what JSON can say."""
+    """A short hash of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def provenance() -> dict[str, Any]:
-    """Command, folder, versions and machine of this process; secrets in the command are blanked."""
+    """The command, directory, versions and device of this process; secrets in the command are replaced by ``***``."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -48,10 +48,11 @@ def provenance() -> dict[str, Any]:
 
 
 def command(argv: Sequence[str], original: Sequence[str]) -> str:
-    """The command line that this process runs, as it can be typed again.
+    """The shell command that runs this process again, with secrets replaced by ``***``.
 
     Args:
-        argv, original: ``sys.argv`` and ``sys.orig_argv``.
+        argv: ``sys.argv``.
+        original: ``sys.orig_argv``.
     """
     program = Path(argv[0]) if argv and argv[0] else Path()
     if program.name in ("lm_eval", "lm-eval") or program.parts[-2:] == ("lm_eval", "__main__.py"):
@@ -62,21 +63,21 @@ def command(argv: Sequence[str], original: Sequence[str]) -> str:
 
 
 def peak_memory(device: torch.device | str | None) -> dict[str, Any]:
-    """The most bytes that were in use at a time: of the GPU that is used, else of this process and its children."""
+    """The peak memory in bytes: of the GPU in use, otherwise of this process and its child processes."""
     if device is not None and torch.device(device).type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "GPU"}
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    own = most if sys.platform == "darwin" else 1024 * most
-    return {"bytes": own + sum(map(_peak_of, psutil.Process().children(recursive=True))), "of": "process"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own_bytes = peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux kilobytes
+    return {"bytes": own_bytes + sum(map(_peak_of, psutil.Process().children(recursive=True))), "of": "process"}
 
 
 def _peak_of(process: psutil.Process) -> int:
-    """The most memory that another process had, in bytes; 0 where the system does not tell."""
+    """The peak memory of another process, in bytes; 0 if the system does not report it."""
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+        match = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
     except OSError:
         return 0
-    return 1024 * int(found[1]) if found else 0
+    return 1024 * int(match[1]) if match else 0
 
 
 class _Request(Protocol):
@@ -89,24 +90,33 @@ class _Request(Protocol):
 
 
 class DocumentDigests:
-    """Hashes of the docs that were asked, passages included: the data of a run, wherever it lay."""
+    """Hashes of a run's docs, including their passages; they identify its data independently of file names.
+
+    Attributes:
+        seen: a hash per doc, by task and doc id.
+    """
 
     def __init__(self) -> None:
         self.seen: dict[tuple[str, int], str] = {}
 
     def add(self, requests: Iterable[_Request]) -> None:
+        """Add the docs of these requests."""
         for request in requests:
-            name = (request.task_name or "", -1 if request.doc_id is None else request.doc_id)
-            if name not in self.seen:
-                self.seen[name] = digest(request.doc)
+            key = (request.task_name or "", -1 if request.doc_id is None else request.doc_id)
+            if key not in self.seen:
+                self.seen[key] = digest(request.doc)
 
     def join(self, parts: Sequence[Mapping[tuple[str, int], str]] | None) -> None:
-        """Take over what all processes of a run have seen, in the one that gets to know it."""
+        """Add the hashes of all processes of a run.
+
+        Args:
+            parts: `seen` of every process; None in every process except the one that collects them.
+        """
         for part in parts or ():
             self.seen.update(part)
 
     def by_task(self) -> dict[str, str]:
-        """One digest a task, whatever the order of its docs."""
+        """One hash per task, independent of the order of its docs."""
         tasks: dict[str, list[str]] = {}
         for (task, _), value in self.seen.items():
             tasks.setdefault(task, []).append(value)

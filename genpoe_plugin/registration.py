@@ -1,15 +1,16 @@
-"""Making the stock ``lm_eval`` command find our model and tasks.
+"""Register our models and tasks with the stock ``lm_eval`` command.
 
-An lm-eval that discovers entry points (``lm_eval.models``, ``lm_eval.tasks``; see pyproject.toml) needs none of this.
-Version 0.4.13, the newest release, does not, so the wheel carries a start-up file (``startup/*.pth``, and ``*.start``
-for Python 3.15) that waits for ``import lm_eval`` and then calls ``install``. That puts one import hook in place and
-nothing else. When lm-eval imports its own
+A version of lm-eval that reads entry points (``lm_eval.models``, ``lm_eval.tasks``; see pyproject.toml) does not need
+this module. Version 0.4.13, the newest release, does not read them. Therefore the wheel contains a start-up file
+(``startup/*.pth``, and ``*.start`` for Python 3.15) that waits for ``import lm_eval`` and then calls `install`, which
+only adds an import hook. When lm-eval imports its module
 
-- ``lm_eval.models``: the model name is registered, as a placeholder, unless that lm-eval loads plugins by itself;
-- ``lm_eval.tasks._index``: our task folder is indexed right after the built-in one, so that ``--include_path`` still
-  wins, unless that lm-eval has found the folder by itself.
+- ``lm_eval.models``, the hook registers the names of our models; the model classes are imported on first use;
+- ``lm_eval.tasks._index``, the hook adds our task folder directly after the built-in one, so ``--include_path`` still
+  has priority.
 
-``GENPOE_NO_AUTOLOAD=1`` turns it off. What goes wrong here is a warning, never a broken lm-eval.
+It skips models or tasks that lm-eval finds by itself. ``GENPOE_NO_AUTOLOAD=1`` turns the start-up file off. If
+registration fails, there is only a warning, and lm-eval works without our models and tasks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MODELS = {"genpoe": "genpoe_plugin.lm.hf:GenPoELM", "genpoe-vllm": "genpoe_plugi
 
 
 def install() -> None:
-    """Register with lm-eval as soon as it is imported, or now if it already is."""
+    """Register with lm-eval when it is imported, or now if it is already imported."""
     if os.environ.get("GENPOE_NO_AUTOLOAD", "0") not in ("", "0"):
         return
     if any(isinstance(finder, _Hook) for finder in sys.meta_path):
@@ -39,44 +40,44 @@ def install() -> None:
 
 
 def task_folder() -> Path:
-    """The folder of our task YAMLs: inside the installed package, or beside it in a checkout."""
+    """The folder of our tasks: inside the installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "tasks"
     return installed if installed.is_dir() else package.parent / "tasks"
 
 
 def errors_in_one_line() -> None:
-    """Have a program of lm-eval end in one line, without a traceback, where an `InputError` ends it.
+    """Make lm-eval's command print an uncaught `InputError` as one line instead of a traceback.
 
-    Other programs, and other errors, keep their tracebacks. The status is that of any exception, 1.
+    Other programs and other errors keep their tracebacks. The exit status is 1, as for any exception.
     """
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = main.name if main is not None else os.path.basename(sys.argv[0] if sys.argv else "")
     if program.partition(".")[0] not in ("lm_eval", "lm-eval") or getattr(sys.excepthook, "of_genpoe", False):
         return
-    earlier = sys.excepthook
+    previous_hook = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         errors = sys.modules.get("genpoe_plugin.errors")
         if errors is not None and isinstance(error, errors.InputError):
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         else:
-            earlier(kind, error, trace)
+            previous_hook(kind, error, trace)
 
     hook.of_genpoe = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
 def _check_version() -> None:
-    """Warn of lm-eval 0.5, whose development versions have tasks and metrics of another shape."""
+    """Warn about lm-eval 0.5, whose development versions have another interface for tasks and metrics."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        found = version("lm_eval")
+        installed = version("lm_eval")
     except PackageNotFoundError:  # a checkout on the path
         return
-    if [int(part) for part in found.split(".")[:2]] >= [0, 5]:
-        message = f"lm-eval-genpoe needs lm-eval below 0.5, this is {found}: pip install 'lm-eval<0.5'"
+    if [int(part) for part in installed.split(".")[:2]] >= [0, 5]:
+        message = f"lm-eval-genpoe needs lm-eval below 0.5, this is {installed}: pip install 'lm-eval<0.5'"
         warnings.warn(message, stacklevel=2)
 
 
@@ -85,7 +86,7 @@ def _register_models(models: ModuleType) -> None:
     _check_version()
     from lm_eval.api import registry
 
-    if hasattr(registry, "load_plugins"):
+    if hasattr(registry, "load_plugins"):  # this lm-eval reads entry points
         return
     for name, target in MODELS.items():
         if name not in registry.model_registry:
@@ -97,9 +98,9 @@ def _register_tasks(index: ModuleType) -> None:
     built_in = Path(str(index.__file__)).parent
 
     def build_with_ours(paths: Iterable[Path], **options: Any) -> Any:
-        paths, ours = list(paths), task_folder()
-        if built_in in paths and ours not in paths:
-            paths.insert(paths.index(built_in) + 1, ours)
+        paths, our_tasks = list(paths), task_folder()
+        if built_in in paths and our_tasks not in paths:
+            paths.insert(paths.index(built_in) + 1, our_tasks)
         return build(paths, **options)
 
     index.TaskIndex.build = staticmethod(build_with_ours)
@@ -109,6 +110,7 @@ _REGISTER = {"lm_eval.models": _register_models, "lm_eval.tasks._index": _regist
 
 
 def _safely(register: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Call ``register`` with a module of lm-eval; an exception becomes a warning."""
     try:
         register(module)
     except Exception as error:
@@ -116,7 +118,7 @@ def _safely(register: Callable[[ModuleType], None], module: ModuleType) -> None:
 
 
 class _Hook:
-    """A finder that finds nothing itself; it has the real loader of lm-eval's two modules call us afterwards."""
+    """An import finder that makes the loaders of lm-eval's two modules call a function of `_REGISTER` after loading."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -133,10 +135,11 @@ class _Hook:
 
 
 def _call_after(loader: Any, register: Callable[[ModuleType], None]) -> None:
-    execute = loader.exec_module
+    """Make a loader call ``register`` with each module that it has loaded."""
+    original = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        execute(module)
+        original(module)
         _safely(register, module)
 
     loader.exec_module = exec_module

@@ -69,7 +69,7 @@ def test_a_directory_with_an_at_sign_is_a_directory(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
-    [("user/name@", None, "no revision behind the @"), ("user/name@a", "b", "two revisions, a and b; give one")],
+    [("user/name@", None, "no revision after the @"), ("user/name@a", "b", "two revisions, a and b; give one")],
 )
 def test_a_revision_that_cannot_be(name, revision, message):
     with pytest.raises(InputError, match=message):

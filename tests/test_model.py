@@ -178,9 +178,9 @@ def test_an_llm_that_is_loaded_already(model, llm_dir, checkpoint):
     ("loaded", "arguments", "message"),
     [
         (True, {}, "a loaded LLM needs its tokenizer; give tokenizer="),
-        (True, {"dtype": "float32"}, "dtype=float32: the LLM is loaded already"),
-        (True, {"device": "cpu"}, "device=cpu: the LLM is loaded already"),
-        (False, {"tokenizer": "its"}, "tokenizer: it is loaded beside an LLM that is given by name"),
+        (True, {"dtype": "float32"}, "dtype=float32: the LLM is already loaded"),
+        (True, {"device": "cpu"}, "device=cpu: the LLM is already loaded"),
+        (False, {"tokenizer": "its"}, "tokenizer: an LLM that is given by name is loaded with its own"),
         (False, {"dtype": "float8"}, "dtype float8: no such dtype"),
         (False, {"expert_dtype": "float8"}, "expert_dtype=float8: not one of"),
         (False, {"revision": "v1"}, "a directory, which has no revision v1"),
@@ -264,12 +264,12 @@ def test_a_checkpoint_tells_what_it_is_for_without_an_llm(checkpoint, llm_dir, t
     [
         ({"mode": "oracle"}, "mode=oracle: not one of closed_book, rag, genpoe, genpoe_rag"),
         ({"passages": PASSAGES[:1]}, "2 questions, but passages for 1"),
-        ({"passages": ["a", "b"]}, "passages are a list for each question"),
-        ({"passages": PASSAGES, "gates": [[1.0], [1.0]]}, "gates have to be as many as the passages"),
+        ({"passages": ["a", "b"]}, "passages must be one list per question"),
+        ({"passages": PASSAGES, "gates": [[1.0], [1.0]]}, "the gates do not match the passages"),
         ({"passages": PASSAGES, "gates": [[1.0, -1.0], [1.0]]}, "a gate is negative"),
-        ({"passages": PASSAGES, "gates": [[1.0, float("nan")], [1.0]]}, "a gate is negative or no number"),
-        ({"passages": [["a"], ["b", " "]]}, "question 1: a passage is no text, or an empty one"),
-        ({"passages": PASSAGES, "num_return_sequences": 2}, "num_return_sequences=2: there is one answer a question"),
+        ({"passages": PASSAGES, "gates": [[1.0, float("nan")], [1.0]]}, "a gate is negative or not a finite number"),
+        ({"passages": [["a"], ["b", " "]]}, "question 1: a passage is empty or not a string"),
+        ({"passages": PASSAGES, "num_return_sequences": 2}, "num_return_sequences=2: there is one text per question"),
         ({"passages": PASSAGES, "batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
     ],
 )
@@ -281,11 +281,14 @@ def test_bad_input_is_one_line(model, arguments, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.generate("who"), "questions are a list"),
+        (lambda model: model.generate("who"), "questions must be a list"),
         (lambda model: model.score(QUESTIONS, ["Pesaro"]), "2 questions, but 1 answers"),
         (lambda model: model.score(QUESTIONS, ["Pesaro", " "]), "answer 1 is empty"),
-        (lambda model: model.experts(PASSAGES, GATES, [0]).__enter__(), "passages for 2 rows, but starts for 1"),
-        (lambda model: model.experts(["a", "b"]).__enter__(), "passages are a list for each question"),
+        (
+            lambda model: model.experts(PASSAGES, GATES, [0]).__enter__(),
+            "passages for 2 rows, but start positions for 1",
+        ),
+        (lambda model: model.experts(["a", "b"]).__enter__(), "passages must be one list per question"),
     ],
 )
 def test_other_bad_input_is_one_line_too(model, call, message):
@@ -374,5 +377,5 @@ def test_only_experts_in_the_attention_have_a_router(model):
         with pytest.raises(InputError, match="question 1 has no passage"):
             model.router_mass(QUESTIONS, [PASSAGES[0], []])
     else:
-        with pytest.raises(InputError, match="a router for experts in the attention alone"):
+        with pytest.raises(InputError, match="only experts in the attention have a router"):
             model.router_mass(QUESTIONS, PASSAGES)

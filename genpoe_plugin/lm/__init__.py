@@ -1,1 +1,1 @@
-"""What lm-eval sees: the model classes, their arguments, and what they do before and after the LLM."""
+"""The model classes for lm-eval, with their arguments and their preparation of requests."""

@@ -1,7 +1,7 @@
-"""The lm-eval model ``genpoe``: a Hugging Face LLM in the four modes, every row of a batch with its own passages.
+"""The lm-eval model ``genpoe``: an LLM on transformers in the four modes; each row of a batch has its own passages.
 
-Everything before the LLM is `genpoe_plugin.lm.requests`, and `genpoe_plugin.lm.side_channels` brings each batch its
-experts. `genpoe_plugin.registration` makes the name known to lm-eval.
+`genpoe_plugin.lm.requests` prepares the requests, `genpoe_plugin.lm.side_channels` assigns each batch its experts, and
+`genpoe_plugin.registration` registers the model with lm-eval.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from genpoe_plugin.lm.side_channels import BatchExperts
 from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.selection.pipeline import Selection
 
-# HFLM's arguments that say where and how fast and not what, and those that the fingerprint has in another form.
-_NO_OPTIONS = (
+# HFLM's arguments that do not change an answer, and those that the fingerprint contains in another form.
+_NOT_IN_OPTIONS = (
     *("device", "batch_size", "max_batch_size", "parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory"),
     *("offload_folder", "use_fast_tokenizer", "trust_remote_code", "logits_cache"),
     *("revision", "peft", "delta", "dtype", "max_length"),
@@ -34,17 +34,17 @@ _NO_OPTIONS = (
 
 
 class GenPoELM(PassageRequests, HFLM):
-    """HFLM with passages in the prompt, as experts, both, or neither.
+    """lm-eval's model class for transformers, HFLM, with passages in the prompt, as experts, both, or neither.
 
-    Under data parallelism (``accelerate launch``) every process answers its own share of the docs, with the passages
-    that it would give them alone.
+    With data parallelism (``accelerate launch``), each process answers a part of the docs; passages are the same as
+    with a single process.
 
     Args:
-        pretrained: the LLM: a directory, a name on the hub, or a loaded one.
-        arguments: those of `GenPoEArguments`, and those of HFLM.
+        pretrained: the LLM: a directory, a hub name, or a loaded model.
+        **arguments: the fields of `GenPoEArguments`, and HFLM's arguments.
 
     Raises:
-        InputError: arguments that cannot be, or parts that do not fit each other.
+        InputError: an argument is invalid, or models do not match.
     """
 
     def __init__(self, pretrained: str | PreTrainedModel, **arguments: Any) -> None:
@@ -53,7 +53,7 @@ class GenPoELM(PassageRequests, HFLM):
             check_gguf(pretrained, hf_arguments.get("gguf_file"), hf_arguments.get("subfolder") or "")
         super().__init__(pretrained, **hf_arguments)
         if self.world_size == 1 and hasattr(self, "accelerator"):
-            # Processes without several GPUs, which HFLM has all do the same work.
+            # Without several GPUs, HFLM would make all processes do the same work.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.backend != "causal":
             raise InputError(f"{self._llm_name} is not a decoder-only model, which genpoe needs")
@@ -64,30 +64,29 @@ class GenPoELM(PassageRequests, HFLM):
         if self.arguments.uses_experts:
             network = self._checkpoint.load(self.model, self.tokenizer)
             layers = self.arguments.layers_of(network.config)
-            # Equal contexts may have different experts, so one's logits cannot serve another.
+            # Equal contexts may have different experts, so their logits cannot be shared.
             self.logits_cache = False
         self._start_requests(self._llm_facts(hf_arguments), str(self.device))
         if self.arguments.uses_experts:
             self.store = self._expert_store(network, self.model, self.tokenizer)
             self._batch = BatchExperts(self.store, self.model, layers)
 
-    def _from_others(self, own: list[Any]) -> list[Any]:
-        """What the other processes of a data-parallel run say to this one; all of them call this at the same point."""
+    def _from_others(self, own_items: list[Any]) -> list[Any]:
         if self.world_size == 1:
             return []
-        everyones: list[list[Any]] = [[]] * self.world_size
-        torch.distributed.all_gather_object(everyones, own)
-        return [item for rank, items in enumerate(everyones) if rank != torch.distributed.get_rank() for item in items]
+        items_of: list[list[Any]] = [[]] * self.world_size
+        torch.distributed.all_gather_object(items_of, own_items)
+        return [item for rank, items in enumerate(items_of) if rank != torch.distributed.get_rank() for item in items]
 
     def barrier(self) -> None:
-        """As HFLM. lm-eval has all processes come here after every type of request: their traces become one file."""
+        """Merge the traces of all processes; lm-eval calls this in each of them after every type of request."""
         super().barrier()
         if self.world_size > 1:
             self._documents.join(self.gather_object(self._documents.seen))
             self._trace.join(self.gather_object(self._trace.lines))
 
     def _create_tokenizer(self, pretrained: str | PreTrainedModel, tokenizer: Any, **options: Any) -> None:
-        """As HFLM, and that of a GGUF file begins a text as the file says."""
+        """Create the tokenizer as HFLM does; a GGUF file decides whether it adds BOS."""
         super()._create_tokenizer(pretrained, tokenizer, **options)
         if options.get("gguf_file") is not None and not tokenizer and isinstance(pretrained, str):
             revision, subfolder = options.get("revision"), options.get("subfolder") or ""
@@ -119,10 +118,10 @@ class GenPoELM(PassageRequests, HFLM):
             "delta": self.delta,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
-            "options": options(hf_arguments, _NO_OPTIONS),
+            "options": options(hf_arguments, _NOT_IN_OPTIONS),
         }
 
-    # Experts beside the batches
+    # Experts of the batches
 
     def _select(self, method: str, requests: Sequence[Instance]) -> list[Selection]:
         selections = super()._select(method, requests)
@@ -131,7 +130,7 @@ class GenPoELM(PassageRequests, HFLM):
         return selections
 
     def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As HFLM, which is about to generate from these prompts: their experts are made ready."""
+        """Encode prompts as HFLM does, and prepare their experts; HFLM generates from these prompts next."""
         ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
         if self._batch is not None:
             lengths = mask.sum(1).tolist()
@@ -155,7 +154,7 @@ class GenPoELM(PassageRequests, HFLM):
             return super()._model_call(inps, *args, **kwargs)
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        """As HFLM, with as many experts in every row as the run will see."""
+        """Search for the largest batch size as HFLM does, with the run's largest number of experts in every row."""
         with nullcontext() if self._batch is None else self._batch.probing():
             return super()._detect_batch_size(requests, pos)
 
@@ -165,7 +164,7 @@ class GenPoELM(PassageRequests, HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """As HFLM, which is handed one batch at a time, in the order in which it would sort them itself."""
+        """Score requests with HFLM, one batch at a time; batches and their order are those of HFLM itself."""
         if self._batch is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
@@ -173,7 +172,7 @@ class GenPoELM(PassageRequests, HFLM):
             _, context, continuation = requests[number]
             return -len(context) - len(continuation), tuple(context + continuation)
 
-        owners = [self._scored_row(request) for request in requests]
+        rows = [self._scored_row(request) for request in requests]
         order = sorted(range(len(requests)), key=key)
         detect = self.batch_size == "auto" and not override_bs
         if detect:
@@ -184,12 +183,12 @@ class GenPoELM(PassageRequests, HFLM):
             fn=self._batch_scheduler if detect else None,
         )
         results: dict[int, tuple[float, bool]] = {}
-        hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=hidden) as bar:
+        hide_bar = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=hide_bar) as bar:
             for batch in batches:
                 numbers = order[len(results) : len(results) + len(batch)]
-                tokens = [(row[1] + row[2])[-(self.max_length + 1) :][:-1] for row in batch]
-                self._batch.prepare([owners[number] for number in numbers], tokens)
+                tokens = [(context + target)[-(self.max_length + 1) :][:-1] for _, context, target in batch]
+                self._batch.prepare([rows[number] for number in numbers], tokens)
                 scores = super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
                 results.update(zip(numbers, scores, strict=True))
                 bar.update(len(batch))

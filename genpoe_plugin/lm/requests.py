@@ -1,8 +1,8 @@
-"""What the lm-eval model classes share: passages chosen for all requests at once, and put where the LLM reads them.
+"""The common part of our lm-eval model classes: select passages, generate experts and build prompts.
 
-Such a class sees all requests of a run at once. It selects passages and makes experts for all of them, puts passages
-into the prompts that need them, and leaves batching, generating and scoring to the class of lm-eval that it builds on.
-How each row finds its experts there is `genpoe_plugin.lm.side_channels`.
+A model class receives all requests of a run at once. It selects the passages of all of them, generates their experts,
+and inserts passages into prompts. Batching, generating and scoring are left to the class of lm-eval that it extends.
+`genpoe_plugin.lm.side_channels` assigns the experts to the rows of its batches.
 """
 
 from __future__ import annotations
@@ -46,44 +46,61 @@ from genpoe_plugin.selection.trace import Trace
 
 _log = logging.getLogger(__name__)
 
-errors_in_one_line()  # also where lm-eval finds the model classes by itself, and the start-up file is off
+errors_in_one_line()  # needed if lm-eval finds the model classes without the start-up file
 
 
 def options(arguments: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
-    """Arguments of lm-eval's own class that may decide an answer, for the fingerprint."""
+    """The arguments of lm-eval's own class that may change an answer, for the fingerprint.
+
+    Args:
+        arguments: all arguments of that class.
+        without: names to leave out.
+    """
     return {
         name: value for name, value in arguments.items() if name not in without and isinstance(value, str | int | float)
     }
 
 
 class PassageRequests(TemplateLM):
-    """A part of an lm-eval model class: what happens to requests before and after the LLM.
+    """A mixin for model classes of lm-eval, which prepares requests and records results.
 
-    The class that it is mixed into calls `_take_arguments`, loads the LLM, then calls `_start_requests`, and where
-    there are to be experts `_expert_store`. It says with `_llm_name`, `_scored_length`, `_window_length` and
-    `_peak_memory` what it loaded, and brings experts to the rows.
+    The constructor of the model class calls `_take_arguments`, loads the LLM, and calls `_start_requests` and, in modes
+    with experts, `_expert_store`. The class also implements `_llm_name`, `_scored_length`, `_window_length` and
+    `_peak_memory`, and adds the experts to the LLM's forward passes.
     """
 
     arguments: GenPoEArguments
     store: ExpertStore | None
     cache_hook: CacheHook
 
-    def _take_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Check what of the model arguments is ours; returns the others.
+    def _take_arguments(self, model_arguments: dict[str, Any]) -> dict[str, Any]:
+        """Check and store the model arguments that are ours, and return the others.
 
         Raises:
-            InputError: arguments that cannot be.
+            InputError: an argument is invalid.
         """
         self.store = None
-        self.arguments = GenPoEArguments(**{name: value for name, value in given.items() if name in ARGUMENTS})
-        return {name: value for name, value in given.items() if name not in ARGUMENTS}
+        self.arguments = GenPoEArguments(
+            **{name: value for name, value in model_arguments.items() if name in ARGUMENTS}
+        )
+        return {name: value for name, value in model_arguments.items() if name not in ARGUMENTS}
 
-    def _start_requests(self, llm: dict[str, Any], device: str) -> None:
-        """Load what comes before the LLM, onto ``device``; ``llm`` is what the fingerprint has to say of the LLM."""
+    def _start_requests(self, llm_facts: dict[str, Any], device: str) -> None:
+        """Load the retriever and the reranker, and prepare for requests.
+
+        Args:
+            llm_facts: entries of the fingerprint about the LLM.
+            device: device of retriever and reranker.
+
+        Raises:
+            InputError: the LLM's tokenizer is not a fast one, or a model cannot be loaded.
+        """
         if self.arguments.control != "none" and not self.tokenizer.is_fast:
-            raise InputError(f"the tokenizer of {self._llm_name} gives no token offsets; genpoe needs a fast tokenizer")
+            raise InputError(
+                f"the tokenizer of {self._llm_name} has no character offsets; genpoe needs a fast tokenizer"
+            )
         self.pipeline = self._load_pipeline(device)
-        self.fingerprint = self._fingerprint(llm)
+        self.fingerprint = self._fingerprint(llm_facts)
         self.seconds = {"experts": 0.0, "generate": 0.0}
         self._questions: set[tuple[Any, ...]] = set()
         self._documents = DocumentDigests()
@@ -97,25 +114,32 @@ class PassageRequests(TemplateLM):
 
     @property
     def _scored_length(self) -> int:
-        """At most how many tokens a context and its continuation have together."""
+        """Largest number of tokens of a context with its continuation."""
         raise NotImplementedError
 
     @property
     def _window_length(self) -> int:
-        """Tokens of a window of a rolling text."""
+        """Number of tokens of a window of a rolling log-likelihood."""
         raise NotImplementedError
 
     def _peak_memory(self) -> dict[str, Any] | None:
-        """The most memory that the run took, as `genpoe_plugin.provenance` says it, where that is known."""
+        """The peak memory of the run, as in `genpoe_plugin.provenance`; None if it is unknown."""
         raise NotImplementedError
 
-    def _from_others(self, own: list[Any]) -> list[Any]:
-        """What the other processes of a data-parallel run say to this one."""
+    def _from_others(self, own_items: list[Any]) -> list[Any]:
+        """Exchange items with the other processes of a data-parallel run; all of them must call this together.
+
+        Args:
+            own_items: items of this process.
+
+        Returns:
+            The items of all other processes, in the order of their ranks.
+        """
         return []
 
     @cached_property
     def _checkpoint(self) -> HypernetworkCheckpoint:
-        """The hypernetwork's, found once: a branch of the hub may move meanwhile."""
+        """The hypernetwork's checkpoint; it is resolved only once, because a branch on the hub may change."""
         assert self.arguments.hypernetwork is not None
         return HypernetworkCheckpoint.from_pretrained(self.arguments.hypernetwork)
 
@@ -126,12 +150,19 @@ class PassageRequests(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype | None = None,
     ) -> ExpertStore:
-        """What keeps the experts of ``network``, in ``dtype`` or that of ``model``, whose states it reads."""
+        """Create the store of experts.
+
+        Args:
+            network: hypernetwork that generates the experts.
+            model: LLM whose states the hypernetwork reads.
+            tokenizer: tokenizer of the LLM.
+            dtype: dtype of the experts if the user gives none; by default that of ``model``.
+        """
         arguments, files = self.arguments, None
         if arguments.expert_dtype is not None:
             dtype = getattr(torch, arguments.expert_dtype)
         if arguments.expert_store is not None:
-            # Those that this checkpoint made of this LLM's states, in this precision.
+            # Stored experts are used again only with the same checkpoint, LLM and precision.
             names = ("pretrained", "revision", "peft", "delta", "dtype", "options", "hypernetwork")
             facts = {name: self.fingerprint.get(name) for name in names}
             if arguments.expert_dtype is not None:
@@ -145,7 +176,7 @@ class PassageRequests(TemplateLM):
     def _load_pipeline(self, device: str) -> Pipeline:
         arguments = self.arguments
         retriever = reranker = None
-        # Imported here because faiss and the encoders take seconds, and most modes and controls do without.
+        # Imported here because faiss and the encoders take seconds, and most modes and controls do not need them.
         if arguments.needs_index:
             from genpoe_plugin.retrieval.retriever import Retriever
 
@@ -168,10 +199,11 @@ class PassageRequests(TemplateLM):
             from_others=self._from_others,
         )
 
-    def _fingerprint(self, llm: dict[str, Any]) -> dict[str, Any]:
-        """Everything that decides an answer besides the request itself and what its doc brings along.
+    def _fingerprint(self, llm_facts: dict[str, Any]) -> dict[str, Any]:
+        """Everything that may change an answer, except the request and its doc.
 
-        ``llm`` is what there is to say of the LLM.
+        Args:
+            llm_facts: entries about the LLM.
         """
         arguments, pipeline = self.arguments, self.pipeline
         loaded = {
@@ -179,19 +211,20 @@ class PassageRequests(TemplateLM):
             "index": pipeline.retriever,
             "reranker": pipeline.reranker,
         }
-        facts = {"version": __version__, **llm}
+        facts = {"version": __version__, **llm_facts}
         facts |= arguments.fingerprint({name: part and part.fingerprint for name, part in loaded.items()})
         commits = {f"{name}_commit": getattr(part, "commit", None) for name, part in loaded.items()}
         return facts | {name: commit for name, commit in commits.items() if commit is not None}
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's facts, and under ``genpoe`` arguments, fingerprint, where the run comes from, and its costs.
+        """Information about the model for lm-eval's results.
 
-        Under data parallelism, questions and seconds are those of this process.
+        The entry ``genpoe`` contains the arguments, fingerprint, provenance and costs of the run. With data
+        parallelism, the numbers of questions and seconds are those of this process.
         """
         seconds = self.pipeline.seconds | self.seconds
         busy = seconds["experts"] + seconds["generate"]
-        # vLLM's class has nothing to say.
+        # lm-eval's vLLM class has no such method.
         llm: dict[str, Any] = getattr(super(), "get_model_info", dict)()
         facts = {
             "arguments": asdict(self.arguments),
@@ -206,45 +239,46 @@ class PassageRequests(TemplateLM):
         }
         return llm | {"genpoe": RunFacts(facts, None if self.arguments.trace else self._trace)}
 
-    # How lm-eval makes one
+    # Creation by lm-eval
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
-        """As lm-eval; see `create_from_arg_obj`."""
+        """Create the model from arguments as a string; see `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
-        """As lm-eval.
+        """Create the model from its arguments and the values of lm_eval's options.
 
         Raises:
-            InputError: an argument that nothing takes, or that lm_eval has an option for, which is given as well.
+            InputError: the arguments name no LLM, or one of them is unknown or also an option of lm_eval.
         """
         check_names(cls, arg_dict, additional_config or {})
         try:
             return super().create_from_arg_obj(arg_dict, additional_config)
         except TypeError as error:
-            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if found is None or found[1] not in arg_dict:
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if match is None or match[1] not in arg_dict:
                 raise
-            near = nearest_name(cls, found[1])
+            name = match[1]
+            nearest = nearest_name(cls, name)
             raise InputError(
-                f"{found[1]}={arg_dict[found[1]]}: no model argument, and nothing that the LLM takes"
-                + (f"; did you mean {near}?" if near else "")
+                f"{name}={arg_dict[name]}: not an argument of this model or of the LLM"
+                + (f"; did you mean {nearest}?" if nearest else "")
             ) from error
 
-    # What lm-eval asks for
+    # Requests of lm-eval
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        if not requests:  # which lm-eval's vLLM class does not expect
+        if not requests:  # lm-eval's vLLM class fails without requests
             return []
         selections = self._select("generate_until", requests)
         with timed(self.seconds, "generate"):
             placed = [
-                self._replaced(request, self._place_to_generate(request, selection))
+                self._with_context(request, self._place_to_generate(request, selection))
                 for request, selection in zip(requests, selections, strict=True)
             ]
-        self._note(requests, selections, placed)
+        self._trace_requests(requests, selections, placed)
         with timed(self.seconds, "generate"):
             return super().generate_until(placed, disable_tqdm=disable_tqdm)
 
@@ -253,20 +287,22 @@ class PassageRequests(TemplateLM):
         with timed(self.seconds, "generate"):
             longest = self._longest_continuations(requests)
             placed = [
-                self._replaced(request, self._place_to_score(request, selection, longest[self._sample(request)]))
+                self._with_context(
+                    request, self._place_to_score(request, selection, longest[self._sample_key(request)])
+                )
                 for request, selection in zip(requests, selections, strict=True)
             ]
-        self._note(requests, selections, placed)
+        self._trace_requests(requests, selections, placed)
         with timed(self.seconds, "generate"):
             return super().loglikelihood(placed, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As lm-eval; experts act on every window from its first token. Passages are not put into the scored text."""
+        """Score whole texts; experts act on every window from its first token. No passages are added to the text."""
         selections = self._select("loglikelihood_rolling", requests)
-        self._note(requests, selections, requests)
+        self._trace_requests(requests, selections, requests)
         with timed(self.seconds, "generate"):
             if self.arguments.mode in PROMPT_MODES and any(selection.strings for selection in selections):
-                _log.warning("loglikelihood_rolling scores the text as it is: no passages are put before it")
+                _log.warning("loglikelihood_rolling scores the text alone: no passages are added to it")
             if self.store is not None:
                 self._windows = Windows(
                     selection
@@ -277,16 +313,17 @@ class PassageRequests(TemplateLM):
                 )
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
-    # Selecting, ahead of everything else
+    # Passages and experts of all requests
 
     def _select(self, method: str, requests: Sequence[Instance]) -> list[Selection]:
-        """Choose passages and generate experts for all requests."""
+        """Select the passages of all requests and generate their experts."""
         questions = [self._question(request) for request in requests]
         if self.cache_hook.dbdict is not None:
-            most = self.arguments.num_retrieved
-            response_cache.guard_passages(self.cache_hook.dbdict, method, requests, questions, most)
+            response_cache.guard_passages(
+                self.cache_hook.dbdict, method, requests, questions, self.arguments.num_retrieved
+            )
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
-        self._questions.update(self._sample(request)[:2] for request in requests)
+        self._questions.update(self._sample_key(request)[:2] for request in requests)
         self._documents.add(requests)
         if self.store is not None:
             with timed(self.seconds, "experts"):
@@ -294,11 +331,17 @@ class PassageRequests(TemplateLM):
                 self.store.prepare(strings, progress=self.rank == 0)
         return selections
 
-    def _note(self, requests: Sequence[Instance], selections: Sequence[Selection], placed: Sequence[Instance]) -> None:
-        """Trace what the requests, as they were asked and as the LLM gets them, are answered with.
+    def _trace_requests(
+        self, requests: Sequence[Instance], selections: Sequence[Selection], placed: Sequence[Instance]
+    ) -> None:
+        """Write the trace of requests before the LLM runs, and store its lines in the response cache.
 
-        Ahead of the LLM, since what an interrupted run leaves in a response cache does not come here again. For the
-        same reason the cache keeps the lines as well.
+        If the run is interrupted and resumed, requests whose answers are in the cache do not reach the model again.
+
+        Args:
+            requests: the requests of the tasks.
+            selections: the selection of each request.
+            placed: the requests for the LLM, with passages in their prompts.
         """
         facts = {
             "mode": self.arguments.mode,
@@ -307,17 +350,18 @@ class PassageRequests(TemplateLM):
             "settings": digest(self.fingerprint),
         }
         lines: dict[tuple[Any, ...], str] = {}
-        for request, selection, given in zip(requests, selections, placed, strict=True):
-            # As lm-eval calls the hash of what was asked in its sample log.
-            asked = hash_string(request.args[0])
-            line = self._trace.add(request.doc_id, selection, **facts, prompt_hash=asked, prompt=str(given.args[0]))
-            lines[request.task_name, request.doc_id, asked] = line
+        for request, selection, llm_request in zip(requests, selections, placed, strict=True):
+            # The same name and value as in lm-eval's sample log.
+            prompt_hash = hash_string(request.args[0])
+            prompt = str(llm_request.args[0])
+            line = self._trace.add(request.doc_id, selection, **facts, prompt_hash=prompt_hash, prompt=prompt)
+            lines[request.task_name, request.doc_id, prompt_hash] = line
         self._trace.write()
         if self.cache_hook.dbdict is not None:
             response_cache.keep_trace(self.cache_hook.dbdict, lines)
 
     def _question(self, request: Instance) -> Question:
-        """The request's question, and what its doc knows of answers and passages."""
+        """The question of a request, with the answers and passages of its doc."""
         doc = request.doc if isinstance(request.doc, dict) else {}
         text = doc.get(self.arguments.question_field)
         if not (isinstance(text, str) and text.strip()):
@@ -329,15 +373,15 @@ class PassageRequests(TemplateLM):
         return Question(text, _answers(doc), passages_from_ctxs(ctxs, where))
 
     @staticmethod
-    def _sample(request: Instance) -> tuple[Any, ...]:
-        """What the requests of one sample, such as the choices of a doc, have in common."""
+    def _sample_key(request: Instance) -> tuple[Any, ...]:
+        """A key that all requests of one sample share, such as the choices of a doc."""
         return request.task_name, request.doc_id, request.args[0]
 
     # Passages in prompts
 
     @staticmethod
-    def _replaced(request: Instance, context: PlacedContext) -> Instance:
-        """A copy of the request with another context; the request itself is lm-eval's and stays as it is."""
+    def _with_context(request: Instance, context: PlacedContext) -> Instance:
+        """A copy of a request with another context; lm-eval needs the original unchanged."""
         return replace(request, arguments=(context, *request.args[1:]))
 
     def _place(self, context: str, selection: Selection, fits: Callable[[str], bool]) -> PlacedContext:
@@ -355,7 +399,7 @@ class PassageRequests(TemplateLM):
         return self._place(context, selection, fits)
 
     def _place_to_score(self, request: Instance, selection: Selection, longest: str) -> PlacedContext:
-        """All choices of a doc get the passages that leave room for the longest of them."""
+        """Build the prompt of a choice; all choices of a doc get as many passages as fit with the longest choice."""
 
         def fits(prompt: str) -> bool:
             return sum(map(len, self._encode_pair(prompt, longest))) <= self._scored_length
@@ -365,43 +409,43 @@ class PassageRequests(TemplateLM):
     def _longest_continuations(self, requests: Sequence[Instance]) -> dict[tuple[Any, ...], str]:
         continuations: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
         for request in requests:
-            continuations[self._sample(request)].append(request.args[1])
+            continuations[self._sample_key(request)].append(request.args[1])
         return {
             sample: max(choices, key=lambda choice: len(self.tok_encode(choice, add_special_tokens=False)))
             for sample, choices in continuations.items()
         }
 
-    # Experts beside the rows
+    # Experts of each row
 
     def _start(self, context: PlacedContext, text: str, tokens: int) -> int:
-        """The first token that sees the experts, where ``text`` (of ``context``) ends after so many tokens."""
+        """The index of the first token that the experts act on; see `expert_start` for ``text`` and ``tokens``."""
         return expert_start(context.question_at, text, tokens, self.tokenizer)
 
     def _scored_row(self, request: tuple[Any, list[int], list[int]]) -> Row:
-        """Whose experts a scored row sees, and from which token of the model's input on."""
+        """The selection of a scored row, and the first token of the LLM's input that its experts act on."""
         strings, context, continuation = request
         if strings is None:
             return self._windows.next(), 0
         cut = max(0, len(context) + len(continuation) - self._scored_length)
-        # lm-eval moves white space from the end of a context to the continuation.
+        # lm-eval moves white space at the end of a context to the continuation.
         start = self._start(strings[0], strings[0].rstrip(), len(context) - cut)
         return strings[0].selection, start
 
     # The response cache
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Accept lm-eval's response cache if it belongs to this very model.
+        """Use lm-eval's response cache if it was filled by this model with the same arguments.
 
         Raises:
-            InputError: it was filled by another model or with other arguments, or the passages of a question depend
-                on the other questions of the run, which a cache hides.
+            InputError: another model or other arguments filled the cache; or the passages of a question depend on the
+                other questions of the run, and a cache would hide some of them.
         """
         answers = cache_hook.dbdict
         if answers is not None:
             if self.arguments.mixes_rows:
                 raise InputError(
-                    f"--use_cache cannot serve passages={self.arguments.passages}, where the questions of a run decide "
-                    "about each other's passages; leave --use_cache out"
+                    f"--use_cache does not work with passages={self.arguments.passages}, because the passages of a "
+                    "question depend on the other questions of the run; leave --use_cache out"
                 )
             response_cache.open_cache(answers, self.fingerprint)
             self._trace.keep(response_cache.traced(answers))
@@ -409,7 +453,7 @@ class PassageRequests(TemplateLM):
 
 
 def _answers(doc: dict[str, Any]) -> tuple[str, ...]:
-    """The accepted answers of a doc: a list of strings, one string, or TriviaQA's ``{"aliases": [...]}``."""
+    """The accepted answers of a doc, from a list of strings, one string, or TriviaQA's ``{"aliases": [...]}``."""
     answers = doc.get("answers", doc.get("answer"))
     if isinstance(answers, dict):
         answers = answers.get("aliases")

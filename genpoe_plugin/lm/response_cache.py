@@ -52,12 +52,12 @@ def traced(answers: Answers) -> Iterator[str]:
 
 def keep_trace(answers: Answers, lines: Mapping[tuple[Any, ...], str]) -> None:
     """Store lines of the trace, by task, doc and hash of the prompt, for runs whose answers come from the cache."""
-    keyed = {f"{_TRACE}{task} {doc_id} {asked}": line for (task, doc_id, asked), line in lines.items()}
-    answers.update({key: line for key, line in keyed.items() if answers.get(key) != line})
+    entries = {f"{_TRACE}{task} {doc_id} {prompt_hash}": line for (task, doc_id, prompt_hash), line in lines.items()}
+    answers.update({key: line for key, line in entries.items() if answers.get(key) != line})
 
 
 def guard_passages(
-    answers: Answers, method: str, requests: Sequence[Instance], questions: Sequence[Question], most: int
+    answers: Answers, method: str, requests: Sequence[Instance], questions: Sequence[Question], num_compared: int
 ) -> None:
     """Check that the answers in a cache were given with the passages that the docs have now.
 
@@ -65,7 +65,7 @@ def guard_passages(
         answers: the cache.
         method: the method of the model that is called.
         requests, questions: the requests and their questions.
-        most: number of passages per question to compare.
+        num_compared: largest number of passages per question to compare.
 
     Raises:
         InputError: the passages have changed, or two docs have the same prompt and different passages.
@@ -77,7 +77,7 @@ def guard_passages(
         if not question.passages:
             continue
         key = hash_args(method, request.args)
-        content = json.dumps([asdict(passage) for passage in question.passages[:most]])
+        content = json.dumps([asdict(passage) for passage in question.passages[:num_compared]])
         digest = hashlib.sha256(content.encode()).hexdigest()
         where = f"--use_cache: question {question.question!r} of task {request.task_name}"
         if digests.setdefault(key, digest) != digest:

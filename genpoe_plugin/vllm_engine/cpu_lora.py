@@ -2,7 +2,7 @@
 
 vLLM 0.32's CPU code selects a token's adapter by slot number. For tokens without an adapter, the number is -1, so it
 applies the last slot; the GPU kernels return early instead. It also copies the adapter's weights once per token.
-tests/lm/vllm/test_cpu_lora.py fails once vLLM has fixed the former.
+tests/lm/vllm/test_cpu_lora.py fails once vLLM no longer applies the last slot to these tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         **_: Any,
     ) -> None:
-        """As in vLLM: ``y += x · Aᵀ · Bᵀ`` with each token's own A and B, in place."""
+        """Compute ``y += x · Aᵀ · Bᵀ`` in place, with each token's own A and B."""
         (a,), (b,) = lora_a_stacked, lora_b_stacked
         for rows, slots in self._groups():
             if isinstance(slots, int):
@@ -40,7 +40,7 @@ class SegmentedPunica(PunicaWrapperCPU):
                 y[rows] += scale * torch.bmm(inner, b[slots, 0].mT).squeeze(1)
 
     def _groups(self) -> list[tuple[slice | Tensor, int | Tensor]]:
-        """Groups of rows that are computed together, with their slot or slots; the same for all layers of a pass."""
+        """Groups of rows to compute together, with their slot or slots; they are the same in all layers of a pass."""
         indices = self.token_lora_indices
         slots, counts = torch.unique_consecutive(indices, return_counts=True)
         long = (counts >= _MIN_RUN) & (slots >= 0)

@@ -1,4 +1,4 @@
-"""An engine that serves every request on vLLM with its own experts, and loads expert sets when they are needed."""
+"""Serve requests on vLLM, each with its own experts, and load expert sets when they are needed."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class ExpertEngine:
         return [outputs[number] for number in range(len(requests))]
 
     def _admit(self, waiting: deque[tuple[int, ExpertRequest]], running: dict[str, int]) -> None:
-        """Pass as many requests to vLLM as there is room for their expert sets."""
+        """Pass waiting requests to vLLM while there is room for their expert sets."""
         room = self.at_once - sum(loaded.users > 0 for loaded in self._loaded.values())
         # Loading interrupts the engine, so many sets are loaded at a time.
         if running and room < max(1, self.at_once // 4):
@@ -258,7 +258,7 @@ class ExpertEngine:
             )
 
     def _exchange(self, needed: dict[Key, ExpertRequest]) -> None:
-        """Load missing sets into the workers, in place of the least recently used ones."""
+        """Load missing sets into the workers; they replace the least recently used sets."""
         for key in needed:
             if key in self._loaded:
                 self._loaded.move_to_end(key)

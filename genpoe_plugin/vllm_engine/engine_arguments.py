@@ -84,7 +84,7 @@ def engine_arguments(
     needed = max(carrier.rank for carrier in layers.values())
     allowed = sorted(get_args(MaxLoRARanks))
     width = "core_size" if is_factored(config) else "rank"
-    rank = int(user.get("max_lora_rank") or next((one for one in allowed if one >= needed), 0))
+    rank = int(user.get("max_lora_rank") or next((rank for rank in allowed if rank >= needed), 0))
     if rank < needed:
         limit = f"max_lora_rank={rank}" if rank else f"vLLM's largest LoRA rank is {allowed[-1]}"
         raise InputError(

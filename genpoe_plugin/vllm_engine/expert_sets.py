@@ -53,10 +53,10 @@ def carriers(config: HypernetworkConfig, num_passages: int) -> dict[str, Carrier
     start = {START: Carrier(1, 1, DIGITS)}
     if is_factored(config):
         size = config.core_size
-        all_of_them = num_passages * size
+        joined_size = num_passages * size
         return start | {
-            f"{PREFIX}up": Carrier(size, size, all_of_them),
-            f"{PREFIX}down": Carrier(all_of_them, size, size),
+            f"{PREFIX}up": Carrier(size, size, joined_size),
+            f"{PREFIX}down": Carrier(joined_size, size, size),
         }
     width, inner, rank = config.hidden_size, config.expert_width, config.rank
     return start | {

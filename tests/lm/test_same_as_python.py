@@ -76,7 +76,7 @@ def test_where_the_prompt_gets_too_long_the_same_passages_are_left_out(
     """Whole ones, the last first; they are experts all the same."""
     llm = make_llm("llama", max_position_embeddings=90)
     model = GenPoEModel(llm, tokenizer, hypernetwork_dir)
-    shown = [row.shown for row in model._laid_out(*asked, mode, 8)]
+    shown = [row.num_in_prompt for row in model._build_rows(*asked, mode, 8)]
     assert any(0 < count < len(own) for count, own in zip(shown, asked[1], strict=True)), shown
     lm = make_lm(mode, pretrained=llm)
     assert lm.max_length == 90
