@@ -58,21 +58,16 @@ def world(out: Path, seed: int) -> None:
     Creates the world, builds its index, trains reranker and hypernetwork on its training part, and evaluates on its
     test part with lm_eval in all modes and controls. Finished steps in OUT are skipped.
     """
-    from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
-    from genpoe_plugin.demo.table import exact_matches, paired_p_value, render
+    from genpoe_plugin.demo.run import DemoSettings, matrix_file, run_demo
+    from genpoe_plugin.demo.table import render
 
-    settings = DemoSettings(seed=seed)
-    rows = run_demo(out, settings)
-    runs = [results_directory(out, mode, "retrieved") for mode in ("genpoe_rag", "rag")]
-    p_value = paired_p_value(*map(exact_matches, runs))
-    click.echo(f"\n{render(rows)}\n")
+    result = run_demo(out, DemoSettings(seed=seed))
+    click.echo(f"\n{render(result.rows)}\n")
     click.echo(
         "EM, F1 and recall in %; R@k: a passage with the answer is among the first k. Test entities were not seen"
     )
-    click.echo(f"in training. genpoe_rag against rag, paired: p = {p_value:.2f} (exact McNemar test).")
-    click.echo(
-        f"\nThe command of the genpoe row:\n{shlex.join(lm_eval_command(out, 'genpoe', 'retrieved', settings))}\n"
-    )
+    click.echo(f"in training. genpoe_rag against rag, paired: p = {result.p_value:.2f} (exact McNemar test).")
+    click.echo(f"\nThe command of the genpoe row:\n{result.command}\n")
     click.echo(f"All modes, controls and K on one page:\ngenpoe compare --run {matrix_file(out)} --jobs 2\n")
     click.echo(f"table: {out / 'table.json'}")
 
