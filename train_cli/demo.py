@@ -1,4 +1,4 @@
-"""``genpoe demo``, ``genpoe demo world`` and ``genpoe demo pretrain``."""
+"""``genpoe demo`` and ``genpoe demo world``."""
 
 from __future__ import annotations
 
@@ -70,15 +70,3 @@ def world(out: Path, seed: int) -> None:
     click.echo(f"\nThe command of the genpoe row:\n{result.command}\n")
     click.echo(f"All modes, controls and K on one page:\ngenpoe compare --run {matrix_file(out)} --jobs 2\n")
     click.echo(f"table: {out / 'table.json'}")
-
-
-@demo.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the LLM and the encoder.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-def pretrain(out: Path, seed: int) -> None:
-    """Pretrain the LLM and the encoder of the demo's world again (they come with the package): about half an hour."""
-    from genpoe_plugin.demo.pretrain import pretrain_encoder, pretrain_llm
-
-    pretrain_llm(out / "llm", seed)
-    pretrain_encoder(out / "encoder", out / "llm", seed)
-    click.echo(f"{out}: pretrained LLM and encoder")

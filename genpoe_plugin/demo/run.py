@@ -1,7 +1,7 @@
 """The demo: a world, its index, a reranker and a hypernetwork trained on its train side, and lm_eval on its test side.
 
 Every stage calls the code of the real commands and writes into one folder; a stage whose output is there is skipped.
-The LLM and the encoder, which a real user downloads, come small with the package (`genpoe_plugin.demo.pretrain`).
+The LLM and the encoder, which a real user downloads, come small with the package.
 """
 
 from __future__ import annotations

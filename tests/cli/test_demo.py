@@ -1,4 +1,4 @@
-"""``genpoe demo world`` and ``pretrain`` through the command line; the demos themselves are tested in tests/demo."""
+"""``genpoe demo world`` through the command line; the demos themselves are tested in tests/demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from genpoe_plugin.demo import pretrain, run
+from genpoe_plugin.demo import run
 from genpoe_plugin.demo.run import RUNS, DemoResult, DemoSettings
 from genpoe_plugin.demo.table import Row, render
 from train_cli.main import main
@@ -75,15 +75,3 @@ def test_wrong_options_start_nothing(calls: list[Any], tmp_path: Path, arguments
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert calls == [] and not (tmp_path / "out").exists()
-
-
-def test_pretrain_makes_both_models_and_runs_no_demo(
-    calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-    monkeypatch.setattr(pretrain, "pretrain_llm", lambda *arguments: made.append(arguments))
-    monkeypatch.setattr(pretrain, "pretrain_encoder", lambda *arguments: made.append(arguments))
-    result = CliRunner().invoke(main, ["demo", "pretrain", "--out", str(tmp_path), "--seed", "5"])
-    assert result.exit_code == 0, result.output
-    assert made == [(tmp_path / "llm", 5), (tmp_path / "encoder", tmp_path / "llm", 5)]
-    assert calls == []
