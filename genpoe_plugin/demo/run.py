@@ -92,7 +92,7 @@ def run_demo(out: str | Path, settings: DemoSettings) -> DemoResult:
     out = Path(out)
     _claim(out, settings)
     world = make_world(settings.seed, settings.train_entities, settings.test_entities)
-    _retrieve(out, world, settings)
+    _retrieve(out, world)
     with ThreadPoolExecutor(JOBS) as pool:
         stages = [pool.submit(_train_hypernetwork, out, settings), pool.submit(_rerank_test, out, settings)]
         for finished in as_completed(stages):
@@ -126,7 +126,7 @@ def _test_file(out: Path) -> Path:
     return out / "test.jsonl"
 
 
-def _retrieve(out: Path, world: World, settings: DemoSettings) -> None:
+def _retrieve(out: Path, world: World) -> None:
     """The index over all passages of the world, and the passages that it finds for the questions of either side."""
     if not (out / "index").is_dir():
         encoder = load_encoder(str(ENCODER))
