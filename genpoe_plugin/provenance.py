@@ -30,19 +30,24 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def provenance() -> dict[str, Any]:
-    """The command, directory, versions and device of this process; secrets in the command are replaced by ``***``."""
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of ``packages``, without packages that are not installed."""
     versions = {}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def provenance() -> dict[str, Any]:
+    """The command, directory, versions and device of this process; secrets in the command are replaced by ``***``."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": command(sys.argv, sys.orig_argv),
         "directory": os.getcwd(),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **installed_versions(_PACKAGES)},
         "device": device,
     }
 

@@ -38,61 +38,20 @@ HUB = {  # task: data set and split
     "genpoe_mquake": (hub.MQUAKE, "CF3k"),
 }
 _NATS = "_nats"  # suffix of tasks that score the likelihood of answers
-TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", "genpoe_demo")
+DEMO = "genpoe_demo"  # its questions exist only as a local file
+TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", DEMO)
 Splits = dict[str, datasets.Dataset]
 
-# The `custom_dataset` of each task. lm-eval calls it with all metadata and model arguments.
 
-
-def genpoe_nq(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_nq", genpoe_data) or _hub("genpoe_nq")
-
-
-def genpoe_tqa(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_tqa", genpoe_data) or _hub("genpoe_tqa")
-
-
-def genpoe_popqa(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_popqa", genpoe_data) or _hub("genpoe_popqa")
-
-
-def genpoe_squad(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_squad", genpoe_data) or _hub("genpoe_squad")
-
-
-def genpoe_narrativeqa(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_narrativeqa", genpoe_data) or _hub("genpoe_narrativeqa")
-
-
-def genpoe_hotpotqa(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_hotpotqa", genpoe_data) or _hub("genpoe_hotpotqa")
-
-
-def genpoe_2wiki(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_2wiki", genpoe_data) or _hub("genpoe_2wiki")
-
-
-def genpoe_mquake(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_mquake", genpoe_data) or _hub("genpoe_mquake")
-
-
-def genpoe_nq_nats(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_nq_nats", genpoe_data) or _hub("genpoe_nq_nats")
-
-
-def genpoe_squad_nats(genpoe_data: Any = None, **_: Any) -> Splits:
-    return _local("genpoe_squad_nats", genpoe_data) or _hub("genpoe_squad_nats")
-
-
-def genpoe_demo(genpoe_data: Any = None, **_: Any) -> Splits:
-    """The demo's questions, which exist only as a local file."""
-    splits = _local("genpoe_demo", genpoe_data)
-    if splits is None:
+def questions(genpoe_task: str, genpoe_data: Any = None, **_: Any) -> Splits:
+    """The ``custom_dataset`` of all tasks. lm-eval calls it with the task's ``dataset_kwargs`` and all metadata."""
+    splits = _local(genpoe_task, genpoe_data)
+    if splits is None and genpoe_task == DEMO:
         raise InputError(
-            "genpoe_demo: no data; run `genpoe demo`, which makes it, "
+            f"{DEMO}: no data; run `genpoe demo`, which makes it, "
             """or name a file with --metadata '{"genpoe_data": "FILE"}'"""
         )
-    return splits
+    return splits or _hub(genpoe_task)
 
 
 def doc_to_text(doc: Mapping[str, Any]) -> str:

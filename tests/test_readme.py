@@ -106,7 +106,7 @@ def test_lm_eval_commands_parse_and_name_what_exists(tmp_path: Path, monkeypatch
             options = lm_eval._cli.HarnessCLI().parse_args()
         assert options.model in MODELS
         assert {*options.tasks} <= TASKS
-        assert {*(options.metadata or {})} <= {*inspect.signature(open_qa.genpoe_nq).parameters}
+        assert {*(options.metadata or {})} <= {*inspect.signature(open_qa.questions).parameters}
         if elided:
             assert words[-2] == "--model_args"
             continue

@@ -1,4 +1,4 @@
-"""``genpoe demo``, ``genpoe demo world`` and ``genpoe demo pretrain``."""
+"""``genpoe demo`` and ``genpoe demo world``."""
 
 from __future__ import annotations
 
@@ -58,32 +58,15 @@ def world(out: Path, seed: int) -> None:
     Creates the world, builds its index, trains reranker and hypernetwork on its training part, and evaluates on its
     test part with lm_eval in all modes and controls. Finished steps in OUT are skipped.
     """
-    from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
-    from genpoe_plugin.demo.table import exact_matches, paired_p_value, render
+    from genpoe_plugin.demo.run import DemoSettings, matrix_file, run_demo
+    from genpoe_plugin.demo.table import render
 
-    settings = DemoSettings(seed=seed)
-    rows = run_demo(out, settings)
-    runs = [results_directory(out, mode, "retrieved") for mode in ("genpoe_rag", "rag")]
-    p_value = paired_p_value(*map(exact_matches, runs))
-    click.echo(f"\n{render(rows)}\n")
+    result = run_demo(out, DemoSettings(seed=seed))
+    click.echo(f"\n{render(result.rows)}\n")
     click.echo(
         "EM, F1 and recall in %; R@k: a passage with the answer is among the first k. Test entities were not seen"
     )
-    click.echo(f"in training. genpoe_rag against rag, paired: p = {p_value:.2f} (exact McNemar test).")
-    click.echo(
-        f"\nThe command of the genpoe row:\n{shlex.join(lm_eval_command(out, 'genpoe', 'retrieved', settings))}\n"
-    )
+    click.echo(f"in training. genpoe_rag against rag, paired: p = {result.p_value:.2f} (exact McNemar test).")
+    click.echo(f"\nThe command of the genpoe row:\n{result.command}\n")
     click.echo(f"All modes, controls and K on one page:\ngenpoe compare --run {matrix_file(out)} --jobs 2\n")
     click.echo(f"table: {out / 'table.json'}")
-
-
-@demo.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the LLM and the encoder.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-def pretrain(out: Path, seed: int) -> None:
-    """Pretrain the LLM and the encoder of the demo's world again (they come with the package): about half an hour."""
-    from genpoe_plugin.demo.pretrain import pretrain_encoder, pretrain_llm
-
-    pretrain_llm(out / "llm", seed)
-    pretrain_encoder(out / "encoder", out / "llm", seed)
-    click.echo(f"{out}: pretrained LLM and encoder")

@@ -20,13 +20,6 @@ def experts() -> None:
 
 @experts.command()
 @click.option("--llm", required=True, help="The frozen LLM: directory or hub name.")
-@click.option(
-    "--preset",
-    type=click.Choice(["attention"]),
-    default="attention",
-    show_default=True,
-    help="attention: passages as keys and values in the LLM's own attention.",
-)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the checkpoint.")
 @click.option("--layers", type=Layers(), help="Layers with experts, such as 5,11,12.  [default: all]")
 @click.option(
@@ -56,7 +49,6 @@ def experts() -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def create(
     llm: str,
-    preset: str,
     out: Path,
     layers: tuple[int, ...] | None,
     calibrate: tuple[str, ...],
@@ -74,7 +66,7 @@ def create(
     gguf_file: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Write an untrained checkpoint, with experts in all layers, in --layers, or in layers chosen by calibration.
+    """Write an untrained checkpoint of experts in the attention: in all layers, in --layers, or calibrated.
 
     Rerun the same command to resume an interrupted calibration.
     """

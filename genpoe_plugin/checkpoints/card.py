@@ -12,7 +12,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from genpoe_plugin import __version__
 from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.hub import split_revision
+from genpoe_plugin.provenance import installed_versions
 
 CARD = "README.md"
 TAGS = {
@@ -62,9 +62,9 @@ class DataFile:
         return cls(use, str(path), file_digest(path), examples)
 
 
-def installed_versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Versions of this package, Python, and the libraries that decide a result."""
-    libraries = {name: metadata.version(name) for name in ("torch", "transformers")}
+    libraries = installed_versions(("torch", "transformers"))
     return {"genpoe": __version__, **libraries, "python": platform.python_version()}
 
 
@@ -107,7 +107,7 @@ class ModelCard:
     lm_eval_arguments: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     datasets: Sequence[str] = ()
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    versions: Mapping[str, str] = field(default_factory=_versions)
 
 
 def write_card(directory: str | Path, card: ModelCard) -> None:

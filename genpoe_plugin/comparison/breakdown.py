@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,31 +31,33 @@ class Estimate:
     n: int
 
 
-def estimate(scores: Floats) -> Estimate | None:
-    """The mean of some questions' scores, with its interval; None without questions."""
-    if not len(scores):
-        return None
+def estimate(scores: Floats) -> Estimate:
+    """The mean of the scores of at least one question, with its interval."""
     low, high = mean_interval(scores[:, None])
     return Estimate(float(scores.mean()), float(low[0]), float(high[0]), len(scores))
 
 
+def _estimates(groups: Mapping[str, Floats]) -> dict[str, Estimate]:
+    """The estimate of every group that has questions."""
+    return {name: estimate(scores) for name, scores in groups.items() if len(scores)}
+
+
 def by_given(scores: Floats, answer_given: NDArray[np.int64]) -> dict[str, Estimate]:
     """Scores of questions with an answer in the LLM's passages (``present``) and without (``absent``)."""
-    parts = {"present": estimate(scores[answer_given == 1]), "absent": estimate(scores[answer_given == 0])}
-    return {name: part for name, part in parts.items() if part is not None}
+    return _estimates({"present": scores[answer_given == 1], "absent": scores[answer_given == 0]})
 
 
 def by_rank(scores: Floats, ranks: NDArray[np.int64]) -> dict[str, Estimate]:
     """Scores by the best rank of a retrieved passage with an answer; the last group has no such passage."""
-    parts: dict[str, Estimate | None] = {}
+    groups: dict[str, Floats] = {}
     first = 1
     for last in RANKS:
         name = str(last) if first == last else f"{first}\u2013{last}"
-        parts[name] = estimate(scores[(ranks >= first) & (ranks <= last)])
+        groups[name] = scores[(ranks >= first) & (ranks <= last)]
         first = last + 1
-    parts[f"{first}+"] = estimate(scores[ranks >= first])
-    parts["not found"] = estimate(scores[ranks == ABSENT])
-    return {name: part for name, part in parts.items() if part is not None}
+    groups[f"{first}+"] = scores[ranks >= first]
+    groups["not found"] = scores[ranks == ABSENT]
+    return _estimates(groups)
 
 
 def known(ranks: NDArray[np.int64] | None) -> bool:

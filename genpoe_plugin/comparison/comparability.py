@@ -163,7 +163,7 @@ def comparable(runs: Sequence[Run], allow: Collection[str] = ()) -> list[Compara
             fullest = max(members, key=lambda run: sum(part is not None for part in protocols[id(run)].passages))
             protocol = protocols[id(fullest)]
             allowed = [
-                Difference(aspect, _describe(protocols[id(run)], aspect), _describe(protocol, aspect))
+                Difference(aspect, describe(protocols[id(run)], aspect), describe(protocol, aspect))
                 for aspect in allow
                 for run in members
                 if not _agree(protocols[id(run)], protocol, aspect)
@@ -199,7 +199,7 @@ def _agree(first: Protocol, second: Protocol, aspect: str) -> bool:
     return getattr(first, aspect) == getattr(second, aspect)
 
 
-def _describe(protocol: Protocol, aspect: str) -> str:
+def describe(protocol: Protocol, aspect: str) -> str:
     """The value of an aspect, as text."""
     if aspect != "passages":
         return getattr(protocol, aspect)
@@ -218,7 +218,7 @@ def _differences(run: Run, protocol: Protocol, first: Comparable) -> tuple[Diffe
         other_questions = any(entry.aspect == "questions" for entry in differences)
         if other_questions and _follows_from_questions(protocol, first.protocol, aspect):
             continue
-        here, there = _describe(protocol, aspect), _describe(first.protocol, aspect)
+        here, there = describe(protocol, aspect), describe(first.protocol, aspect)
         if aspect == "questions":
             shared = len(np.intersect1d(run.questions, first.runs[0].questions))
             here += f", {shared:,} of them in both"

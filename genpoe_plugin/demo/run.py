@@ -1,26 +1,27 @@
 """The demo: a world, its index, a reranker and a hypernetwork trained on its train side, and lm_eval on its test side.
 
 Every stage calls the code of the real commands and writes into one folder; a stage whose output is there is skipped.
-The LLM and the encoder, which a real user downloads, come small with the package (`genpoe_plugin.demo.pretrain`).
+The LLM and the encoder, which a real user downloads, come small with the package.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import yaml
-from tqdm import tqdm
+from typing import Any
 
 from genpoe_plugin import __version__
+from genpoe_plugin.arguments import DEFAULTS
+from genpoe_plugin.comparison.matrix import Cell, Matrix, processors_of_one, run_matrix, write_matrix
+from genpoe_plugin.comparison.origin import origin_of
+from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
-from genpoe_plugin.demo.table import Row, read_row
+from genpoe_plugin.demo.table import Row, paired_p_value, read_row
 from genpoe_plugin.demo.world import Side, World, WorldQuestion, make_world
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
@@ -39,6 +40,7 @@ TASK = "genpoe_demo"
 NUM_RETRIEVED: dict[Side, int] = {"train": 13, "test": 20}  # those of training are only for the reranker's negatives
 HARD_NEGATIVES = 12  # of the best found: most others have nothing in common with the question
 RERANKER_PROMPT = "Yes or No:"  # short, since every pair is read on a CPU
+JOBS = 2  # trainings, and lm_eval runs, at a time
 
 RUNS = (
     ("closed_book", "none"),
@@ -51,7 +53,7 @@ RUNS = (
     ("genpoe", "constant"),
     ("genpoe", "none"),
 )
-"""Mode and passages of each lm_eval run: the four modes, then the controls."""
+"""Mode and passages of each row of the table: the four modes, then the controls."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,23 @@ class DemoSettings:
     version: str = __version__
 
 
-def run_demo(out: str | Path, settings: DemoSettings) -> list[Row]:
-    """Run every stage that ``out`` lacks, write ``out/table.json`` and return its rows.
+@dataclass(frozen=True)
+class DemoResult:
+    """The result of the demo.
+
+    Attributes:
+        rows: the table, one row for each of `RUNS`.
+        p_value: of McNemar's exact test of ``genpoe_rag`` against ``rag``.
+        command: the lm_eval command of the row ``genpoe``.
+    """
+
+    rows: list[Row]
+    p_value: float
+    command: str
+
+
+def run_demo(out: str | Path, settings: DemoSettings) -> DemoResult:
+    """Run every stage that ``out`` lacks, and write ``out/table.json``.
 
     Raises:
         InputError: ``out`` holds a demo with other settings, or an lm_eval run failed.
@@ -75,17 +92,21 @@ def run_demo(out: str | Path, settings: DemoSettings) -> list[Row]:
     out = Path(out)
     _claim(out, settings)
     world = make_world(settings.seed, settings.train_entities, settings.test_entities)
-    _retrieve(out, world, settings)
-    with ThreadPoolExecutor(2) as pool:
+    _retrieve(out, world)
+    with ThreadPoolExecutor(JOBS) as pool:
         stages = [pool.submit(_train_hypernetwork, out, settings), pool.submit(_rerank_test, out, settings)]
         for finished in as_completed(stages):
             finished.result()
-    _evaluate(out, settings)
-    _write_matrix(out)
-    rows = [read_row(results_directory(out, *run), *run, _test_file(out)) for run in RUNS]
+    matrix = write_matrix(matrix_file(out), _matrix(out, settings))
+    cells = table_cells(matrix, settings.seed)
+    run_matrix(replace(matrix, cells=cells), JOBS)
+    found, _ = read_runs([matrix.folder(cell) for cell in cells], QuestionBook())
+    runs = dict(zip(RUNS, found, strict=True))
+    rows = [read_row(run, _test_file(out)) for run in found]
     with atomic_file(out / "table.json") as temporary:
         temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-    return rows
+    p_value = paired_p_value(runs["genpoe_rag", "retrieved"], runs["rag", "retrieved"])
+    return DemoResult(rows, p_value, origin_of(runs["genpoe", "retrieved"]).command)
 
 
 def _claim(out: Path, settings: DemoSettings) -> None:
@@ -105,7 +126,7 @@ def _test_file(out: Path) -> Path:
     return out / "test.jsonl"
 
 
-def _retrieve(out: Path, world: World, settings: DemoSettings) -> None:
+def _retrieve(out: Path, world: World) -> None:
     """The index over all passages of the world, and the passages that it finds for the questions of either side."""
     if not (out / "index").is_dir():
         encoder = load_encoder(str(ENCODER))
@@ -182,38 +203,9 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
 def _train(part: str, options: Mapping[str, object], position: int) -> None:
     """Run ``genpoe train`` in a process of its own, with its progress bar in line ``position``."""
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))] + ["--device", "cpu"]
-    environment = _environment() | {"TQDM_POSITION": str(position)}
+    environment = processors_of_one(JOBS) | {"TQDM_POSITION": str(position)}
     if subprocess.run([sys.executable, "-m", "train_cli", "train", part, *arguments], env=environment).returncode:
         raise InputError(f"training the {part} failed; its own message is above")
-
-
-def _environment() -> dict[str, str]:
-    """Of one of two processes that share the machine."""
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-
-
-def results_directory(out: Path, mode: str, passages: str) -> Path:
-    """Where the lm_eval run of one row writes."""
-    return out / "results" / f"{mode}-{passages}"
-
-
-def lm_eval_command(out: Path, mode: str, passages: str, settings: DemoSettings) -> list[str]:
-    """The stock lm_eval command of one row, as a user would type it."""
-    arguments = {
-        "pretrained": LLM,
-        "dtype": "float32",
-        "mode": mode,
-        "passages": passages,
-        "hypernetwork": out / "hypernetwork",
-        "seed": settings.seed,
-        "trace": results_directory(out, mode, passages) / "trace.jsonl",
-    }
-    return [
-        "lm_eval", "--model", "genpoe", "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()),
-        "--tasks", TASK, "--metadata", json.dumps({"genpoe_data": str(_test_file(out))}), "--batch_size", "48",
-        "--device", "cpu", "--log_samples", "--output_path", str(results_directory(out, mode, passages)),
-    ]  # fmt: skip
 
 
 def matrix_file(out: Path) -> Path:
@@ -221,10 +213,8 @@ def matrix_file(out: Path) -> Path:
     return out / "matrix.yaml"
 
 
-def _write_matrix(out: Path) -> None:
-    if matrix_file(out).is_file():
-        return
-    declared = {
+def _matrix(out: Path, settings: DemoSettings) -> dict[str, Any]:
+    return {
         "out": str(out / "leaderboard"),
         "tasks": TASK,
         "options": {"device": "cpu", "batch_size": 48, "metadata": {"genpoe_data": str(_test_file(out))}},
@@ -236,27 +226,16 @@ def _write_matrix(out: Path) -> None:
         "modes": list(MODES),
         "passages": list(CONTROLS),
         "num_passages": [1, 2, 4],
-        "seeds": [0, 1, 2],
+        "seeds": [settings.seed, settings.seed + 1, settings.seed + 2],
     }
-    with atomic_file(matrix_file(out)) as temporary:
-        temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
 
 
-def _evaluate(out: Path, settings: DemoSettings) -> None:
-    """Run lm_eval for every row that has no results yet, two rows at a time."""
-    missing = [run for run in RUNS if not list(results_directory(out, *run).rglob("results_*.json"))]
-
-    def evaluate(run: tuple[str, str]) -> None:
-        _, *arguments = lm_eval_command(out, *run, settings)
-        directory = results_directory(out, *run)
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "lm_eval.log").open("w", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "lm_eval", *arguments]
-            done = subprocess.run(command, env=_environment(), stdout=log, stderr=log)
-        if done.returncode:
-            raise InputError(f"lm_eval of {run[0]} with {run[1]} passages failed; see {log.name}")
-
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(missing), desc="Running lm_eval", disable=not missing) as bar:
-        for finished in as_completed([pool.submit(evaluate, run) for run in missing]):
-            finished.result()
-            bar.update()
+def table_cells(matrix: Matrix, seed: int) -> tuple[Cell, ...]:
+    """The cells of the table's rows, in the order of `RUNS`: with the default number of passages, and with ``seed``."""
+    row = {"num_passages": DEFAULTS["num_passages"], "seed": seed}
+    cells = {
+        (cell.arguments["mode"], cell.arguments["passages"]): cell
+        for cell in matrix.cells
+        if cell.kind == "genpoe" and all(cell.arguments.get(name, value) == value for name, value in row.items())
+    }
+    return tuple(cells[run] for run in RUNS)

@@ -1,18 +1,20 @@
-"""The demo's table: one row an lm_eval run, read from lm_eval's own result files."""
+"""The table of the demo's world: one row an lm_eval run."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genpoe_plugin.data.questions import read_questions
-from genpoe_plugin.errors import InputError
+import numpy as np
 
-RECALL_AT = (1, 5, 20)
+from genpoe_plugin.comparison.runs import Run
+from genpoe_plugin.comparison.settings import settings_of
+from genpoe_plugin.comparison.statistics import mcnemar, wins_and_losses
+from genpoe_plugin.data.questions import read_questions
+from genpoe_plugin.retrieval.measures import recall_at
+from genpoe_plugin.selection.result_files import Quality
 
 
 @dataclass(frozen=True)
@@ -40,72 +42,43 @@ class Row:
     em_gold_present: float | None = None
 
 
-def read_row(directory: Path, mode: str, passages: str, questions: Path) -> Row:
-    """The row of the lm_eval run whose ``--output_path`` was ``directory``.
+def read_row(run: Run, questions: Path) -> Row:
+    """The row of a run of the genpoe model.
 
     Args:
+        run: the run.
         questions: what was asked, with the passages found; each marks the one that answers its question.
-
-    Raises:
-        InputError: there are no results.
     """
-    report = _report(directory)
-    (scores,) = report["results"].values()
-    (counts,) = report["n-samples"].values()
+    scores, settings = run.report["results"][run.task], settings_of(run)
     row = Row(
-        mode=mode,
-        passages=passages,
-        n=counts["effective"],
+        mode=settings["mode"],
+        passages=settings["passages"],
+        n=len(run.questions),
         **{
             f"{metric}{suffix}": scores[f"{metric}{suffix},none"]
             for metric in ("em", "f1")
             for suffix in ("", "_stderr")
         },
-        questions_per_second=report["config"]["genpoe"]["questions_per_second"],
+        questions_per_second=run.config["genpoe"]["questions_per_second"],
     )
-    if passages in ("none", "random", "constant"):
+    if row.passages in ("none", "random", "constant"):
         return row
-    ranks = [_answer_ranks(question.passages) for question in read_questions(questions)]
-    recall: dict[str, Any] = {f"recall_at_{k}": sum(first <= k for first, _ in ranks) / len(ranks) for k in RECALL_AT}
-    recall |= {f"reranked_recall_at_{k}": sum(second <= k for _, second in ranks) / len(ranks) for k in RECALL_AT[:2]}
+    quality = Quality()
+    for question in read_questions(questions):
+        quality.add(question)
+    recall: dict[str, Any] = {f"recall_at_{k}": recall_at(k, quality.retrieved) for k in (1, 5, 20)}
+    recall |= {f"reranked_recall_at_{k}": recall_at(k, quality.reranked) for k in (1, 5)}
     row = replace(row, **recall)
-    if passages != "retrieved":
+    if row.passages != "retrieved":
         return row
-    kept = report["config"]["genpoe"]["arguments"]["num_passages"]
-    present = [match for match, (_, rank) in zip(exact_matches(directory), ranks, strict=True) if rank <= kept]
-    return replace(row, em_gold_present=sum(present) / len(present) if present else None)
+    present = run.scores["em"][(run.ranks >= 1) & (run.ranks <= settings["num_passages"])]
+    return replace(row, em_gold_present=float(present.mean()) if len(present) else None)
 
 
-def _answer_ranks(passages: Sequence[Any]) -> tuple[float, float]:
-    """The best rank, before and after reranking, of a passage that answers; infinite if there is none."""
-    answering = [passage for passage in passages if passage.has_answer]
-    return (
-        min((passage.rank for passage in answering), default=math.inf),
-        min((passage.rerank_rank for passage in answering), default=math.inf),
-    )
-
-
-def _report(directory: Path) -> dict[str, Any]:
-    reports = sorted(directory.rglob("results_*.json"))
-    if not reports:
-        raise InputError(f"{directory}: no lm_eval results; run `genpoe demo` again")
-    return json.loads(reports[-1].read_text(encoding="utf-8"))
-
-
-def exact_matches(directory: Path) -> list[bool]:
-    """Whether each question was answered exactly, in the order of the questions."""
-    samples = sorted(directory.rglob("samples_*.jsonl"))[-1]
-    records = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    return [record["em"] == 1.0 for record in sorted(records, key=lambda record: record["doc_id"])]
-
-
-def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided exact McNemar test: how likely so lopsided a split of the questions that only one run got right is."""
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+def paired_p_value(first: Run, second: Run) -> float:
+    """The p-value of McNemar's exact test of EM on the same questions."""
+    exact, _ = mcnemar(*wins_and_losses(np.stack([first.scores["em"], second.scores["em"]], 1), np.array([[0, 1]])))
+    return float(exact[0])
 
 
 def render(rows: Sequence[Row]) -> str:

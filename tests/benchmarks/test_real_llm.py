@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks.__main__ import main
-from genpoe_plugin.demo.packaged_models import LLMS, Package, RealLLM
+from benchmarks.real_llm.get import LLMS
+from genpoe_plugin.demo.packaged_models import Package, RealLLM
 from genpoe_plugin.files import file_digest
 from genpoe_plugin.llm import gguf_files
 from tests.gguf_llm import write_gguf
@@ -40,6 +41,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_llm, tokenize
     write_wheel(folder, "tiny-part1", {"tiny_part1/part01.bin": content[:5000], "tiny_part1/LICENCE": b"free"})
     write_wheel(folder, "tiny-part2", {"tiny_part2/part02.bin": content[5000:]})
     llm = RealLLM(
+        NAME,
         (
             Package("tiny-part1", "1.0", "tiny_part1/part01.bin", ("tiny_part1/LICENCE",)),
             Package("tiny-part2", "1.0", "tiny_part2/part02.bin"),

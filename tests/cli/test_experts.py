@@ -90,7 +90,6 @@ def test_layers_by_name_and_a_checkpoint_is_replaced(llm_dir: Path, tokenizer, t
             ("--calibrate", "QUESTIONS", "--calibrate", "WITHOUT", "--max-layers", "1"),
             "without.jsonl: no question has a passage that contains one of its answers",
         ),
-        (("--preset", "paper"), "'paper' is not 'attention'"),
         (("--dtype", "float31"), "dtype float31: no such dtype"),
         (("--device", "gpu7"), "gpu7"),
     ],

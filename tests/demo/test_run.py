@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +20,15 @@ import pytest
 
 from genpoe_plugin.arguments import GenPoEArguments
 from genpoe_plugin.checkpoints.checkpoint import is_checkpoint
+from genpoe_plugin.comparison import matrix as matrix_module
 from genpoe_plugin.comparison.leaderboard import compare
-from genpoe_plugin.comparison.matrix import read_matrix
+from genpoe_plugin.comparison.matrix import read_matrix, write_matrix
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.data.answers import exact_match, f1
 from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.demo import run
-from genpoe_plugin.demo.run import DemoSettings, lm_eval_command, matrix_file, results_directory, run_demo
-from genpoe_plugin.demo.table import Row, exact_matches
+from genpoe_plugin.demo.run import DemoResult, DemoSettings, matrix_file, run_demo, table_cells
+from genpoe_plugin.demo.table import Row
 from genpoe_plugin.demo.world import make_world, side_of
 from genpoe_plugin.errors import InputError
 from tests.in_process import InProcess
@@ -35,11 +38,27 @@ WORLD = make_world(1, 12, 4)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Row], InProcess]]:
+def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, DemoResult, InProcess]]:
     out = tmp_path_factory.mktemp("demo") / "out"
     process = InProcess()
-    with patch.object(run, "subprocess", process):
+    with patch.object(run, "subprocess", process), patch.object(matrix_module, "subprocess", process):
         yield out, run_demo(out, SETTINGS), process
+
+
+@pytest.fixture(scope="module")
+def demo(result: tuple[Path, DemoResult, InProcess]) -> tuple[Path, list[Row], InProcess]:
+    out, shown, process = result
+    return out, shown.rows, process
+
+
+def results_directory(out: Path, mode: str, passages: str) -> Path:
+    """Where the lm_eval run of a row wrote."""
+    matrix = read_matrix(matrix_file(out))
+    return matrix.folder(table_cells(matrix, SETTINGS.seed)[run.RUNS.index((mode, passages))])
+
+
+def exact_matches(out: Path, mode: str, passages: str) -> list[bool]:
+    return [record["em"] == 1.0 for record in samples(out, mode, passages)]
 
 
 def samples(out: Path, mode: str, passages: str) -> list[dict[str, Any]]:
@@ -73,7 +92,7 @@ def test_scores_are_those_of_the_answers_that_lm_eval_logged(demo):
         overlaps = [f1(answer, question.answers) for answer, question in zip(answers, asked, strict=True)]
         assert row.em == pytest.approx(sum(matches) / 16)
         assert row.f1 == pytest.approx(sum(overlaps) / 16)
-        assert exact_matches(results_directory(out, row.mode, row.passages)) == [match == 1 for match in matches]
+        assert exact_matches(out, row.mode, row.passages) == [match == 1 for match in matches]
 
 
 def test_recall_is_of_the_passage_that_the_world_made_for_the_question(demo):
@@ -103,7 +122,7 @@ def test_em_with_the_own_passage_at_hand_is_over_the_questions_that_had_it(demo)
     own = [question.passage_id for question in WORLD.questions["test"]]
     for row in rows:
         given = traces(out, row.mode, row.passages)
-        matches = exact_matches(results_directory(out, row.mode, row.passages))
+        matches = exact_matches(out, row.mode, row.passages)
         had = [match for match, passage, ids in zip(matches, own, given, strict=True) if passage in ids]
         expected = sum(had) / len(had) if had and row.passages == "retrieved" else None
         assert row.em_gold_present == expected
@@ -152,13 +171,14 @@ def test_training_asks_about_the_train_side_only(demo):
 
 def test_only_what_is_missing_is_done_again(demo):
     out, rows, process = demo
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "table.json"}
+    written = ("table.json", "matrix.yaml")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name not in written}
     trained, evaluated = process.commands["train_cli"], process.commands["lm_eval"]
-    assert run_demo(out, SETTINGS) == rows
+    assert run_demo(out, SETTINGS).rows == rows
     assert (len(trained), len(evaluated)) == (2, len(run.RUNS))
     (result,) = results_directory(out, "genpoe", "gold").rglob("results_*.json")
     result.unlink()
-    again = run_demo(out, SETTINGS)
+    again = run_demo(out, SETTINGS).rows
     assert (len(trained), len(evaluated)) == (2, len(run.RUNS) + 1)
     assert "passages=gold" in str(evaluated[-1])
     assert [(row.mode, row.passages, row.em, row.f1) for row in again] == [
@@ -178,18 +198,6 @@ def test_other_settings_are_refused_and_leave_the_folder_alone(demo):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
 
 
-def test_a_run_that_fails_is_named_with_its_log(demo, tmp_path, monkeypatch):
-    def fail(command: list[str], *, stdout: Any, **options: Any) -> Any:
-        stdout.write("what went wrong")
-        return SimpleNamespace(returncode=1)
-
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=fail))
-    monkeypatch.setattr(run, "RUNS", (("rag", "retrieved"),))
-    with pytest.raises(InputError, match="lm_eval of rag with retrieved passages failed; see ") as error:
-        run._evaluate(tmp_path, SETTINGS)
-    assert Path(str(error.value).rpartition("see ")[2]).read_text() == "what went wrong"
-
-
 def test_training_that_fails_stops_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=2)))
     with pytest.raises(InputError, match="training the hypernetwork failed; its own message is above"):
@@ -199,23 +207,26 @@ def test_training_that_fails_stops_the_demo(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("mode", "passages"), run.RUNS)
 def test_the_command_is_one_that_lm_eval_takes(tmp_path, mode, passages):
     """As its own parser reads it, and with arguments that the model class takes."""
-    with patch.object(sys, "argv", lm_eval_command(tmp_path, mode, passages, SETTINGS)):
+    matrix = write_matrix(matrix_file(tmp_path), run._matrix(tmp_path, SETTINGS))
+    cell = table_cells(matrix, SETTINGS.seed)[run.RUNS.index((mode, passages))]
+    with patch.object(sys, "argv", matrix.command(cell)):
         options: argparse.Namespace = lm_eval._cli.HarnessCLI().parse_args()
     assert (options.model, options.tasks, options.batch_size) == ("genpoe", ["genpoe_demo"], "48")
     assert options.metadata == {"genpoe_data": str(tmp_path / "test.jsonl")}
-    assert options.output_path == str(results_directory(tmp_path, mode, passages)) and options.log_samples
+    assert options.output_path == str(matrix.folder(cell)) and options.log_samples
     arguments = options.model_args
     assert Path(arguments.pop("pretrained"), "model.safetensors").is_file()
     assert arguments.pop("dtype") == "float32"
     checked = GenPoEArguments(**arguments)
-    assert (checked.mode, checked.passages, checked.seed) == (mode, passages, 1)
-    assert checked.hypernetwork == str(tmp_path / "hypernetwork")
+    assert (checked.mode, checked.passages, checked.num_passages) == (mode, passages, 4)
+    assert checked.seed == (1 if passages in ("shuffled", "random", "constant") else 0)
+    assert checked.hypernetwork == (str(tmp_path / "hypernetwork") if mode.startswith("genpoe") else None)
 
 
 def test_its_results_make_a_leaderboard(demo: tuple[Path, list[Row], InProcess]) -> None:
     """What lm_eval and the genpoe model really write is what `genpoe compare` reads."""
     out, rows, _ = demo
-    comparison = compare([out / "results"], draws=50)
+    comparison = compare([out / "leaderboard"], draws=50)
     assert not comparison.left_out and not comparison.notes
     (board,) = comparison.boards
     found = {(s.settings["mode"], s.settings["passages"]): s for s in board.systems}
@@ -233,6 +244,21 @@ def test_its_results_make_a_leaderboard(demo: tuple[Path, list[Row], InProcess])
         if row.passages == "gold":
             assert "absent" not in system.by_given
     assert len({origin_of(system.runs[0]).fingerprints["data"] for system in board.systems}) == 1
+
+
+def test_the_p_value_is_that_of_the_questions_that_only_one_run_answered(result):
+    """As is the command that of the genpoe row."""
+    out, shown, _ = result
+    first, second = (exact_matches(out, mode, "retrieved") for mode in ("genpoe_rag", "rag"))
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    n = only_first + only_second
+    splits = [abs(2 * sum(way) - n) >= abs(only_first - only_second) for way in product((0, 1), repeat=n)]
+    assert shown.p_value == pytest.approx(sum(splits) / len(splits))
+    matrix = read_matrix(matrix_file(out))
+    cell = table_cells(matrix, SETTINGS.seed)[run.RUNS.index(("genpoe", "retrieved"))]
+    program, *words = matrix.command(cell)
+    assert shlex.split(shown.command) == [program, "run", *words]
 
 
 def test_its_matrix_has_every_cell(demo: tuple[Path, list[Row], InProcess]) -> None:

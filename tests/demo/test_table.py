@@ -3,57 +3,67 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from genpoe_plugin.demo.table import Row, exact_matches, paired_p_value, read_row, render
-from genpoe_plugin.errors import InputError
+from benchmarks.synthetic_results import genpoe_facts, write_run
+from genpoe_plugin.comparison.runs import QuestionBook, Run, read_runs
+from genpoe_plugin.demo.table import Row, paired_p_value, read_row, render
 
-FIELDS = {"em,none": 0.25, "em_stderr,none": 0.05, "f1,none": 0.5, "f1_stderr,none": 0.06}
+FIELDS = {"em_stderr,none": 0.05, "f1_stderr,none": 0.06}
 # Of each question's passages: (retriever's rank, reranker's rank, whether it is the one that answers).
 RANKS = [
-    [(1, 2, True), (2, 1, False)],
+    [(2, 1, False), (1, 2, True)],
     [(1, 1, False), (4, 2, True)],
-    [(17, 6, True), (1, 1, False)],
+    [(n, n, False) for n in range(1, 6)] + [(17, 6, True)],
     [(1, 1, False)],
+]
+DOCS = [
+    {
+        "question": f"q{number}",
+        "answers": ["a"],
+        "ctxs": [
+            {"id": f"{n}", "title": "", "text": "t", "rank": rank, "rerank_rank": reranked, "has_answer": answers}
+            for n, (rank, reranked, answers) in enumerate(ranks)
+        ],
+    }
+    for number, ranks in enumerate(RANKS)
 ]
 
 
-def write_results(directory: Path, name: str = "results_2026-01-02.json", **scores: float) -> Path:
-    """A result file as lm_eval writes it, as far as the table reads it."""
-    (directory / "model").mkdir(parents=True, exist_ok=True)
-    report = {
-        "results": {"genpoe_demo": {"alias": "genpoe_demo", **FIELDS, **scores}},
-        "n-samples": {"genpoe_demo": {"original": 9, "effective": 4}},
-        "config": {"genpoe": {"questions_per_second": 12.5, "arguments": {"num_passages": 4}}},
-    }
-    (directory / "model" / name).write_text(json.dumps(report))
-    samples = [json.dumps({"doc_id": number, "em": float(number == 1)}) for number in range(4)]
-    (directory / "model" / "samples_genpoe_demo_2026-01-02.jsonl").write_text("\n".join(samples))
-    return directory
+def read_written(folder: Path, mode: str, passages: str, em: list[float], docs: Any = DOCS) -> Run:
+    """A run as lm_eval and the genpoe model write it, as far as the table reads it."""
+    f1 = [0.5 for _ in em]
+    facts = genpoe_facts(mode, passages, questions_per_second=12.5)
+    file = write_run(folder, {"em": em, "f1": f1}, docs=docs, model="genpoe", genpoe=facts)
+    report = json.loads(file.read_text())
+    report["results"]["t"] |= FIELDS
+    file.write_text(json.dumps(report))
+    (run,), _ = read_runs([folder], QuestionBook())
+    return run
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     path = tmp_path / "test.jsonl"
-    with path.open("w") as file:
-        for number, ranks in enumerate(RANKS):
-            ctxs = [
-                {"id": f"{n}", "title": "", "text": "t", "rank": rank, "rerank_rank": reranked, "has_answer": answers}
-                for n, (rank, reranked, answers) in enumerate(ranks)
-            ]
-            file.write(json.dumps({"question": f"q{number}", "answers": ["a"], "ctxs": ctxs}) + "\n")
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     return path
 
 
-def test_paired_p_value_equals_enumeration():
+def test_paired_p_value_equals_enumeration(tmp_path):
     """Every way in which nine undecided questions can fall, counted."""
     first, second = [True] * 7 + [False] * 2 + [True] * 5, [False] * 7 + [True] * 2 + [True] * 5
+    docs = [{"question": f"q{number}", "answers": ["a"]} for number in range(14)]
+    book, runs = QuestionBook(), []
+    for mode, matches in (("genpoe_rag", first), ("rag", second)):
+        read_written(tmp_path / mode, mode, "retrieved", [float(match) for match in matches], docs)
+        runs += read_runs([tmp_path / mode], book)[0]
     splits = [sum(way) for way in product((0, 1), repeat=9)]
     expected = sum(abs(split - 4.5) >= 2.5 for split in splits) / len(splits)
-    assert paired_p_value(first, second) == pytest.approx(expected)
-    assert paired_p_value(second, first) == pytest.approx(expected)
-    assert paired_p_value(first, first) == 1.0
+    assert paired_p_value(*runs) == pytest.approx(expected)
+    assert paired_p_value(*reversed(runs)) == pytest.approx(expected)
+    assert paired_p_value(runs[0], runs[0]) == 1.0
 
 
 def test_the_table_shows_percent_and_a_dash_where_nothing_was_retrieved():
@@ -64,32 +74,14 @@ def test_the_table_shows_percent_and_a_dash_where_nothing_was_retrieved():
 
 
 def test_a_row_is_what_lm_eval_wrote_and_the_recall_of_its_questions(tmp_path, questions):
-    row = read_row(write_results(tmp_path / "run"), "genpoe", "retrieved", questions)
+    row = read_row(read_written(tmp_path / "run", "genpoe", "retrieved", [0, 1, 0, 0]), questions)
     assert row == Row("genpoe", "retrieved", 4, 0.25, 0.05, 0.5, 0.06, 12.5, 0.25, 0.5, 0.75, 0.0, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("passages", ["none", "random", "constant"])
 def test_runs_that_retrieve_nothing_have_no_recall(tmp_path, passages):
-    row = read_row(write_results(tmp_path / "run"), "genpoe", passages, tmp_path / "not even read")
+    row = read_row(read_written(tmp_path / "run", "genpoe", passages, [0, 1, 0, 0]), tmp_path / "not even read")
     assert row == Row("genpoe", passages, 4, 0.25, 0.05, 0.5, 0.06, 12.5)
-
-
-def test_the_latest_results_count(tmp_path, questions):
-    write_results(tmp_path / "run", "results_2026-01-03.json", **{"em,none": 0.75})
-    write_results(tmp_path / "run", "results_2026-01-01.json", **{"em,none": 0.0})
-    assert read_row(tmp_path / "run", "rag", "retrieved", questions).em == 0.75
-
-
-def test_no_results_are_said_in_one_line(tmp_path, questions):
-    with pytest.raises(InputError, match="run: no lm_eval results; run `genpoe demo` again"):
-        read_row(tmp_path / "run", "rag", "retrieved", questions)
-
-
-def test_exact_matches_come_in_the_order_of_the_questions(tmp_path):
-    lines = [json.dumps({"doc_id": number, "em": float(number in (0, 3))}) for number in (2, 0, 3, 1)]
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "samples_genpoe_demo_2026-01-02.jsonl").write_text("\n".join(lines))
-    assert exact_matches(tmp_path) == [True, False, False, True]
 
 
 def test_columns_stand_under_their_names():

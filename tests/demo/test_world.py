@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 from genpoe_plugin.data.answers import has_answer
-from genpoe_plugin.demo.documents import Documents
-from genpoe_plugin.demo.lexicon import FIRST_NAMES, SURNAME_ENDS, SURNAME_STARTS
 from genpoe_plugin.demo.world import MAX_WORDS, MIN_WORDS, make_world, side_of
 
 
@@ -20,17 +18,6 @@ def test_no_entity_of_one_side_is_ever_on_the_other():
             sides[side] |= {question.entity for question in questions}
     assert not sides["train"] & sides["test"]
     assert all(side_of(name) == side for side, names in sides.items() for name in names)
-
-
-def test_documents_for_pretraining_name_no_test_entity():
-    documents = Documents(0)
-    kinds = (documents.closed_book, documents.values, documents.statements, documents.brief, documents.rag)
-    text = "".join(piece for kind in kinds for _ in range(10) for piece, _ in kind(4))
-    people = {f"{first} {start}{end}" for first in FIRST_NAMES for start in SURNAME_STARTS for end in SURNAME_ENDS}
-    named = {name for name in people if name in text}
-    assert len(named) > 30
-    assert {side_of(name) for name in people} == {"train", "test"}
-    assert {side_of(name) for name in named} == {"train"}
 
 
 def test_each_passage_states_its_answers_within_its_length():

@@ -1,4 +1,4 @@
-"""Training the two small models that the demo downloads nowhere: its LLM and its bi-encoder.
+"""Training of the LLM and the bi-encoder of the demo's world.
 
 Both see the train side of the world only, endlessly drawn, so neither can know a test entity by name.
 """
@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from genpoe_plugin.demo.documents import ANSWER, Document, Documents
+from experiments.demo_models.documents import ANSWER, Document, Documents
 from genpoe_plugin.demo.world import ask, entities_of, write_article, write_report
 from genpoe_plugin.files import atomic_directory
 
