@@ -1,4 +1,4 @@
-"""Models on the hub, by the real huggingface_hub and a stand-in for its server: names, commits, tokens, and pushing."""
+"""Models on the hub: names, commits, tokens and pushing, with the real huggingface_hub and a fake server."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_a_revision_is_the_one_that_was_asked_for(model_hub, tmp_path, llm_dir, 
         ("someone/experts", "v1", first, experts),
         (f"someone/experts@{first}", None, first, experts),
     ):
-        found = HypernetworkCheckpoint.from_pretrained(name, revision=revision)
-        assert found.commit == commit
-        assert found.fingerprint == HypernetworkCheckpoint.from_pretrained(directory).fingerprint
+        checkpoint = HypernetworkCheckpoint.from_pretrained(name, revision=revision)
+        assert checkpoint.commit == commit
+        assert checkpoint.fingerprint == HypernetworkCheckpoint.from_pretrained(directory).fingerprint
     assert HypernetworkCheckpoint.from_pretrained(experts).commit is None
 
 
@@ -98,9 +98,9 @@ def test_what_was_loaded_is_found_again_without_the_hub(model_hub, monkeypatch, 
     commit = model_hub.add("someone/experts", experts)
     online = HypernetworkCheckpoint.from_pretrained("someone/experts")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    asked = len(model_hub.requests)
+    num_requests = len(model_hub.requests)
     assert HypernetworkCheckpoint.from_pretrained("someone/experts") == online
-    assert online.commit == commit and len(model_hub.requests) == asked
+    assert online.commit == commit and len(model_hub.requests) == num_requests
 
 
 @pytest.mark.parametrize("name", ["someone/experts", "someone/experts@v1"])
@@ -131,18 +131,18 @@ def test_a_private_one_needs_a_token_from_the_usual_places(model_hub, monkeypatc
 
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_what_is_pushed_answers_alike(model_hub, logged_in, llm_dir, experts, revision):
-    """From a directory to the hub, and back into another model: the same answers, and the same fingerprint."""
+    """A model that is pushed and loaded from the hub has the same answers and the same fingerprint."""
     model = GenPoEModel.from_pretrained(llm_dir, experts, dtype="float32")
-    address = model.push_to_hub("someone/experts", revision=revision)
+    url = model.push_to_hub("someone/experts", revision=revision)
     repository = model_hub.repositories["someone/experts"]
     commit = repository.branches[revision or "main"]
-    assert address == f"{model_hub.url}/someone/experts/commit/{commit}"
+    assert url == f"{model_hub.url}/someone/experts/commit/{commit}"
     assert ("model.safetensors" in repository.commits[repository.branches["main"]]) == (revision is None)
-    again = GenPoEModel.from_pretrained(llm_dir, "someone/experts", revision=revision, dtype="float32")
-    assert again.checkpoint.commit == commit
-    assert again.checkpoint.fingerprint == model.checkpoint.fingerprint
+    reloaded = GenPoEModel.from_pretrained(llm_dir, "someone/experts", revision=revision, dtype="float32")
+    assert reloaded.checkpoint.commit == commit
+    assert reloaded.checkpoint.fingerprint == model.checkpoint.fingerprint
     expected = model.generate(QUESTIONS, PASSAGES, **NEW)
-    assert again.generate(QUESTIONS, PASSAGES, **NEW) == expected
+    assert reloaded.generate(QUESTIONS, PASSAGES, **NEW) == expected
     assert expected != model.generate(QUESTIONS, mode="closed_book", **NEW)
 
 
@@ -150,12 +150,12 @@ def test_what_is_pushed_answers_alike(model_hub, logged_in, llm_dir, experts, re
 def test_the_card_on_the_hub_has_an_example_that_runs(
     model_hub, logged_in, tmp_path, llm_dir, with_card, monkeypatch, capsys
 ):
-    """By the repository's name, for whoever reads it there; one that was made without a card is given one."""
+    """The example loads the checkpoint from its repository. A checkpoint without a card gets one when it is pushed."""
     model_hub.add("someone/llm", llm_dir)
     llm, tokenizer = load_language_model("someone/llm")
     config, out = attention_config(llm, (0, 2)), tmp_path / "my-experts"
     if with_card:
-        made = ModelCard(
+        local_card = ModelCard(
             kind="experts",
             base_model="someone/llm",
             out=str(out),
@@ -166,7 +166,7 @@ def test_the_card_on_the_hub_has_an_example_that_runs(
             steps=0,
             licence="mit",
         )
-        create_attention_experts(out, config, llm, tokenizer, card=made)
+        create_attention_experts(out, config, llm, tokenizer, card=local_card)
     else:
         save_hypernetwork(out, Hypernetwork(config), llm, tokenizer, {})
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -174,10 +174,10 @@ def test_the_card_on_the_hub_has_an_example_that_runs(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     repository = model_hub.repositories["someone/experts"]
     card = repository.commits[repository.branches["v1"]]["README.md"].decode()
-    about = yaml.safe_load(card.split("---\n")[1])
-    assert (about["base_model"], about["library_name"]) == ("someone/llm", "genpoe")
-    assert about["pipeline_tag"] == "question-answering"
-    assert about.get("license") == ("mit" if with_card else None)
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (metadata["base_model"], metadata["library_name"]) == ("someone/llm", "genpoe")
+    assert metadata["pipeline_tag"] == "question-answering"
+    assert metadata.get("license") == ("mit" if with_card else None)
     assert str(tmp_path) not in card
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert '"someone/experts@v1"' in example
@@ -218,16 +218,16 @@ def test_who_may_not_push_is_told_so_in_one_line(model_hub, monkeypatch, experts
 
 
 def test_the_hub_out_of_reach_is_one_line(experts):
-    """As in all other tests here, which are offline."""
+    """Tests without a fake server are offline."""
     checkpoint = HypernetworkCheckpoint.from_pretrained(experts)
-    for wrong in ("someone/experts", "no/such/name"):
-        with pytest.raises(InputError, match=f"{wrong}: cannot be pushed to the hub") as error:
-            checkpoint.push_to_hub(wrong)
+    for name in ("someone/experts", "no/such/name"):
+        with pytest.raises(InputError, match=f"{name}: cannot be pushed to the hub") as error:
+            checkpoint.push_to_hub(name)
         assert "\n" not in str(error.value)
 
 
 def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_llm, tokenizer):
-    """Two LLMs in one repository, one of them under a tag; the reranker is an LLM as well."""
+    """One repository has two LLMs, one of them in another branch; rerankers are LLMs as well."""
     first = model_hub.add("someone/llm", llm_dir)
     model_hub.repositories["someone/llm"].branches["v1"] = first
     make_llm("llama", seed=1, num_hidden_layers=2).save_pretrained(tmp_path / "other")
@@ -237,8 +237,8 @@ def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_
         ("someone/llm@v1", 3, first, llm_dir),
         ("someone/llm", 2, second, tmp_path / "other"),
     ):
-        model, words = load_language_model(name)
-        assert model.config.num_hidden_layers == layers and words.is_fast
+        model, loaded_tokenizer = load_language_model(name)
+        assert model.config.num_hidden_layers == layers and loaded_tokenizer.is_fast
         reranker = Reranker.load(name)
         assert reranker.commit == commit
         assert reranker.fingerprint == Reranker.load(directory).fingerprint
@@ -250,13 +250,13 @@ def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_
 
 
 def test_the_size_is_that_of_the_revision_where_weights_have_to_be_looked_at(model_hub, tmp_path, make_llm):
-    """Of an LLM whose configuration does not say its number format."""
+    """The weights must be read if the LLM's configuration has no dtype."""
     for branch, dtype in (("main", torch.float32), ("half", torch.bfloat16)):
         make_llm("llama").to(dtype).save_pretrained(tmp_path / branch)
         config = tmp_path / branch / "config.json"
-        said = json.loads(config.read_text())
-        del said["dtype"]
-        config.write_text(json.dumps(said))
+        settings = json.loads(config.read_text())
+        del settings["dtype"]
+        config.write_text(json.dumps(settings))
         model_hub.add("someone/llm", tmp_path / branch, branch)
     assert read_size("someone/llm").number_bytes == 4
     assert read_size("someone/llm@half").number_bytes == 2
@@ -276,12 +276,12 @@ def test_an_adapter_has_a_revision_that_its_base_model_lacks(model_hub, tmp_path
     expected = Reranker.load(tmp_path / "adapter")
     assert expected.fingerprint != Reranker.load("someone/llm").fingerprint
     for name in ("someone/adapter", "someone/adapter@v1"):
-        found = Reranker.load(name)
-        assert (found.fingerprint, found.commit) == (expected.fingerprint, commit)
+        reranker = Reranker.load(name)
+        assert (reranker.fingerprint, reranker.commit) == (expected.fingerprint, commit)
 
 
 def test_commits_are_in_the_fingerprint_of_an_evaluation_and_nothing_else_changes(model_hub, llm_dir, experts):
-    """Of what the hub gave; what a directory gave has none, so caches that were filled before stay good."""
+    """Models from directories have no commit, so response caches of earlier runs stay valid."""
     commits = {
         "hypernetwork_commit": model_hub.add("someone/experts", experts),
         "commit": model_hub.add("someone/llm", llm_dir),

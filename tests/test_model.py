@@ -1,4 +1,4 @@
-"""The Python interface: the same answers as the lm-eval model, as the LLM's own generate, and as a loop by hand."""
+"""The Python interface gives the same answers as the lm-eval model, the LLM's own generate, and a manual loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NEW = {"max_new_tokens": 6}
 
 @pytest.fixture(params=["attention", "dense"])
 def checkpoint(request, llm_dir, tmp_path) -> Path:
-    """Experts that change what the LLM says."""
+    """A hypernetwork whose experts change the LLM's answers."""
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
     if request.param == "attention":
         config = attention_config(llm, (0, 2))
@@ -61,34 +61,34 @@ def model(llm_dir, checkpoint) -> GenPoEModel:
 @pytest.mark.parametrize("temperature", [1.0, 0.25, 8])
 def test_gates_of_scores(temperature):
     scores = [[2.5, -1.0, 0.5], [7.0]]
-    *found, none = GenPoEModel.gates([*scores, []], temperature)
-    assert none == ()
-    for own, gates in zip(scores, found, strict=True):
-        np.testing.assert_allclose(gates, softmax(np.array(own, np.float64) / temperature), rtol=1e-12)
-    assert temperature != 1 or GenPoEModel.gates(scores) == found
+    *computed, without_scores = GenPoEModel.gates([*scores, []], temperature)
+    assert without_scores == ()
+    for question_scores, gates in zip(scores, computed, strict=True):
+        np.testing.assert_allclose(gates, softmax(np.array(question_scores, np.float64) / temperature), rtol=1e-12)
+    assert temperature != 1 or GenPoEModel.gates(scores) == computed
 
 
 @pytest.mark.parametrize(
-    ("scores", "temperature", "said"),
+    ("scores", "temperature", "message"),
     [
         ([[1.0]], 0, "gate_temperature=0: give a finite number above 0"),
         ([[1.0]], "hot", "gate_temperature=hot: give a finite number above 0"),
         ([[1.0], [0.5, float("nan")]], 1.0, "question 1: a score is not a finite number"),
     ],
 )
-def test_gates_of_what_is_no_score_or_temperature(scores, temperature, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_scores_and_temperatures(scores, temperature, message):
+    with pytest.raises(InputError, match=message):
         GenPoEModel.gates(scores, temperature)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_are_those_of_the_lm_eval_model(model, llm_dir, checkpoint, mode):
-    """Which stops at a line break, and here never meets one."""
-    more = {} if mode in ("closed_book", "rag") else {"hypernetwork": str(checkpoint)}
-    lm = GenPoELM(str(llm_dir), mode=mode, device="cpu", dtype="float32", batch_size=2, gates="uniform", **more)
+    """The lm-eval model would stop at three line breaks, which do not occur here."""
+    options = {} if mode in ("closed_book", "rag") else {"hypernetwork": str(checkpoint)}
+    lm = GenPoELM(str(llm_dir), mode=mode, device="cpu", dtype="float32", batch_size=2, gates="uniform", **options)
     requests = []
-    for number, (question, own) in enumerate(zip(QUESTIONS, PASSAGES, strict=True)):
-        titled = [entry.partition(": ")[::2] for entry in own]
+    for number, (question, passages) in enumerate(zip(QUESTIONS, PASSAGES, strict=True)):
+        titled = [passage.partition(": ")[::2] for passage in passages]
         ctxs = [{"id": str(place), "title": title, "text": text} for place, (title, text) in enumerate(titled)]
         doc = {"question": question, "answers": ["x"], "ctxs": ctxs}
         arguments = (closed_book_prompt(question), {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False})
@@ -101,12 +101,12 @@ def test_closed_book_is_the_llms_own_generate_and_rag_that_of_its_prompt(model, 
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
     for mode, prompts in (
         ("closed_book", [closed_book_prompt(question) for question in QUESTIONS]),
-        ("rag", [rag_prompt(question, own) for question, own in zip(QUESTIONS, PASSAGES, strict=True)]),
+        ("rag", [rag_prompt(question, passages) for question, passages in zip(QUESTIONS, PASSAGES, strict=True)]),
     ):
         for prompt, answer in zip(prompts, model.generate(QUESTIONS, PASSAGES, mode=mode, **NEW), strict=True):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            new = llm.generate(ids, do_sample=False, **NEW)[0, ids.shape[1] :]
-            assert answer == tokenizer.decode(new, skip_special_tokens=True)
+            generated = llm.generate(ids, do_sample=False, **NEW)[0, ids.shape[1] :]
+            assert answer == tokenizer.decode(generated, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,63 +114,62 @@ def test_a_batch_is_its_questions_one_by_one(model, mode):
     questions, passages = [*QUESTIONS, QUESTIONS[0]], [*PASSAGES, []]
     gates = [*GATES, []]
     together = model.generate(questions, passages, gates, mode=mode, **NEW)
-    alone = [model.generate(questions, passages, gates, mode=mode, batch_size=1, **NEW)]
-    assert together == alone[0]
+    assert together == model.generate(questions, passages, gates, mode=mode, batch_size=1, **NEW)
     assert together[2] == model.generate(QUESTIONS[:1], mode="closed_book", **NEW)[0], "without passages"
 
 
 def test_experts_in_a_loop_by_hand_are_those_of_generate(model):
     ids = torch.tensor([model.tokenizer(closed_book_prompt(QUESTIONS[0]))["input_ids"]])
-    begin = ids.shape[1]
+    prompt_length = ids.shape[1]
     with model.experts(PASSAGES[:1], GATES[:1]), torch.no_grad():
         for _ in range(NEW["max_new_tokens"]):
             ids = torch.cat([ids, model.llm(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     expected = model.generate(QUESTIONS[:1], PASSAGES[:1], GATES[:1], **NEW)
-    assert model.tokenizer.decode(ids[0, begin:], skip_special_tokens=True) == expected[0]
-    assert model.generate(QUESTIONS[:1], **NEW) != expected, "they change the answer, and are gone afterwards"
+    assert model.tokenizer.decode(ids[0, prompt_length:], skip_special_tokens=True) == expected[0]
+    assert model.generate(QUESTIONS[:1], **NEW) != expected, "experts change the answer, and act only in the block"
 
 
 def test_a_score_is_the_sum_over_the_answers_tokens(model):
     (score, _) = model.score(QUESTIONS, ["Pesaro", "radium"], PASSAGES, GATES)
     prompt = closed_book_prompt(QUESTIONS[0])
-    known = len(model.tokenizer(prompt)["input_ids"])
+    prompt_length = len(model.tokenizer(prompt)["input_ids"])
     ids = model.tokenizer(f"{prompt} Pesaro")["input_ids"]
     expected = 0.0
     with model.experts(PASSAGES[:1], GATES[:1]), torch.no_grad():
-        for place in range(known, len(ids)):
-            logits = model.llm(torch.tensor([ids[:place]]), use_cache=False).logits[0, -1].double()
-            expected += logits.log_softmax(-1)[ids[place]].item()
+        for position in range(prompt_length, len(ids)):
+            logits = model.llm(torch.tensor([ids[:position]]), use_cache=False).logits[0, -1].double()
+            expected += logits.log_softmax(-1)[ids[position]].item()
     assert score == pytest.approx(expected, abs=1e-4)
     assert model.score(QUESTIONS[:1], ["Pesaro"], mode="closed_book") != [score]
 
 
 def test_a_batched_loop_by_hand_with_a_cache_and_passages_in_the_prompt(model):
-    """Experts begin at the question, whose place in each row is told."""
-    prompts = [rag_prompt(question, own) for question, own in zip(QUESTIONS, PASSAGES, strict=True)]
+    """Experts act from the start position of each row, which is that of the question."""
+    prompts = [rag_prompt(question, passages) for question, passages in zip(QUESTIONS, PASSAGES, strict=True)]
     encoded = model.tokenizer(prompts, return_tensors="pt", padding=True)
     before = [prompt[: prompt.index("Question:")] for prompt in prompts]
     start = [len(model.tokenizer(text)["input_ids"]) for text in before]
-    mask, ids, cache, new = encoded["attention_mask"], encoded["input_ids"], None, []
+    mask, ids, cache, generated = encoded["attention_mask"], encoded["input_ids"], None, []
     with model.experts(PASSAGES, GATES, start), torch.no_grad():
         for _ in range(NEW["max_new_tokens"]):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             output = model.llm(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            new.append(ids)
+            generated.append(ids)
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
     expected = model.generate(QUESTIONS, PASSAGES, GATES, mode="genpoe_rag", **NEW)
-    assert model.tokenizer.batch_decode(torch.cat(new, 1), skip_special_tokens=True) == expected
+    assert model.tokenizer.batch_decode(torch.cat(generated, 1), skip_special_tokens=True) == expected
     assert expected != model.generate(QUESTIONS, PASSAGES, GATES, mode="rag", **NEW)
 
 
 def test_an_llm_that_is_loaded_already(model, llm_dir, checkpoint):
     llm, tokenizer = AutoModelForCausalLM.from_pretrained(llm_dir), AutoTokenizer.from_pretrained(llm_dir)
     before = {name: weight.clone() for name, weight in llm.state_dict().items()}
-    given = GenPoEModel.from_pretrained(
+    loaded = GenPoEModel.from_pretrained(
         llm.train(), HypernetworkCheckpoint.from_pretrained(checkpoint), tokenizer=tokenizer
     )
-    assert given.llm is llm and not llm.training
-    assert given.generate(QUESTIONS, PASSAGES, GATES, **NEW) == model.generate(QUESTIONS, PASSAGES, GATES, **NEW)
+    assert loaded.llm is llm and not llm.training
+    assert loaded.generate(QUESTIONS, PASSAGES, GATES, **NEW) == model.generate(QUESTIONS, PASSAGES, GATES, **NEW)
     assert all(torch.equal(weight, before[name]) for name, weight in llm.state_dict().items())
 
 
@@ -216,7 +215,7 @@ def test_no_questions_have_no_answers(model):
 
 
 def test_a_long_passage_is_cut_where_a_reader_would_be_told(model):
-    """At 256 tokens, in every mode, as in an evaluation."""
+    """Passages are cut to 256 tokens in every mode, as in an evaluation."""
     long = "Rossini: " + "Gioachino Rossini was an Italian composer. " * 60
     offsets = model.tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     cut = long[: offsets[256][0]].rstrip()
@@ -228,9 +227,9 @@ def test_a_long_passage_is_cut_where_a_reader_would_be_told(model):
 
 def test_what_is_saved_answers_alike(model, llm_dir, tmp_path):
     model.save_pretrained(tmp_path / "copy")
-    again = GenPoEModel.from_pretrained(llm_dir, tmp_path / "copy", dtype="float32")
-    assert again.generate(QUESTIONS, PASSAGES, GATES, **NEW) == model.generate(QUESTIONS, PASSAGES, GATES, **NEW)
-    assert again.checkpoint.fingerprint == model.checkpoint.fingerprint
+    reloaded = GenPoEModel.from_pretrained(llm_dir, tmp_path / "copy", dtype="float32")
+    assert reloaded.generate(QUESTIONS, PASSAGES, GATES, **NEW) == model.generate(QUESTIONS, PASSAGES, GATES, **NEW)
+    assert reloaded.checkpoint.fingerprint == model.checkpoint.fingerprint
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert names == {"config.json", "model.safetensors"}
 
@@ -238,7 +237,7 @@ def test_what_is_saved_answers_alike(model, llm_dir, tmp_path):
 def test_saving_replaces_a_checkpoint_and_nothing_else(model, checkpoint, tmp_path):
     (checkpoint / "trainer_state").mkdir()
     model.save_pretrained(checkpoint)
-    assert (checkpoint / "trainer_state").is_dir(), "onto itself"
+    assert (checkpoint / "trainer_state").is_dir(), "saving to its own directory changes nothing"
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("all of it")
     with pytest.raises(InputError, match="holds something that is not a checkpoint"):
@@ -252,10 +251,10 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(model, checkpoint, tmp_pa
 
 def test_a_checkpoint_tells_what_it_is_for_without_an_llm(checkpoint, llm_dir, tmp_path):
     (checkpoint / "README.md").write_text("its card")
-    found = HypernetworkCheckpoint.from_pretrained(checkpoint)
-    assert found.base_model == str(llm_dir)
-    assert found.config.hidden_size == 32
-    found.save_pretrained(tmp_path / "copy")
+    loaded = HypernetworkCheckpoint.from_pretrained(checkpoint)
+    assert loaded.base_model == str(llm_dir)
+    assert loaded.config.hidden_size == 32
+    loaded.save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text() == "its card"
 
 
@@ -337,39 +336,39 @@ def test_ask_shows_every_mode(llm_dir, checkpoint):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_routers_mass_is_that_of_a_softmax_written_out(llm_dir, tmp_path, implementation):
-    """Of the prompt's last token over the own context and all units, for every head and layer by itself."""
+    """The softmax of the prompt's last token over the context and all units, computed for each head and layer."""
     llm = AutoModelForCausalLM.from_pretrained(llm_dir, attn_implementation=implementation).double()
     tokenizer = AutoTokenizer.from_pretrained(llm_dir)
     save_hypernetwork(tmp_path / "experts", Hypernetwork(attention_config(llm, (0, 2))), llm, tokenizer, {})
     model = GenPoEModel(llm, tokenizer, tmp_path / "experts")
-    (found,) = model.router_mass(QUESTIONS[:1], PASSAGES[:1], GATES[:1])
+    (shares,) = model.router_mass(QUESTIONS[:1], PASSAGES[:1], GATES[:1])
     rows = model._store.rows(PASSAGES[:1], GATES[:1], [0])
-    units, seen = model._store.units(PASSAGES[0]), {}
+    units, calls = model._store.units(PASSAGES[0]), {}
 
-    def note(call):
-        seen[call.layer] = call
+    def record(call):
+        calls[call.layer] = call
         active = torch.ones(1, call.query.shape[2], dtype=torch.bool)
         return attend(call, rows.experts.layer(call.layer, rows.gates), active), None
 
-    with intercept_attention(llm, (0, 2), note), torch.no_grad():
+    with intercept_attention(llm, (0, 2), record), torch.no_grad():
         llm(torch.tensor([tokenizer(closed_book_prompt(QUESTIONS[0]))["input_ids"]]))
     expected = torch.zeros(len(units), dtype=torch.float64)
     for number, layer in enumerate((0, 2)):
-        call, keys = seen[layer], rows.experts.parts[2 * number][0]
+        call, keys = calls[layer], rows.experts.parts[2 * number][0]
         heads, group = call.query.shape[1], call.query.shape[1] // call.key.shape[1]
         for head in range(heads):
             query = call.query[0, head, -1]
-            of_units = [float(query @ key[head // group]) * call.scaling for key in keys]
+            logits = [float(query @ key[head // group]) * call.scaling for key in keys]
             gates = [gate for gate, count in zip(GATES[0], units, strict=True) for _ in range(count)]
-            masses = [g / max(GATES[0]) * math.exp(logit) for g, logit in zip(gates, of_units, strict=True)]
+            masses = [g / max(GATES[0]) * math.exp(logit) for g, logit in zip(gates, logits, strict=True)]
             context = sum(math.exp(float(query @ key) * call.scaling) for key in call.key[0, head // group])
             total = sum(masses) + context
             begin = 0
-            for place, count in enumerate(units):
-                expected[place] += sum(masses[begin : begin + count]) / total / heads / 2
+            for number_of_passage, count in enumerate(units):
+                expected[number_of_passage] += sum(masses[begin : begin + count]) / total / heads / 2
                 begin += count
-    assert found == pytest.approx(expected.tolist(), abs=1e-6)
-    assert 0 < sum(found) < 1
+    assert shares == pytest.approx(expected.tolist(), abs=1e-6)
+    assert 0 < sum(shares) < 1
 
 
 def test_only_experts_in_the_attention_have_a_router(model):

@@ -1,4 +1,4 @@
-"""The start-up hook, in interpreters of its own. A stand-in shows lm-eval's shape; the real one is asked as well."""
+"""The start-up file and the import hook, in new interpreters, with a fake lm-eval and with the real one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODELS = "from lm_eval.api.registry import model_registry\nmodel_registry.regist
 
 
 def write_lm_eval(root: Path, *, registry: str = REGISTRY, index: str = INDEX) -> Path:
-    """A stand-in for lm-eval, as far as the hook touches it; returns its built-in task folder."""
+    """Write a fake lm-eval with the parts that the hook uses, and return its built-in task folder."""
     files = {
         "__init__.py": "",
         "api/__init__.py": "",
@@ -50,8 +50,8 @@ STARTUP = REPOSITORY / "genpoe_plugin/startup/lm_eval_genpoe_autoload.pth"  # be
 
 
 def run(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a new interpreter without any start-up file but ours, whose line it executes first."""
-    # Some versions of requests warn of others of charset-normalizer.
+    """Run ``code`` in a new interpreter after the line of our start-up file."""
+    # Some versions of requests warn about some versions of charset-normalizer.
     environment = {
         "PYTHONWARNINGS": "ignore:::requests",
         "PYTHONPATH": os.pathsep.join(map(str, [*paths, REPOSITORY, STARTUP.parent])),
@@ -89,7 +89,7 @@ print(json.dumps([index.TaskIndex.build([built_in, mine]), index.TaskIndex().bui
 def test_model_and_tasks_are_added_to_what_lm_eval_has(tmp_path: Path) -> None:
     built_in = write_lm_eval(tmp_path)
     assert output(LIST_MODELS, tmp_path) == {"hf": "a:B", **OURS}
-    # Right after the built-in folder, so that --include_path wins; nowhere if the built-in tasks are not wanted.
+    # Directly after the built-in folder, so --include_path has priority; not added without the built-in tasks.
     assert output(LIST_FOLDERS, tmp_path) == [[str(built_in), str(REPOSITORY / "tasks"), "/mine"], ["/mine"]]
 
 
@@ -97,7 +97,7 @@ def test_lm_eval_imported_before_the_hook(tmp_path: Path) -> None:
     write_lm_eval(tmp_path)
     code = """
 import sys
-del sys.meta_path[0]  # what the start-up file has put there
+del sys.meta_path[0]  # added by the start-up file
 import lm_eval.models
 import genpoe_plugin.registration as registration
 registration.install()
@@ -110,7 +110,7 @@ def test_an_lm_eval_that_discovers_entry_points_is_left_alone(tmp_path: Path) ->
     registry = REGISTRY + "def load_plugins(group, registry): pass\n"
     built_in = write_lm_eval(tmp_path, registry=registry)
     assert output(LIST_MODELS, tmp_path) == {"hf": "a:B"}
-    # Tasks came to entry points later than models; where lm-eval passes our folder itself, it stays at that.
+    # Entry points for tasks are newer than those for models. A folder that lm-eval passes itself is not added twice.
     discovered = LIST_FOLDERS.replace("[built_in,", f"[built_in, pathlib.Path({str(REPOSITORY / 'tasks')!r}),")
     assert output(discovered, tmp_path) == [[str(built_in), str(REPOSITORY / "tasks"), "/mine"], ["/mine"]]
 
@@ -129,7 +129,7 @@ def test_an_lm_eval_of_another_shape_still_works(tmp_path: Path) -> None:
 
 
 def start(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` after the start-up file in an interpreter that has ``paths`` and the standard library."""
+    """Run ``code`` after the start-up file in an interpreter that sees only ``paths`` and the standard library."""
     places = [str(path) for path in (*paths, STARTUP.parent)]
     begin = f"import sys\nsys.path += {places!r}\nbefore = set(sys.modules)\n{STARTUP.read_text()}\n"
     command = [sys.executable, "-I", "-S", "-c", begin + code]  # -S: no site

