@@ -31,10 +31,10 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.indexing.encoding import index_passages
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.measures import AnswerRank, answer_rank, mean_reciprocal_rank, quality_table, recall_at
-from genpoe_plugin.retrieval.retriever import Retriever
 from genpoe_plugin.selection.reranking import Reranker, rerank
 from genpoe_plugin.selection.result_files import retrieve_all
 
@@ -117,7 +117,7 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
     if not test:
         raise InputError(f"{name}: no question of the test; real-retrieval needs the questions of several titles")
     encoder = load_encoder(encoder_name())
-    dense = Retriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
+    dense = DenseRetriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
     write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
     rankings = {
         "bm25": list(retrieve_all(test, BM25(corpus), RETRIEVED)),

@@ -43,9 +43,9 @@ def ask(
         model, hypernetwork, device=device, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code
     )
     if index is not None:
-        from genpoe_plugin.retrieval.retriever import Retriever
+        from genpoe_plugin.retrieval.loading import load_retriever
 
-        (retrieved,) = Retriever.load(index).retrieve([question], num_passages)
+        (retrieved,) = load_retriever(index).retrieve([question], num_passages)
         passages = tuple(entry.passage.string for entry in retrieved)
     for mode in MODES:
         (answer,) = genpoe.generate([question], [passages], mode=mode, max_new_tokens=max_new_tokens)

@@ -37,7 +37,7 @@ def retrieve(
 
     Rerun the same command to resume.
     """
-    from genpoe_plugin.retrieval.retriever import Retriever
+    from genpoe_plugin.retrieval.loading import load_retriever
     from genpoe_plugin.selection.result_files import retrieve_all
 
     if (llm or gguf_file) and not reranker:
@@ -45,7 +45,7 @@ def retrieve(
             f"{'--llm' if llm else '--gguf-file'}: passages are cut for a reranker; give --reranker as well"
         )
     total = count_questions(questions, with_passages=False)
-    retriever = Retriever.load(index, device=device, encoder=encoder)
+    retriever = load_retriever(index, device=device, encoder=encoder)
     rerank, reranker_fields = load_reranker(reranker, llm, gguf_file, device) if reranker else (None, {})
 
     def work(remaining: Iterator[Question]) -> Iterator[Question]:
@@ -55,7 +55,7 @@ def retrieve(
     header = {
         "questions_sha256": file_digest(questions),
         "index": retriever.fingerprint,
-        "encoder": retriever.encoder.name,
+        "retriever": retriever.name,
         "num_retrieved": num_retrieved,
         **reranker_fields,
     }
