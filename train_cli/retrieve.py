@@ -14,7 +14,7 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 
 
 @click.command()
-@click.option("--index", required=True, type=click.Path(path_type=Path), help="Directory that `genpoe index` wrote.")
+@click.option("--index", required=True, help="Directory that `genpoe index` wrote, or several as A+B.")
 @click.option("--questions", required=True, type=click.Path(path_type=Path), help="DPR results or qas, nq_open; .gz.")
 @click.option("--num-retrieved", default=20, show_default=True, type=click.IntRange(1), help="Passages per question.")
 @click.option("--reranker", help="Decoder-LLM reranker for the passages: directory or hub name.")
@@ -22,7 +22,7 @@ from train_cli.result_options import count_questions, load_reranker, make_file, 
 @reranking_options
 @result_options
 def retrieve(
-    index: Path,
+    index: str,
     questions: Path,
     num_retrieved: int,
     reranker: str | None,

@@ -70,7 +70,7 @@ def build_bm25(
                 raise InputError("the passages have no words but stop words, so BM25 cannot find them")
             scores = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
             scores.index(Tokenized(words, words.vocabulary), create_empty_token=False, show_progress=progress)
-            scores.save(work, allow_pickle=False, show_progress=False)
+            scores.save(work, allow_pickle=False)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,

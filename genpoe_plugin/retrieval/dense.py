@@ -56,6 +56,11 @@ class DenseRetriever:
         return self.encoder.name
 
     @property
+    def directory(self) -> Path:
+        """Directory of the index."""
+        return self.index.directory
+
+    @property
     def passages(self) -> PassageStore:
         """The passages of the index."""
         return self.index.passages

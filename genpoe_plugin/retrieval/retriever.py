@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from genpoe_plugin.data.questions import RetrievedPassage
@@ -10,11 +11,15 @@ from genpoe_plugin.retrieval.passage_store import PassageStore
 
 
 class Retriever(Protocol):
-    """What finds passages for questions: by vectors (`DenseRetriever`), by words (`BM25Retriever`) or by both."""
+    """What finds passages for questions: vectors (`DenseRetriever`), words (`BM25Retriever`), or several together."""
 
     @property
     def name(self) -> str:
         """Name for result files and traces: the encoder, or the method."""
+
+    @property
+    def directory(self) -> str | Path:
+        """Directory of the index, for messages."""
 
     @property
     def fingerprint(self) -> str:

@@ -228,7 +228,7 @@ def test_what_is_no_question_for_it_is_refused(tmp_path: Path) -> None:
     retriever = build_bm25(corpus(40), tmp_path / "index", progress=False)
     with pytest.raises(InputError, match="k is 0; it must be at least 1"):
         retriever.retrieve(["fox"], 0)
-    with pytest.raises(InputError, match="an index of BM25, which has no encoder"):
+    with pytest.raises(InputError, match="index: 0 of its indexes have an encoder; some/encoder is for one"):
         load_retriever(tmp_path / "index", encoder="some/encoder")
     assert retriever.retrieve([], 5) == []
 
