@@ -12,7 +12,7 @@ import click
     "--hypernetwork", required=True, help="Hypernetwork for the LLM: directory or hub id (user/name@revision)."
 )
 @click.option("--passage", "passages", multiple=True, help='Passage as "Title: text"; may be repeated.')
-@click.option("--index", help="Retrieve the passages from this index.")
+@click.option("--index", help="Retrieve the passages from this index, or from several as A+B.")
 @click.option("--num-passages", default=3, show_default=True, type=click.IntRange(1), help="Passages to retrieve.")
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True, help="Device of the LLM.")

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import read_questions
+from genpoe_plugin.indexing.bm25_building import build_bm25
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
+from genpoe_plugin.retrieval.loading import load_retriever
 from genpoe_plugin.selection.reranking import Reranker
 from train_cli.main import main
 
@@ -49,7 +51,7 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def run(index: Path, questions: Path, out: Path, *arguments: object) -> Result:
+def run(index: Path | str, questions: Path, out: Path, *arguments: object) -> Result:
     options = ["--index", index, "--questions", questions, "--out", out, *arguments]
     return CliRunner().invoke(main, ["retrieve", *map(str, options)])
 
@@ -119,6 +121,33 @@ def test_reranked_passages(index: Path, questions: Path, tmp_path: Path, monkeyp
     assert table[1][0] == "retrieved" and table[2] == ["reranked", *figures(hits)]
     header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
     assert (header["reranker"], header["reranker_fingerprint"]) == ("some/reranker", "by-length")
+
+
+def test_words_retrieve_alone_and_with_vectors(index: Path, questions: Path, tmp_path: Path) -> None:
+    build_bm25(PASSAGES, tmp_path / "bm25", progress=False)
+    for given, name in [
+        (tmp_path / "bm25", "BM25"),
+        (f"{index}+{tmp_path / 'bm25'}", f"{index.parent / 'encoder'}+BM25"),
+    ]:
+        result = run(given, questions, tmp_path / "out.jsonl")
+        assert result.exit_code == 0, result.output
+        retriever = load_retriever(given)
+        header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+        assert (header["retriever"], header["index"]) == (name, retriever.fingerprint)
+        written = list(read_questions(tmp_path / "out.jsonl"))
+        for question, expected in zip(written, retriever.retrieve([q.question for q in written], 20), strict=True):
+            assert [(item.passage, item.score, item.rank) for item in question.passages] == [
+                (item.passage, item.score, item.rank) for item in expected
+            ]
+    build_bm25(PASSAGES[1:], tmp_path / "fewer", progress=False)
+    for given, options, message in [
+        (f"{index}+{tmp_path / 'fewer'}", [], "indexes of different passages (30 and 29)"),
+        (f"{index}+{tmp_path / 'none'}", [], "none: no such directory"),
+        (tmp_path / "bm25", ["--encoder", "x"], "0 of its indexes have an encoder"),
+    ]:
+        result = run(given, questions, tmp_path / "refused.jsonl", *options)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+        assert not (tmp_path / "refused.jsonl").exists()
 
 
 def test_dprs_format_has_the_same(index: Path, questions: Path, tmp_path: Path) -> None:
