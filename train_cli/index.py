@@ -225,11 +225,11 @@ def _build_bm25(passages: Path | None, out: Path, k1: float | None, b: float | N
         raise InputError("--retriever bm25 needs --passages, the passages to index")
     if _process_info().rank != 0:
         return
-    settings = {"k1": bm25_building.K1 if k1 is None else k1, "b": bm25_building.B if b is None else b}
-    if bm25_building.already_built(out, passages, **settings):
+    k1, b = bm25_building.K1 if k1 is None else k1, bm25_building.B if b is None else b
+    if bm25_building.already_built(out, passages, k1=k1, b=b):
         click.echo(f"{out}: already built from the same passages with the same settings")
         return
-    built = bm25_building.build_bm25(passages, out, **settings)
+    built = bm25_building.build_bm25(passages, out, k1=k1, b=b)
     click.echo(f"{out}: {len(built.passages):,} passages, BM25, {built.manifest['vocabulary']:,} words")
 
 

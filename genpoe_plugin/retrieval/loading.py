@@ -10,6 +10,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.manifest import BM25, DENSE, read_manifest, retriever_kind
 
 if TYPE_CHECKING:
+    from genpoe_plugin.retrieval.passage_store import PassageStore
     from genpoe_plugin.retrieval.retriever import Retriever
 
 
@@ -61,6 +62,19 @@ def load_retriever(index: str | Path, *, device: str = "cpu", encoder: str | Non
     from genpoe_plugin.retrieval.hybrid import HybridRetriever
 
     return HybridRetriever(retrievers)
+
+
+def open_passages(index: str | Path) -> PassageStore:
+    """The passages of an index, without what searches them.
+
+    Raises:
+        InputError: the index is incomplete or damaged.
+    """
+    from genpoe_plugin.retrieval.passage_store import PassageStore
+
+    directory = index_directories(index)[0]
+    read_manifest(directory)
+    return PassageStore.open(directory)
 
 
 def _load_one(directory: Path, kind: str, device: str, encoder: str | None) -> Retriever:

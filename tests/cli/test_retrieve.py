@@ -60,7 +60,10 @@ def figures(ranked: Sequence[Sequence[bool]]) -> list[str]:
     """Those of a printed line, from the questions' passages that hold an answer."""
     recall = [np.mean([any(row[:k]) for row in ranked]) for k in (1, 5, 20)]
     mrr = np.mean([1 / (1 + row.index(True)) if any(row) else 0 for row in ranked])
-    return [f"{value:.4f}" for value in (*recall, mrr)]
+    gains = [sum(hit / np.log2(rank + 2) for rank, hit in enumerate(row[:10])) for row in ranked]
+    best = [sum(1 / np.log2(rank + 2) for rank in range(min(10, sum(row)))) for row in ranked]
+    ndcg = np.mean([gain / most if most else 0 for gain, most in zip(gains, best, strict=True)])
+    return [f"{value:.4f}" for value in (*recall, mrr, ndcg)]
 
 
 def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path, tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path
         assert [item.has_answer for item in question.passages] == hits[-1]
         assert all(item.rerank_rank is None for item in question.passages)
     table = [line.split() for line in result.stdout.splitlines()]
-    assert table[0] == ["4", "questions", "recall@1", "recall@5", "recall@20", "MRR"]
+    assert table[0] == ["4", "questions", "recall@1", "recall@5", "recall@20", "MRR", "nDCG@10"]
     assert table[1] == ["retrieved", *figures(hits)] and len(table) == 3
     assert 0 < np.mean([row[0] for row in hits]) < 1
 
