@@ -35,14 +35,14 @@ def default_search(folder: Path) -> Search:
 
 def our_search(folder: Path) -> Search:
     from benchmarks.clustered_vectors import NumberedQuestions
+    from genpoe_plugin.retrieval.dense import DenseRetriever
     from genpoe_plugin.retrieval.index import PassageIndex
-    from genpoe_plugin.retrieval.retriever import Retriever
 
     index = PassageIndex.load(folder / "index")
 
     def search(queries: np.ndarray) -> list[list[int]]:
         encoder = NumberedQuestions(index.encoder_name, queries)
-        found = Retriever(index, encoder).retrieve(encoder.questions, K)
+        found = DenseRetriever(index, encoder).retrieve(encoder.questions, K)
         return [[int(entry.passage.id) for entry in passages] for passages in found]
 
     return search

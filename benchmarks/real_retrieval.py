@@ -1,4 +1,4 @@
-"""Retrieval of real passages for real questions: BM25, a dense encoder, and a reranker over the encoder's results.
+"""Retrieval of real passages for real questions: BM25, a dense encoder, both, and a reranker over their results.
 
 The corpus consists of the passages of all questions. Questions are split by title: half of the titles are the test set,
 the others are for training, so a reranker trained on them has seen no question or passage of the test set:
@@ -19,6 +19,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from benchmarks.row import Row
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.indexing.bm25_building import build_bm25
 from genpoe_plugin.indexing.encoding import index_passages
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
+from genpoe_plugin.retrieval.hybrid import HybridRetriever
 from genpoe_plugin.retrieval.index import PassageIndex
-from genpoe_plugin.retrieval.measures import AnswerRank, answer_rank, mean_reciprocal_rank, quality_table, recall_at
-from genpoe_plugin.retrieval.retriever import Retriever
+from genpoe_plugin.retrieval.measures import Judged, mean_reciprocal_rank, quality_table, recall_at
 from genpoe_plugin.selection.reranking import Reranker, rerank
 from genpoe_plugin.selection.result_files import retrieve_all
 
@@ -117,12 +120,11 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
     if not test:
         raise InputError(f"{name}: no test question; real-retrieval needs questions of several titles")
     encoder = load_encoder(encoder_name())
-    dense = Retriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
+    dense = DenseRetriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
+    words = build_bm25(corpus, folder / f"{name}.bm25")
     write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
-    rankings = {
-        "bm25": list(retrieve_all(test, BM25(corpus), RETRIEVED)),
-        "dense": list(retrieve_all(test, dense, RETRIEVED)),
-    }
+    retrievers = {"bm25": words, "dense": dense, "hybrid": HybridRetriever([dense, words])}
+    rankings = {title: list(retrieve_all(test, retriever, RETRIEVED)) for title, retriever in retrievers.items()}
     if reranker:
         rankings["reranked"] = rerank(rankings["dense"], Reranker.load(reranker), progress=True)
     write_questions(folder / f"{name}.test.jsonl", next(reversed(rankings.values())))
@@ -136,6 +138,7 @@ def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: s
         for ranking, places in ranks.items():
             measures = {f"recall_at_{k}": recall_at(k, places) for k in RECALL_AT}
             measures["mrr"] = mean_reciprocal_rank(places)
+            measures["mrr_at_10"] = mean_reciprocal_rank([first(10, ranking) for ranking in places])
             rows += [Row(f"{prefix}.{ranking}.{kind}{key}", value, "") for key, value in measures.items()]
     return rows
 
@@ -157,18 +160,23 @@ def index_of(corpus: Sequence[Passage], encoder: Encoder, directory: Path) -> Pa
     return index_passages(corpus, encoder, directory)
 
 
-def _ranks_of_answers(rankings: Mapping[str, Sequence[Question]]) -> dict[str, list[AnswerRank]]:
+def first(k: int, ranking: Judged) -> Judged:
+    """The first ``k`` passages of a ranking."""
+    return replace(ranking, grades=ranking.grades[:k])
+
+
+def _ranks_of_answers(rankings: Mapping[str, Sequence[Question]]) -> dict[str, list[Judged]]:
     return {
-        name: [answer_rank(entry.has_answer for entry in question.passages) for question in questions]
+        name: [Judged.by_answers(entry.has_answer for entry in question.passages) for question in questions]
         for name, questions in rankings.items()
     }
 
 
-def _ranks_of_own(rankings: Mapping[str, Sequence[Question]], test: Sequence[Question]) -> dict[str, list[AnswerRank]]:
+def _ranks_of_own(rankings: Mapping[str, Sequence[Question]], test: Sequence[Question]) -> dict[str, list[Judged]]:
     own = [{entry.passage.string for entry in question.passages} for question in test]
     return {
         name: [
-            answer_rank(entry.passage.string in strings for entry in question.passages)
+            Judged.by_answers(entry.passage.string in strings for entry in question.passages)
             for question, strings in zip(questions, own, strict=True)
         ]
         for name, questions in rankings.items()

@@ -35,10 +35,10 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.indexing.building import Queries, build_index, building_directory
 from genpoe_plugin.indexing.factory import choose_factory, index_bytes
 from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.faiss_setup import faiss, set_parameters
 from genpoe_plugin.retrieval.index import VECTORS, PassageIndex
 from genpoe_plugin.retrieval.measures import neighbour_recall
-from genpoe_plugin.retrieval.retriever import Retriever
 
 WIKIPEDIA = 21_015_324  # passages of psgs_w100
 MEMORY = 16 * 10**9  # bytes, for Wikipedia
@@ -208,7 +208,7 @@ def compare_with_faiss(directory: Path, queries: np.ndarray) -> list[Row]:
     """Search time of our index, without and with passage texts, against FAISS with the same file and settings."""
     index = PassageIndex.load(directory)
     encoder = NumberedQuestions(index.encoder_name, queries)
-    retriever = Retriever(index, encoder)
+    retriever = DenseRetriever(index, encoder)
     direct = faiss.read_index(str(directory / VECTORS), faiss.IO_FLAG_MMAP_IFC)
     set_parameters(direct, index.manifest["search"]["parameters"])
     batch, questions = queries[:BATCH], encoder.questions[:BATCH]

@@ -11,13 +11,13 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.store_options import DTYPES, ON_DEVICE
 from genpoe_plugin.prompts import EXPERT_MODES, MODES
+from genpoe_plugin.retrieval.loading import index_directories
 from genpoe_plugin.selection.controls import CONTROLS
 from genpoe_plugin.selection.gates import GATES
 
@@ -98,8 +98,8 @@ class GenPoEArguments:
     )
     index: str | None = _argument(
         None,
-        "index directory on this machine, since indexes are not on the hub; not needed where every doc brings its "
-        "passages (`ctxs`)",
+        "index directory on this machine, since indexes are not on the hub, or several as `DENSE+BM25`, whose "
+        "rankings are joined; not needed where every doc brings its passages (`ctxs`)",
         loaded=True,
     )
     reranker: str | None = _argument(
@@ -194,8 +194,11 @@ class GenPoEArguments:
                 f"mode={self.mode} needs hypernetwork=DIRECTORY; `genpoe train hypernetwork` makes one, and "
                 "`genpoe experts create` one that needs no training (or choose mode=rag or mode=closed_book)"
             )
-        if self.needs_index and not Path(str(self.index)).is_dir():
-            raise InputError(f"index={self.index}: no such directory; `genpoe index build` makes one")
+        if self.needs_index:
+            try:
+                index_directories(str(self.index))
+            except InputError as error:
+                raise InputError(f"index={error}") from error
 
     @property
     def wanted_layers(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import click
     "--hypernetwork", required=True, help="Hypernetwork for the LLM: directory or hub id (user/name@revision)."
 )
 @click.option("--passage", "passages", multiple=True, help='Passage as "Title: text"; may be repeated.')
-@click.option("--index", help="Retrieve the passages from this index.")
+@click.option("--index", help="Retrieve the passages from this index, or from several as A+B.")
 @click.option("--num-passages", default=3, show_default=True, type=click.IntRange(1), help="Passages to retrieve.")
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True, help="Device of the LLM.")
@@ -43,9 +43,9 @@ def ask(
         model, hypernetwork, device=device, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code
     )
     if index is not None:
-        from genpoe_plugin.retrieval.retriever import Retriever
+        from genpoe_plugin.retrieval.loading import load_retriever
 
-        (retrieved,) = Retriever.load(index).retrieve([question], num_passages)
+        (retrieved,) = load_retriever(index).retrieve([question], num_passages)
         passages = tuple(entry.passage.string for entry in retrieved)
     for mode in MODES:
         (answer,) = genpoe.generate([question], [passages], mode=mode, max_new_tokens=max_new_tokens)

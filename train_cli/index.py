@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from genpoe_plugin.retrieval.manifest import BM25, DENSE
+
 if TYPE_CHECKING:
     from genpoe_plugin.indexing.building import Queries
     from genpoe_plugin.indexing.shards import Shards
@@ -19,6 +21,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 PASSAGES = "TSV, JSON lines or DPR results; .gz."
 ENCODER = "sentence-transformers model, or a DPR pair as QUESTION_ENCODER,CONTEXT_ENCODER; directories or hub names."
 QUESTIONS = "DPR results or qas, nq_open; .gz"
+BM25_OPTIONS = ("k1", "b")
+COMMON_OPTIONS = ("retriever", "passages", "out")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -113,6 +117,13 @@ def encode(
 
 
 @index.command()
+@click.option(
+    "--retriever",
+    default=DENSE,
+    show_default=True,
+    type=click.Choice([DENSE, BM25]),
+    help="What the index is for: vectors of an encoder, or words.",
+)
 @click.option("--passages", type=click.Path(path_type=Path), help=f"{PASSAGES} Not needed if --shards has them all.")
 @click.option("--encoder", help=ENCODER)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the index.")
@@ -124,15 +135,22 @@ def encode(
 )
 @click.option("--factory", help="FAISS factory string; Flat is exact search.  [default: by size and memory]")
 @click.option("--memory", type=Size(), help="Memory limit of the build, such as 16GB.  [default: the free memory]")
+@click.option("--k1", type=click.FloatRange(0), help="BM25: how much repeated words count.  [default: 1.5]")
+@click.option("--b", type=click.FloatRange(0, 1), help="BM25: how much long passages are scored down.  [default: 0.75]")
 @with_tuning
 @with_encoding
+@click.pass_context
 def build(
+    context: click.Context,
+    retriever: str,
     passages: Path | None,
     encoder: str | None,
     out: Path,
     folder: Path | None,
     factory: str | None,
     memory: int | None,
+    k1: float | None,
+    b: float | None,
     recall: float,
     queries: Path | None,
     batch_size: int,
@@ -141,7 +159,14 @@ def build(
     store: str,
     shard_size: int,
 ) -> None:
-    """Build a search index from PASSAGES or from SHARDS. Rerun the same command to resume."""
+    """Build a search index from PASSAGES or from SHARDS. Rerun the same command to resume.
+
+    An index for --retriever bm25 takes --passages, --out, --k1 and --b alone, and is not resumed.
+    """
+    _refuse_options_of_others(context, retriever)
+    if retriever == BM25:
+        _build_bm25(passages, out, k1, b)
+        return
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.indexing.building import already_built, build_index, check_directory, shards_directory
     from genpoe_plugin.indexing.shards import Shards
@@ -178,6 +203,36 @@ def build(
     )
 
 
+def _refuse_options_of_others(context: click.Context, retriever: str) -> None:
+    """Raise an `InputError` for an option that was given but is of another retriever."""
+    from genpoe_plugin.errors import InputError
+
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        kind = BM25 if name in BM25_OPTIONS else DENSE
+        if given and name not in COMMON_OPTIONS and kind != retriever:
+            raise InputError(
+                f"{parameter.opts[0]}: an option for --retriever {kind}, not for {retriever}; leave it out"
+            )
+
+
+def _build_bm25(passages: Path | None, out: Path, k1: float | None, b: float | None) -> None:
+    from genpoe_plugin.errors import InputError
+    from genpoe_plugin.indexing import bm25_building
+
+    if passages is None:
+        raise InputError("--retriever bm25 needs --passages, the passages to index")
+    if _process_info().rank != 0:
+        return
+    k1, b = bm25_building.K1 if k1 is None else k1, bm25_building.B if b is None else b
+    if bm25_building.already_built(out, passages, k1=k1, b=b):
+        click.echo(f"{out}: already built from the same passages with the same settings")
+        return
+    built = bm25_building.build_bm25(passages, out, k1=k1, b=b)
+    click.echo(f"{out}: {len(built.passages):,} passages, BM25, {built.manifest['vocabulary']:,} words")
+
+
 @index.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
@@ -202,11 +257,33 @@ def tune(directory: Path, folder: Path, recall: float, queries: Path | None, enc
 @click.option("--verify", is_flag=True, help="Read every byte and compare checksums.")
 def info(directory: Path, verify: bool) -> None:
     """Describe the index in DIRECTORY."""
+    from genpoe_plugin.retrieval.manifest import read_manifest, retriever_kind, verify_files
+
+    kind = retriever_kind(read_manifest(directory))
+    manifest = _bm25_info(directory) if kind == BM25 else _dense_info(directory)
+    if verify:
+        verify_files(directory, manifest)
+    for name, file in manifest["files"].items():
+        click.echo(f"{name:<16} {file['bytes']:,} bytes{', verified' if verify else ''}")
+
+
+def _bm25_info(directory: Path) -> dict[str, Any]:
+    """Print the facts of an index of BM25, and return its manifest."""
+    from genpoe_plugin.retrieval.bm25 import LANGUAGE, BM25Retriever
+
+    opened = BM25Retriever.load(directory)
+    click.echo(f"passages     {len(opened.passages):,}")
+    click.echo(f"retriever    {opened.name}, k1 {opened.manifest['k1']:g}, b {opened.manifest['b']:g}")
+    click.echo(f"words        {opened.manifest['vocabulary']:,}, {LANGUAGE}, stemmed, without stop words")
+    click.echo(f"fingerprint  {opened.fingerprint}")
+    return opened.manifest
+
+
+def _dense_info(directory: Path) -> dict[str, Any]:
+    """Print the facts of an index of vectors, and return its manifest."""
     from genpoe_plugin.retrieval.index import PassageIndex
 
     opened = PassageIndex.load(directory)
-    if verify:
-        opened.verify()
     search = opened.manifest["search"]
     parameters = ", ".join(f"{name} {value:g}" for name, value in search["parameters"].items())
     click.echo(f"passages     {len(opened):,}")
@@ -217,8 +294,7 @@ def info(directory: Path, verify: bool) -> None:
     click.echo(f"encoder      {opened.encoder_name}")
     click.echo(f"pooling      {opened.manifest['pooling']}")
     click.echo(f"fingerprint  {opened.encoder_fingerprint}")
-    for name, file in opened.manifest["files"].items():
-        click.echo(f"{name:<16} {file['bytes']:,} bytes{', verified' if verify else ''}")
+    return opened.manifest
 
 
 def _recall(index: PassageIndex) -> str:

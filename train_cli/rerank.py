@@ -3,27 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from genpoe_plugin.data.questions import read_header
+from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest
-from train_cli.result_options import count_questions, load_reranker, make_file, reranking_options, result_options
+from train_cli.result_options import (
+    Output,
+    count_questions,
+    load_reranker,
+    make_file,
+    read_file,
+    read_with_run,
+    reranking_options,
+    result_options,
+    run_options,
+)
 
 
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--reranker", required=True, help="Decoder LLM: directory or hub name.")
+@click.option("--questions", type=click.Path(path_type=Path), help="The questions of RESULTS, if those are a TREC run.")
+@click.option("--index", help="Index with the passages of a TREC run.")
+@run_options
 @reranking_options
 @result_options
 def rerank(
-    results: Path, reranker: str, llm: str | None, gguf_file: str | None, out: Path, form: str, device: str
+    results: Path,
+    reranker: str,
+    questions: Path | None,
+    index: str | None,
+    passages: Path | None,
+    llm: str | None,
+    gguf_file: str | None,
+    out: Path,
+    form: str,
+    qrels: Path | None,
+    write_qrels: Path | None,
+    device: str,
 ) -> None:
-    """Rerank the passages of RESULTS, and print recall and MRR before and after.
+    """Rerank the passages of RESULTS, and print recall, MRR and nDCG before and after.
 
-    RESULTS are files of `genpoe retrieve` or of DPR, also as .gz. Rerun the same command to resume.
+    RESULTS are files of `genpoe retrieve` or of DPR, or a TREC run, also as .gz. Rerun the same command to resume.
     """
-    total = count_questions(results, with_passages=True)
+    output = Output(out, form, qrels, write_qrels)
+    header: dict[str, Any] = {"results_sha256": file_digest(results)}
+    if questions is not None:
+        read = read_with_run(questions, results, index, passages)
+        header |= {"questions_sha256": file_digest(questions)}
+    elif index is not None or passages is not None:
+        raise InputError(
+            f"{'--passages' if index is None else '--index'}: for the texts of a TREC run; give its --questions as well"
+        )
+    else:
+        read = read_file(results, output)
+        header = read_header(results) | header
+    total = count_questions(read, results, with_passages=True)
     work, reranker_fields = load_reranker(reranker, llm, gguf_file, device)
-    header = read_header(results) | {"results_sha256": file_digest(results)} | reranker_fields
-    make_file(results, total, out, form, work, header)
+    make_file(read, total, output, work, header | reranker_fields)

@@ -19,6 +19,7 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.model import GenPoEModel
+from genpoe_plugin.retrieval.loading import load_retriever
 from genpoe_plugin.retrieval.retriever import Retriever
 
 PASSAGES = 3
@@ -70,7 +71,7 @@ def figure(llm: str, hypernetwork: str, index: str, question: str, out: Path) ->
     model = GenPoEModel.from_pretrained(llm, hypernetwork, dtype="float32")
     if not model.has_router:
         raise InputError(f"{hypernetwork}: the figure shows the attention's router; give experts in the attention")
-    draw(example(model, Retriever.load(index), question), out)
+    draw(example(model, load_retriever(index), question), out)
 
 
 def example(model: GenPoEModel, retriever: Retriever, question: str) -> Example:

@@ -14,8 +14,8 @@ from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import normalise_question
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import load_encoder
-from genpoe_plugin.retrieval.retriever import Retriever
 
 SETS = {"nq": NQ, "squad": SQUAD}
 """File pattern of each data set in the data folder."""
@@ -155,7 +155,7 @@ def write_files(files: Mapping[str, Path], out: Path, count: int, seed: int) -> 
             raise InputError(f"{source}: {len(sampled)} distinct questions with a passage, but --limit is {count}")
         corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
         encoder = load_encoder(encoder_name())
-        retriever = Retriever(index_of(corpus, encoder, out / "indexes" / name), encoder)
+        retriever = DenseRetriever(index_of(corpus, encoder, out / "indexes" / name), encoder)
         ranked = retriever.retrieve([q.question for q in sampled], min(_DEPTH, len(corpus)), progress=True)
         variants = [purposes(*pair) for pair in zip(sampled, ranked, strict=True)]
         for purpose in PURPOSES:

@@ -27,6 +27,7 @@ from genpoe_plugin.comparison.settings import deciding, key
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
 from genpoe_plugin.prompts import EXPERT_MODES
+from genpoe_plugin.retrieval.loading import index_directories
 
 _VARIED = {"modes": "mode", "passages": "passages", "num_passages": "num_passages", "seeds": "seed"}
 AXES: dict[str, Any] = {axis: [DEFAULTS[argument]] for axis, argument in _VARIED.items()}
@@ -255,7 +256,8 @@ def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, 
     contents = {}
     for name, value in paths.items():
         if value not in known:
-            known[value] = _content(Path(str(value)))
+            parts = index_directories(value) if name == "index" else [Path(str(value))]
+            known[value] = "+".join(map(_content, parts))
         contents[name] = known[value]
     if checkpoint := cell.arguments.get("hypernetwork"):
         if checkpoint not in known:

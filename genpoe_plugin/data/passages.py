@@ -48,7 +48,8 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 
     - TSV like DPR's ``psgs_w100.tsv``: ``id<TAB>text<TAB>title``, quoted as CSV, one passage per line, with or without
       a header line;
-    - JSON Lines of ``{"id" or "_id", "title", "text"}``;
+    - JSON Lines of ``{"id" or "_id", "title", "text"}``, such as BEIR's ``corpus.jsonl``, or of Pyserini's ``{"id",
+      "contents"}``, whose contents are all text;
     - DPR results, as JSON Lines (ours too) or as one JSON list of ``{"question", "answers", "ctxs": [...]}``: the
       passages of all questions, without duplicates. A passage is a duplicate if an earlier one has the same title and
       text, with the same id or another one.
@@ -102,7 +103,7 @@ def passage_from_record(record: Mapping[str, Any], where: str) -> Passage:
     identifier = next((record[field] for field in _ID_FIELDS if field in record), None)
     if not isinstance(identifier, str | int) or isinstance(identifier, bool) or identifier == "":
         raise InputError(f'{where}: the "id" of a passage must be a string or a whole number, not {identifier!r}')
-    title, text = record.get("title") or "", record.get("text")
+    title, text = record.get("title") or "", record.get("text", record.get("contents"))
     if not isinstance(title, str) or not isinstance(text, str):
         raise InputError(f'{where}: the "text" of passage {identifier!r} (and its "title", if any) must be a string')
     if not text.strip():

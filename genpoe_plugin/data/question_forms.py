@@ -23,8 +23,8 @@ WORDS = 100  # words per passage of a longer text, as in DPR's passages of Wikip
 def to_dpr(record: Record, where: str) -> Iterator[Record]:
     """Convert one record to questions; a record of an unknown data set is returned unchanged.
 
-    Each question has ``question``, ``answers`` and ``ctxs``, and ``case`` if several questions are wordings of one. The
-    values are not checked here.
+    Each question has ``question``, ``answers`` and ``ctxs``, ``case`` if several questions are wordings of one, and
+    maybe ``id``. The values are not checked here.
 
     Args:
         record: the record.
@@ -121,7 +121,18 @@ def _triviaqa(record: Record) -> Iterator[Record]:
     yield _question(record["question"], [answer["value"], *answer["aliases"]])
 
 
+def _is_beir(record: Record) -> bool:
+    # A passage of BEIR has a title, which may be empty.
+    return {"_id", "text"} <= record.keys() and not {"question", "title"} & record.keys()
+
+
+def _beir(record: Record) -> Iterator[Record]:
+    """A query of BEIR, whose relevant passages are in other files."""
+    yield {**_question(record["text"], []), "id": record["_id"]}
+
+
 _FORMS = (
+    _Form("BEIR's queries", _is_beir, _beir),
     _Form("SQuAD's file", lambda record: "paragraphs" in record and "question" not in record, _squad_article),
     _Form("SQuAD", lambda record: "context" in record and isinstance(record.get("answers"), Mapping), _squad_row),
     _Form("HotpotQA or 2WikiMultihopQA", lambda record: {"context", "supporting_facts"} <= record.keys(), _multi_hop),

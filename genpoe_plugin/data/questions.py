@@ -29,7 +29,7 @@ from genpoe_plugin.data.question_forms import to_dpr
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, open_text
 
-FORMATS = ("genpoe", "dpr")  # output formats of retrieval results
+FORMATS = ("genpoe", "dpr", "trec")  # output formats of retrieval results
 HEADER_LIMIT = 1 << 16  # characters; a longer first line is a question or a whole JSON list
 
 
@@ -64,15 +64,17 @@ class Question:
         passages: its passages, best first.
         case: name that all wordings of one question share, or empty. The case counts as answered if one wording is
             answered.
+        id: id in its file, or empty.
     """
 
     question: str
     answers: tuple[str, ...]
     passages: tuple[RetrievedPassage, ...] = ()
     case: str = ""
+    id: str = ""
 
 
-def read_questions(path: str | Path) -> Iterator[Question]:
+def read_questions(path: str | Path, *, need_answers: bool = True) -> Iterator[Question]:
     """Read questions one by one, in file order, from any of these formats, each also as ``.gz``.
 
     - DPR results, as one JSON list or as JSON Lines: ``{"question", "answers", "ctxs": [...]}``;
@@ -85,24 +87,30 @@ def read_questions(path: str | Path) -> Iterator[Question]:
       may have no passage (an empty ``context``), and questions without a short answer are skipped;
     - the authors' files of SQuAD v1.1, HotpotQA, 2WikiMultihopQA and MQuAKE (JSON) and of PopQA (TSV), with their
       passages, if any (`genpoe_plugin.data.question_forms`);
+    - BEIR's ``queries.jsonl``: ``{"_id", "text"}``, which have no answers;
     - rows of the hub's data sets (`genpoe_plugin.data.hub_questions`), as JSON Lines or as a Parquet file;
     - the authors' folder of NarrativeQA (a clone of deepmind/narrativeqa): the test questions, with the summaries.
 
     The format is detected from the content. Questions are read one at a time.
 
+    Args:
+        path: the file.
+        need_answers: whether a question without answers is an error; retrieval does without.
+
     Raises:
         InputError: a line is malformed, a question has no text or no answers, or the file has another version.
     """
     for record, where in _records(path):
-        yield from questions_from_record(record, where)
+        yield from questions_from_record(record, where, need_answers=need_answers)
 
 
-def questions_from_record(record: Mapping[str, Any], where: str) -> Iterator[Question]:
+def questions_from_record(record: Mapping[str, Any], where: str, *, need_answers: bool = True) -> Iterator[Question]:
     """The questions of one JSON object in any form of `read_questions`.
 
     Args:
         record: the JSON object.
         where: location of the object, for error messages.
+        need_answers: whether a question without answers is an error.
 
     Raises:
         InputError: a question has no text, no answers, or malformed passages.
@@ -111,12 +119,13 @@ def questions_from_record(record: Mapping[str, Any], where: str) -> Iterator[Que
         answers = next((item[field] for field in ("answers", "answer", "short_answers") if field in item), None)
         if answers == [] and "short_answers" in item:
             continue  # not every question of NQ has a short answer
-        case = item.get("case")
+        case, identifier = item.get("case"), item.get("id")
         yield Question(
             _question(item.get("question"), where),
-            _answers(answers, where),
+            () if not answers and not need_answers else _answers(answers, where),
             passages_from_ctxs(_ctxs(item, where), where),
             case if isinstance(case, str) else "",
+            str(identifier) if isinstance(identifier, str | int) else "",
         )
 
 
@@ -161,7 +170,7 @@ def write_questions(path: str | Path, questions: Iterable[Question], /, **header
         questions: the questions.
         header: further fields of the header line.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(header_line(header))
         for question in questions:
             file.write(question_line(question))
@@ -174,7 +183,7 @@ def write_dpr_results(path: str | Path, questions: Iterable[Question]) -> None:
     its rank, and ``rerank_score`` and ``rerank_rank`` if it was reranked; readers of DPR's files ignore these fields. A
     name that ends in ``.gz`` compresses the file.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         separator = "[\n"
         for question in questions:
             record = _record(question)
@@ -211,7 +220,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(path: str | Path) -> Iterator[TextIO]:
+def replacing(path: str | Path) -> Iterator[TextIO]:
     """Open a text file for atomic writing, compressed if its name ends in ``.gz``."""
     with atomic_file(path) as temporary:
         opener = gzip.open if Path(path).suffix == ".gz" else open
@@ -321,4 +330,5 @@ def _record(question: Question) -> dict[str, Any]:
         }
         ctxs.append({key: value for key, value in ctx.items() if value is not None})
     case = {"case": question.case} if question.case else {}
-    return {"question": question.question, "answers": list(question.answers), **case, "ctxs": ctxs}
+    identifier = {"id": question.id} if question.id else {}
+    return {**identifier, "question": question.question, "answers": list(question.answers), **case, "ctxs": ctxs}

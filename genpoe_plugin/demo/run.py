@@ -27,8 +27,8 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.prompts import MODES
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import load_encoder
-from genpoe_plugin.retrieval.retriever import Retriever
 from genpoe_plugin.selection.controls import CONTROLS
 from genpoe_plugin.selection.reranking import Reranker, rerank
 from genpoe_plugin.training.reranker_data import write_reranker_data
@@ -134,7 +134,7 @@ def _retrieve(out: Path, world: World) -> None:
     targets: dict[Side, Path] = {"train": out / "train.jsonl", "test": out / "test.retrieved.jsonl"}
     for side, target in targets.items():
         if not target.is_file():
-            retriever = Retriever.load(out / "index", encoder=str(ENCODER))
+            retriever = DenseRetriever.load(out / "index", encoder=str(ENCODER))
             questions = world.questions[side]
             asked = [question.question for question in questions]
             found = retriever.retrieve(asked, NUM_RETRIEVED[side], progress=True)

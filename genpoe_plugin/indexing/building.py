@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file, check_replaceable, file_digest, replace_directory, writing
+from genpoe_plugin.files import atomic_file, check_replaceable, replace_directory, writing
 from genpoe_plugin.indexing.corpus import source_of
 from genpoe_plugin.indexing.factory import (
     CHUNK,
@@ -45,7 +45,8 @@ from genpoe_plugin.indexing.shards import Shards
 from genpoe_plugin.indexing.tuning import nearest, query_vectors, tune
 from genpoe_plugin.indexing.vectors import chunks, gathered, sampled_rows
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, make_index, parts
-from genpoe_plugin.retrieval.index import FORMAT, MANIFEST, VECTORS, VERSION, PassageIndex, open_vectors
+from genpoe_plugin.retrieval.index import VECTORS, PassageIndex, open_vectors
+from genpoe_plugin.retrieval.manifest import FORMAT, MANIFEST, VERSION, written_files
 from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES
 
 if TYPE_CHECKING:
@@ -330,10 +331,6 @@ class _Build:
 
     def write_manifest(self, search: dict[str, Any], requested: dict[str, Any]) -> None:
         """Write the manifest, which completes the index."""
-        files = {}
-        for name in [*self.names, PASSAGES, IDS]:
-            path = self.finished / name
-            files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         copied = ("encoder", "fingerprint", "pooling", "precision", "dimension", "count", "digest", "source")
         manifest = {
             "format": FORMAT,
@@ -344,7 +341,7 @@ class _Build:
             "vectors": self.names,
             "search": search,
             "asked": requested,
-            "files": files,
+            "files": written_files(self.finished, [*self.names, PASSAGES, IDS]),
             "faiss": faiss.__version__,
         }
         _write_json(self.finished / MANIFEST, manifest)

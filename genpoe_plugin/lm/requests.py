@@ -178,9 +178,9 @@ class PassageRequests(TemplateLM):
         retriever = reranker = None
         # Imported here because faiss and the encoders take seconds, and most modes and controls do not need them.
         if arguments.needs_index:
-            from genpoe_plugin.retrieval.retriever import Retriever
+            from genpoe_plugin.retrieval.loading import load_retriever
 
-            retriever = Retriever.load(str(arguments.index), device=device)
+            retriever = load_retriever(str(arguments.index), device=device)
         if arguments.needs_reranker:
             from genpoe_plugin.selection.reranking import Reranker
 
@@ -346,6 +346,7 @@ class PassageRequests(TemplateLM):
         facts = {
             "mode": self.arguments.mode,
             "control": self.arguments.control,
+            "retriever": None if self.pipeline.retriever is None else self.pipeline.retriever.name,
             "hypernetwork": self.fingerprint.get("hypernetwork"),
             "settings": digest(self.fingerprint),
         }

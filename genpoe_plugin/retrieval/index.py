@@ -22,12 +22,11 @@ import numpy as np
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import file_digest, refuse_pickles
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, set_parameters
+from genpoe_plugin.retrieval.manifest import DENSE, MANIFEST, invalid, read_manifest, retriever_kind, verify_files
 from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES, PassageStore
 
-FORMAT, VERSION = "genpoe-index", 2
-MANIFEST, VECTORS = "index.json", "index.faiss"
+VECTORS = "index.faiss"
 FIELDS = {
     "encoder": str,
     "fingerprint": str,
@@ -59,7 +58,7 @@ class PassageIndex:
 
     def __init__(self, directory: Path, manifest: dict[str, Any], passages: PassageStore) -> None:
         self.directory, self.manifest = directory, manifest
-        self._passages = passages
+        self.passages = passages
 
     @classmethod
     def load(cls, directory: str | Path) -> PassageIndex:
@@ -71,7 +70,7 @@ class PassageIndex:
             InputError: the directory is not an index, or the index is incomplete or damaged.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = _checked_manifest(directory)
         passages = PassageStore.open(directory)
         headers = [_read_header(directory / name) for name in manifest["vectors"]]
         actual = {
@@ -114,7 +113,7 @@ class PassageIndex:
         Raises:
             IndexError: there is no such row.
         """
-        return self._passages.passage(row)
+        return self.passages.passage(row)
 
     def row(self, identifier: str) -> int:
         """The row of the passage with this id.
@@ -122,7 +121,7 @@ class PassageIndex:
         Raises:
             KeyError: there is no such passage.
         """
-        return self._passages.row(identifier)
+        return self.passages.row(identifier)
 
     @cached_property
     def vectors(self) -> Any:
@@ -189,9 +188,7 @@ class PassageIndex:
         Raises:
             InputError: a file is damaged; the message names it.
         """
-        for name, file in self.manifest["files"].items():
-            if file_digest(self.directory / name) != file["sha256"]:
-                raise InputError(f"{self.directory / name}: damaged (sha256 differs); build the index again")
+        verify_files(self.directory, self.manifest)
 
 
 def open_vectors(paths: Sequence[Path]) -> Any:
@@ -220,28 +217,15 @@ def _read_header(path: Path) -> tuple[int, int]:
     return dimension, count
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    refuse_pickles(directory)
-    if not path.is_file():
-        raise InputError(f"{directory}: not an index (no {MANIFEST}); create one with `genpoe index build`")
-    try:
-        manifest = json.loads(path.read_text())
-        format_and_version = manifest.get("format"), manifest.get("version")
-        complete = all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items())
-        names = [*manifest["vectors"], PASSAGES, IDS] if complete else []
-        sizes = {name: manifest["files"][name]["bytes"] for name in names}
-        complete = complete and isinstance(manifest["search"]["parameters"], dict)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a valid index manifest; build the index again") from error
-    if format_and_version != (FORMAT, VERSION):
-        stored = f"version {format_and_version[1]}" if format_and_version[0] == FORMAT else "another format"
-        raise InputError(f"{path}: {stored} instead of version {VERSION} of an index; build the index again")
-    if not complete:
-        raise InputError(f"{path}: not a valid index manifest; build the index again")
-    for name, size in sizes.items():
-        file = directory / name
-        if not file.is_file() or file.stat().st_size != size:
-            actual = f"{file.stat().st_size:,} bytes" if file.is_file() else "no file"
-            raise InputError(f"{file}: {actual} where {size:,} bytes were written; build the index again")
+def _checked_manifest(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    if (kind := retriever_kind(manifest)) != DENSE:
+        raise InputError(f"{directory}: an index of {kind}, which has no vectors")
+    complete = all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items())
+    if (
+        not complete
+        or not {*manifest["vectors"], PASSAGES, IDS} <= manifest["files"].keys()
+        or not isinstance(manifest["search"].get("parameters"), dict)
+    ):
+        raise invalid(directory)
     return manifest

@@ -1,48 +1,96 @@
-"""Measures of rankings: recall and mean reciprocal rank of passages with an answer, and recall of exact neighbours."""
+"""Measures of rankings: recall, mean reciprocal rank and nDCG of relevant passages, and recall of exact neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import log2
 
 import numpy as np
 
 RECALL_AT = (1, 5, 20, 100)
+NDCG_AT = 10
 
-AnswerRank = int | None
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A ranking of one question, with the grades of its passages; a grade above 0 says that a passage is relevant.
 
-def answer_rank(has_answer: Iterable[bool | None]) -> AnswerRank:
-    """The rank, from 1, of the first passage with an answer; None if no passage has one.
-
-    Args:
-        has_answer: whether each passage of a question has an answer, best passage first.
+    Attributes:
+        grades: grades of the ranked passages, best passage first.
+        relevant: grades of all relevant passages.
+        needed: how many relevant passages are a recall of 1.
     """
-    return next((rank for rank, is_relevant in enumerate(has_answer, 1) if is_relevant), None)
+
+    grades: tuple[int, ...]
+    relevant: tuple[int, ...]
+    needed: int
+
+    @classmethod
+    def by_answers(cls, has_answer: Iterable[bool | None]) -> Judged:
+        """Passages with an answer are relevant, and one is enough. Others than the ranked ones are unknown.
+
+        Args:
+            has_answer: whether each passage has an answer, best passage first.
+        """
+        grades = tuple(int(bool(flag)) for flag in has_answer)
+        return cls(grades, tuple(grade for grade in grades if grade), 1)
+
+    @classmethod
+    def by_qrels(cls, identifiers: Iterable[str], qrels: Mapping[str, int]) -> Judged:
+        """Grades of qrels: all relevant passages are needed, and passages without a grade are not relevant.
+
+        Args:
+            identifiers: ids of the ranked passages, best first.
+            qrels: the question's grades by passage id.
+        """
+        relevant = tuple(grade for grade in qrels.values() if grade > 0)
+        return cls(tuple(max(0, qrels.get(identifier, 0)) for identifier in identifiers), relevant, len(relevant))
 
 
-def recall_at(k: int, ranks: Sequence[AnswerRank]) -> float:
-    """The share of questions with an answer in their first ``k`` passages, from the questions' answer ranks."""
-    return sum(rank is not None and rank <= k for rank in ranks) / len(ranks)
+def recall_at(k: int, rankings: Sequence[Judged]) -> float:
+    """The mean share of the needed relevant passages among the first ``k``.
+
+    Where one passage with an answer is enough, it is the share of questions with such a passage (DPR's top-k accuracy).
+    """
+    return float(np.mean([_recall(k, ranking) for ranking in rankings]))
 
 
-def mean_reciprocal_rank(ranks: Sequence[AnswerRank]) -> float:
-    """The mean of 1 / rank over questions; 0 for a question without an answer in its passages."""
-    return sum(1 / rank for rank in ranks if rank) / len(ranks)
+def _recall(k: int, ranking: Judged) -> float:
+    found = sum(grade > 0 for grade in ranking.grades[:k])
+    return min(found, ranking.needed) / ranking.needed if ranking.needed else 0.0
 
 
-def quality_table(rankings: Mapping[str, Sequence[AnswerRank]], retrieved: int) -> str:
-    """A table with one line per ranking: recall at each k of ``RECALL_AT`` up to ``retrieved``, and MRR.
+def mean_reciprocal_rank(rankings: Sequence[Judged]) -> float:
+    """The mean of 1 / rank of the first relevant passage; 0 for a question without one."""
+    ranks = (next((rank for rank, grade in enumerate(r.grades, 1) if grade), None) for r in rankings)
+    return float(np.mean([1 / rank if rank else 0.0 for rank in ranks]))
+
+
+def ndcg_at(k: int, rankings: Sequence[Judged]) -> float:
+    """The mean discounted gain of the first ``k`` passages, over that of the best order; gain and discount are
+    trec_eval's: the grade over log2(rank + 1). 0 for a question without relevant passages."""
+    gains = [(_dcg(r.grades[:k]), _dcg(sorted(r.relevant, reverse=True)[:k])) for r in rankings]
+    return float(np.mean([gain / best if best else 0.0 for gain, best in gains]))
+
+
+def _dcg(grades: Sequence[int]) -> float:
+    return sum(grade / log2(rank + 1) for rank, grade in enumerate(grades, 1))
+
+
+def quality_table(rankings: Mapping[str, Sequence[Judged]], retrieved: int) -> str:
+    """A table with one line per ranking: recall at each k of ``RECALL_AT`` up to ``retrieved``, MRR and nDCG@10.
 
     Args:
-        rankings: answer ranks of the same questions (at least one), by name of the ranking.
+        rankings: rankings of the same questions (at least one), by name.
         retrieved: number of passages per question.
     """
     ks = [k for k in RECALL_AT if k <= retrieved]
     count = len(next(iter(rankings.values())))
-    titles = [f"{count:,} question{'s' * (count != 1)}", *(f"recall@{k}" for k in ks), "MRR"]
+    titles = [f"{count:,} question{'s' * (count != 1)}", *(f"recall@{k}" for k in ks), "MRR", f"nDCG@{NDCG_AT}"]
     lines = [titles]
-    for name, ranks in rankings.items():
-        values = [*(recall_at(k, ranks) for k in ks), mean_reciprocal_rank(ranks)]
+    for name, judged in rankings.items():
+        values = [*(recall_at(k, judged) for k in ks), mean_reciprocal_rank(judged), ndcg_at(NDCG_AT, judged)]
         lines.append([name, *(f"{value:.4f}" for value in values)])
     first = max(len(line[0]) for line in lines)
     return "\n".join("  ".join([line[0].ljust(first), *(cell.rjust(10) for cell in line[1:])]) for line in lines)

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
@@ -32,7 +34,7 @@ class PassageStore:
     """
 
     def __init__(self, passages: pa.ipc.RecordBatchFileReader, ids: np.ndarray, count: int) -> None:
-        self._ids, self._count = ids, count
+        self._ids, self._count, self._batches = ids, count, passages
         self._columns = lru_cache(OPEN_BLOCKS)(lambda block: tuple(passages.get_batch(block).columns))
 
     @classmethod
@@ -69,6 +71,16 @@ class PassageStore:
         block, offset = divmod(int(row), BLOCK)
         identifier, title, text = self._columns(block)
         return Passage(identifier[offset].as_py(), title[offset].as_py(), text[offset].as_py())
+
+    def find(self, identifiers: Collection[str]) -> dict[str, Passage]:
+        """The passages with these ids, by id, in the order of their rows; all ids of the store are compared."""
+        wanted, found = pa.array(list(identifiers), pa.string()), {}
+        for block in range(self._batches.num_record_batches):
+            here = pc.is_in(self._batches.get_batch(block).column("id"), wanted)
+            for offset in pc.indices_nonzero(here).to_pylist():
+                passage = self.passage(block * BLOCK + offset)
+                found[passage.id] = passage
+        return found
 
     def row(self, identifier: str) -> int:
         """The row of the passage with this id.

@@ -23,7 +23,7 @@ from genpoe_plugin.selection.timing import timed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from genpoe_plugin.retrieval.index import PassageIndex
+    from genpoe_plugin.retrieval.passage_store import PassageStore
     from genpoe_plugin.retrieval.retriever import Retriever
     from genpoe_plugin.selection.reranking import Reranker
 
@@ -64,7 +64,7 @@ class Pipeline:
         gates, gate_temperature: how the selected passages' gates are computed (`passage_gates`). Passages of the
             controls that draw them have no scores, so their gates are equal.
         control: which passages to select, one of ``controls.CONTROLS``. ``gold`` selects among all candidates;
-            ``random`` and ``constant`` draw from the retriever's index, or else from the passages of all questions.
+            ``random`` and ``constant`` draw from the retriever's passages, or else from the passages of all questions.
         seed: seed of the controls.
         progress: whether to show progress bars.
         from_others: sends a list to the other processes that share the questions and returns their lists, joined.
@@ -201,7 +201,7 @@ class Pipeline:
     def _draw(self, questions: Sequence[Question]) -> list[tuple[RetrievedPassage, ...]]:
         pool: controls.Pool
         if self.retriever is not None:
-            pool = _IndexPool(self.retriever.index)
+            pool = _StoredPool(self.retriever.passages)
         else:
             unique = {passage.passage for question in questions for passage in question.passages}
             unique |= set(self.from_others(list(unique)))
@@ -227,16 +227,16 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class _IndexPool:
+class _StoredPool:
     """The passages of an index, to draw from."""
 
-    index: PassageIndex
+    passages: PassageStore
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.passages)
 
     def __getitem__(self, number: int, /) -> Passage:
-        return self.index.passage(number)
+        return self.passages.passage(number)
 
 
 def _labelled(passage: RetrievedPassage, question: Question) -> RetrievedPassage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
@@ -16,15 +16,17 @@ from tqdm import tqdm
 from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.questions import (
     Question,
+    RetrievedPassage,
     header_line,
     question_line,
     read_questions,
     write_dpr_results,
     write_questions,
 )
+from genpoe_plugin.data.trec import Qrels, write_qrels, write_run
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import cut_passages
-from genpoe_plugin.retrieval.measures import AnswerRank, answer_rank, quality_table
+from genpoe_plugin.retrieval.measures import Judged, quality_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,26 +41,38 @@ SCORE_BLOCK = 512  # passages scored at a time; more if one question has more
 
 @dataclass
 class Quality:
-    """The rank of each question's first passage with an answer, before and after reranking.
+    """The judged rankings of questions, before and after reranking. Questions without answers or qrels are left out.
 
     Attributes:
+        qrels: grades of passages; without them, passages with an answer are relevant.
         passages: the largest number of passages of a question.
-        retrieved: the ranks in the retriever's order.
-        reranked: the ranks in the order of the passages, which is the reranker's after reranking.
+        retrieved: the retriever's order.
+        reranked: the order of the passages, which is the reranker's after reranking.
     """
 
+    qrels: Qrels | None = None
     passages: int = 0
-    retrieved: list[AnswerRank] = field(default_factory=list)
-    reranked: list[AnswerRank] = field(default_factory=list)
+    retrieved: list[Judged] = field(default_factory=list)
+    reranked: list[Judged] = field(default_factory=list)
 
     def add(self, question: Question) -> None:
-        before = sorted(question.passages, key=lambda passage: passage.rank)
-        self.passages = max(self.passages, len(before))
-        self.retrieved.append(answer_rank(passage.has_answer for passage in before))
-        self.reranked.append(answer_rank(passage.has_answer for passage in question.passages))
+        if self.qrels is None and not question.answers and all(p.has_answer is None for p in question.passages):
+            return
+        if self.qrels is not None and question.id not in self.qrels:
+            return
+        self.passages = max(self.passages, len(question.passages))
+        self.retrieved.append(self._judged(question, sorted(question.passages, key=lambda passage: passage.rank)))
+        self.reranked.append(self._judged(question, question.passages))
+
+    def _judged(self, question: Question, passages: Sequence[RetrievedPassage]) -> Judged:
+        if self.qrels is None:
+            return Judged.by_answers(passage.has_answer for passage in passages)
+        return Judged.by_qrels((passage.passage.id for passage in passages), self.qrels[question.id])
 
     def table(self, reranked: bool) -> str:
-        """Recall and MRR before and, if ``reranked``, after reranking."""
+        """Recall, MRR and nDCG before and, if ``reranked``, after reranking."""
+        if not self.retrieved:
+            return "nothing to measure: no question has answers, or judgements in --qrels"
         rankings = {"retrieved": self.retrieved} | ({"reranked": self.reranked} if reranked else {})
         return quality_table(rankings, self.passages)
 
@@ -68,7 +82,7 @@ def retrieve_all(questions: Iterable[Question], retriever: Retriever, k: int) ->
     for block in _blocks(questions, lambda _: 1, SEARCH_BLOCK):
         retrieved = retriever.retrieve([question.question for question in block], k)
         for question, passages in zip(block, retrieved, strict=True):
-            yield _labelled(replace(question, passages=passages))
+            yield labelled(replace(question, passages=passages))
 
 
 def rerank_all(
@@ -92,7 +106,7 @@ def rerank_all(
         if tokenizer is not None:
             whole = list(dict.fromkeys(item.passage.string for question in ranked for item in question.passages))
             strings = dict(zip(whole, cut_passages(whole, tokenizer), strict=True))
-        yield from map(_labelled, rerank(ranked, reranker, strings=strings))
+        yield from map(labelled, rerank(ranked, reranker, strings=strings))
 
 
 def make_results(
@@ -102,6 +116,8 @@ def make_results(
     header: Mapping[str, Any],
     *,
     form: str = "genpoe",
+    qrels: Qrels | None = None,
+    write_qrels_to: Path | None = None,
     total: int | None = None,
     progress: bool = False,
 ) -> Quality:
@@ -115,7 +131,9 @@ def make_results(
         questions: the questions.
         work: yields the processed questions, in order.
         header: everything that decides the result, as JSON; a ``.part`` file with another header is refused.
-        form: output format, one of `questions.FORMATS`; DPR's format does not contain the header.
+        form: output format, one of `questions.FORMATS`; only ours contains the header, and a TREC run no texts.
+        qrels: grades of passages by question id, which decide ``has_answer`` and the measures in place of answers.
+        write_qrels_to: file for qrels that say which passages have an answer.
         total: number of questions, for the progress bar.
         progress: whether to show a progress bar.
 
@@ -133,21 +151,26 @@ def make_results(
     with _writing(part):
         done = _begin(part, header)
     remaining = iter(questions)
-    for number, (question, before) in enumerate(zip_longest(islice(remaining, done), read_questions(part)), 1):
+    for number, (question, before) in enumerate(zip_longest(islice(remaining, done), _read(part)), 1):
         if question is None or before is None or question.question != before.question:
             raise InputError(f"{part}: question {number} differs from the input; delete the file to start over")
     bar = tqdm(total=total, initial=done, desc="questions", unit="question", disable=not progress)
-    quality = Quality()
+    quality = Quality(qrels)
     try:
         with bar, part.open("ab", buffering=0) as file:
-            for question in work(remaining):
+            for question in map(_judged(qrels), work(remaining)):
                 _append(file, question_line(question))
                 done += 1
                 bar.update()
-        finished = _tallied(read_questions(part), quality)
+        finished = _tallied(_read(part), quality)
+        if write_qrels_to is not None:
+            with _writing(write_qrels_to):
+                write_qrels(write_qrels_to, _read(part))
         with _writing(out):
             if form == "dpr":
                 write_dpr_results(out, finished)
+            elif form == "trec":
+                write_run(out, finished)
             else:
                 write_questions(out, finished, **header)
     except KeyboardInterrupt as interrupt:
@@ -207,14 +230,33 @@ def _writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def _read(part: Path) -> Iterator[Question]:
+    return read_questions(part, need_answers=False)
+
+
+def _judged(qrels: Qrels | None) -> Callable[[Question], Question]:
+    """A function that sets ``has_answer`` of a question's passages by their grades, if there are any."""
+
+    def judge(question: Question) -> Question:
+        if qrels is None or question.id not in qrels:
+            return question
+        grades = qrels[question.id]
+        passages = (replace(passage, has_answer=grades.get(passage.passage.id, 0) > 0) for passage in question.passages)
+        return replace(question, passages=tuple(passages))
+
+    return judge
+
+
 def _tallied(questions: Iterable[Question], quality: Quality) -> Iterator[Question]:
     for question in questions:
         quality.add(question)
         yield question
 
 
-def _labelled(question: Question) -> Question:
-    """Set ``has_answer`` of each passage by DPR's rule, unless the input has set it (gold marks)."""
+def labelled(question: Question) -> Question:
+    """Set ``has_answer`` of each passage by DPR's rule, unless the input has set it (gold marks) or has no answers."""
+    if not question.answers:
+        return question
     passages = (
         replace(passage, has_answer=has_answer(passage.passage.text, question.answers))
         if passage.has_answer is None

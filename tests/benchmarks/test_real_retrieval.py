@@ -75,8 +75,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     rows = {row.name: row.value for row in real_retrieval.measure(Options(data=data, out=out, reranker="r"))}
-    rankings = ("bm25", "dense", "reranked")
-    measures = ("recall_at_1", "recall_at_5", "recall_at_20", "mrr")
+    rankings = ("bm25", "dense", "hybrid", "reranked")
+    measures = ("recall_at_1", "recall_at_5", "recall_at_20", "mrr", "mrr_at_10")
     assert {name.split(".", 2)[2] for name in rows if name.startswith("real_retrieval.nq.")} == {
         *(f"{ranking}.{kind}{key}" for ranking in rankings for kind in ("", "own_passage_") for key in measures),
         *("passages", "questions"),

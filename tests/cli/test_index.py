@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -14,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genpoe_plugin.indexing import encoding
 from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.index import PassageIndex
-from genpoe_plugin.retrieval.retriever import Retriever
+from genpoe_plugin.retrieval.loading import load_retriever
 from train_cli.index import Size
 from train_cli.main import main
 
@@ -47,7 +49,7 @@ def test_build_and_info(encoder: Path, tmp_path: Path) -> None:
     result = build(TSV, tmp_path, "--encoder", encoder)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'index'}: 3 passages, 16 dimensions, Flat\n"
-    found = Retriever.load(tmp_path / "index").retrieve(["radium", "fox", "barber"], 1)
+    found = DenseRetriever.load(tmp_path / "index").retrieve(["radium", "fox", "barber"], 1)
     assert [items[0].passage.id for items in found] == ["2", "3", "1"]
 
     info = run("index", "info", tmp_path / "index")
@@ -70,7 +72,7 @@ def test_shards_are_encoded_once_for_any_index(encoder: Path, tmp_path: Path) ->
             "index", "build", "--shards", tmp_path / "shards", "--out", tmp_path / factory, "--factory", factory
         )
         assert result.exit_code == 0, result.output
-        found = Retriever.load(tmp_path / factory).retrieve(["radium", "fox", "barber"], 1)
+        found = DenseRetriever.load(tmp_path / factory).retrieve(["radium", "fox", "barber"], 1)
         assert [items[0].passage.id for items in found] == ["2", "3", "1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Flat", "SQ8", "passages.tsv", "shards"]
 
@@ -213,3 +215,50 @@ def test_info_of_something_else(encoder: Path, tmp_path: Path) -> None:
         result = run("index", "info", directory)
         assert result.exit_code == 2
         assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_index_of_words(tmp_path: Path) -> None:
+    result = build(TSV, tmp_path, "--retriever", "bm25", "--k1", 0.9, "--b", 0.4)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'index'}: 3 passages, BM25, 6 words\n"
+    found = load_retriever(tmp_path / "index").retrieve(["Radium?", "a fox", "barbers"], 1)
+    assert [items[0].passage.id for items in found] == ["2", "3", "1"]
+
+    info = run("index", "info", tmp_path / "index", "--verify")
+    assert info.exit_code == 0, info.output
+    lines = dict(line.split(maxsplit=1) for line in info.stdout.splitlines())
+    assert lines["passages"] == "3" and lines["retriever"] == "BM25, k1 0.9, b 0.4"
+    assert lines["words"] == "6, english, stemmed, without stop words"
+    assert lines["fingerprint"] == load_retriever(tmp_path / "index").fingerprint
+    assert info.stdout.count("verified") == len(json.loads((tmp_path / "index" / "index.json").read_text())["files"])
+
+    options = ["--passages", tmp_path / "passages.tsv", "--out", tmp_path / "index", "--retriever", "bm25"]
+    assert "already built" in run("index", "build", *options, "--k1", 0.9, "--b", 0.4).stdout
+    assert "already built" not in run("index", "build", *options).stdout
+    assert "k1 1.5, b 0.75" in run("index", "info", tmp_path / "index").stdout
+    result = run("index", "tune", tmp_path / "index", "--shards", tmp_path / "shards")
+    assert result.exit_code == 2 and "an index of bm25, which has no vectors" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--retriever", "bm25", "--encoder", "x"], "--encoder: an option for --retriever dense, not for bm25"),
+        (["--retriever", "bm25", "--shards", "x"], "--shards: an option for --retriever dense"),
+        (["--retriever", "bm25", "--memory", "16GB"], "--memory: an option for --retriever dense"),
+        (["--encoder", "x", "--k1", 1], "--k1: an option for --retriever bm25, not for dense; leave it out"),
+    ],
+)
+def test_options_of_another_retriever_are_refused(tmp_path: Path, arguments: list[object], message: str) -> None:
+    result = build(TSV, tmp_path, *arguments)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_index_of_words_needs_passages(tmp_path: Path) -> None:
+    result = run("index", "build", "--retriever", "bm25", "--out", tmp_path / "index")
+    assert result.exit_code == 2 and "--retriever bm25 needs --passages" in result.stderr
+    for text, message in [("1\tthe\t\n", "no words but stop words"), ("1\tfox\n", "passages.tsv:1: 2 fields")]:
+        result = build(text, tmp_path, "--retriever", "bm25")
+        last = result.stderr.splitlines()[-1]
+        assert result.exit_code == 2 and last.startswith("error: ") and message in last
+        assert [path.name for path in tmp_path.iterdir()] == ["passages.tsv"]

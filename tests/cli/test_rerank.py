@@ -97,8 +97,10 @@ def test_any_results_are_reranked_and_told_before_and_after(results: Path, tmp_p
     assert header == expected | ({"index": "abc", "num_retrieved": 4} if results.suffix == ".gz" else {})
     # Answers at rank 1, 2 and nowhere; then at rank 1, 2 and nowhere as well.
     table = [line.split() for line in result.stdout.splitlines()]
-    assert table[0] == ["3", "questions", "recall@1", "MRR"]
-    assert table[1] == ["retrieved", "0.3333", "0.5000"] and table[2] == ["reranked", "0.3333", "0.5000"]
+    assert table[0] == ["3", "questions", "recall@1", "MRR", "nDCG@10"]
+    # The first question has another answer at rank 3.
+    ndcg = f"{((1 + 1 / 2) / (1 + 1 / np.log2(3)) + 1 / np.log2(3)) / 3:.4f}"
+    assert table[1:3] == [[name, "0.3333", "0.5000", ndcg] for name in ("retrieved", "reranked")]
 
 
 def test_gold_marks_of_the_file_are_kept(tmp_path: Path, reranker: ByLength) -> None:

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import read_questions
+from genpoe_plugin.indexing.bm25_building import build_bm25
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
+from genpoe_plugin.retrieval.loading import load_retriever
 from genpoe_plugin.selection.reranking import Reranker
 from train_cli.main import main
 
@@ -49,7 +51,7 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def run(index: Path, questions: Path, out: Path, *arguments: object) -> Result:
+def run(index: Path | str, questions: Path, out: Path, *arguments: object) -> Result:
     options = ["--index", index, "--questions", questions, "--out", out, *arguments]
     return CliRunner().invoke(main, ["retrieve", *map(str, options)])
 
@@ -58,7 +60,10 @@ def figures(ranked: Sequence[Sequence[bool]]) -> list[str]:
     """Those of a printed line, from the questions' passages that hold an answer."""
     recall = [np.mean([any(row[:k]) for row in ranked]) for k in (1, 5, 20)]
     mrr = np.mean([1 / (1 + row.index(True)) if any(row) else 0 for row in ranked])
-    return [f"{value:.4f}" for value in (*recall, mrr)]
+    gains = [sum(hit / np.log2(rank + 2) for rank, hit in enumerate(row[:10])) for row in ranked]
+    best = [sum(1 / np.log2(rank + 2) for rank in range(min(10, sum(row)))) for row in ranked]
+    ndcg = np.mean([gain / most if most else 0 for gain, most in zip(gains, best, strict=True)])
+    return [f"{value:.4f}" for value in (*recall, mrr, ndcg)]
 
 
 def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path, tmp_path: Path) -> None:
@@ -83,7 +88,7 @@ def test_retrieved_passages_are_written_and_counted(index: Path, questions: Path
         assert [item.has_answer for item in question.passages] == hits[-1]
         assert all(item.rerank_rank is None for item in question.passages)
     table = [line.split() for line in result.stdout.splitlines()]
-    assert table[0] == ["4", "questions", "recall@1", "recall@5", "recall@20", "MRR"]
+    assert table[0] == ["4", "questions", "recall@1", "recall@5", "recall@20", "MRR", "nDCG@10"]
     assert table[1] == ["retrieved", *figures(hits)] and len(table) == 3
     assert 0 < np.mean([row[0] for row in hits]) < 1
 
@@ -119,6 +124,33 @@ def test_reranked_passages(index: Path, questions: Path, tmp_path: Path, monkeyp
     assert table[1][0] == "retrieved" and table[2] == ["reranked", *figures(hits)]
     header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
     assert (header["reranker"], header["reranker_fingerprint"]) == ("some/reranker", "by-length")
+
+
+def test_words_retrieve_alone_and_with_vectors(index: Path, questions: Path, tmp_path: Path) -> None:
+    build_bm25(PASSAGES, tmp_path / "bm25", progress=False)
+    for given, name in [
+        (tmp_path / "bm25", "BM25"),
+        (f"{index}+{tmp_path / 'bm25'}", f"{index.parent / 'encoder'}+BM25"),
+    ]:
+        result = run(given, questions, tmp_path / "out.jsonl")
+        assert result.exit_code == 0, result.output
+        retriever = load_retriever(given)
+        header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+        assert (header["retriever"], header["index"]) == (name, retriever.fingerprint)
+        written = list(read_questions(tmp_path / "out.jsonl"))
+        for question, expected in zip(written, retriever.retrieve([q.question for q in written], 20), strict=True):
+            assert [(item.passage, item.score, item.rank) for item in question.passages] == [
+                (item.passage, item.score, item.rank) for item in expected
+            ]
+    build_bm25(PASSAGES[1:], tmp_path / "fewer", progress=False)
+    for given, options, message in [
+        (f"{index}+{tmp_path / 'fewer'}", [], "indexes of different passages (30 and 29)"),
+        (f"{index}+{tmp_path / 'none'}", [], "none: no such directory"),
+        (tmp_path / "bm25", ["--encoder", "x"], "0 of its indexes have an encoder"),
+    ]:
+        result = run(given, questions, tmp_path / "refused.jsonl", *options)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+        assert not (tmp_path / "refused.jsonl").exists()
 
 
 def test_dprs_format_has_the_same(index: Path, questions: Path, tmp_path: Path) -> None:

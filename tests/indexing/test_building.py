@@ -20,7 +20,8 @@ from genpoe_plugin.indexing.building import Queries, already_built, build_index,
 from genpoe_plugin.indexing.encoding import encode_shards
 from genpoe_plugin.indexing.shards import Shards
 from genpoe_plugin.retrieval.faiss_setup import faiss
-from genpoe_plugin.retrieval.index import MANIFEST, VECTORS, PassageIndex
+from genpoe_plugin.retrieval.index import VECTORS, PassageIndex
+from genpoe_plugin.retrieval.manifest import MANIFEST
 
 COUNT, DIMENSION = 700, 8
 REFINED = "PCA8,IVF16,PQ4x4fs,Refine(SQ8)"

@@ -7,7 +7,9 @@ from hashlib import sha256
 import pytest
 from lm_eval.api.model import CachingLM
 
+from genpoe_plugin.indexing.bm25_building import build_bm25
 from genpoe_plugin.prompts import closed_book_prompt, knowledge_block
+from genpoe_plugin.retrieval.loading import load_retriever
 
 
 def test_a_line_for_every_sample(make_lm, docs, generation, choices, expected_row, tmp_path):
@@ -120,3 +122,30 @@ def test_a_cache_keeps_the_lines_of_each_way_of_asking(make_lm, docs, generation
     lines = {line["prompt_hash"]: line["prompt"] for line in map(json.loads, path.read_text().splitlines())}
     assert lines[sha256(plain[0].args[0].encode()).hexdigest()].startswith("Knowledge:\n")
     assert lines[sha256(told.args[0].encode()).hexdigest()].startswith("Be brief.\nKnowledge:\n")
+
+
+def test_the_trace_says_what_retrieved(make_lm, docs, generation, index_dir, tmp_path):
+    passages = load_retriever(index_dir).passages
+    build_bm25([passages.passage(row) for row in range(len(passages))], tmp_path / "bm25", progress=False)
+    asked = [{**doc, "ctxs": []} for doc in docs]
+    settings, encoder = [], str(index_dir.parent / "encoder")
+    for index, name in {
+        str(index_dir): encoder,
+        str(tmp_path / "bm25"): "BM25",
+        f"{index_dir}+{tmp_path / 'bm25'}": f"{encoder}+BM25",
+    }.items():
+        path = tmp_path / "trace.jsonl"
+        lm = make_lm(trace=str(path), index=index, num_retrieved=5, num_passages=2)
+        lm.generate_until(generation(asked))
+        retriever = load_retriever(index)
+        assert lm.fingerprint["index"] == retriever.fingerprint
+        found = retriever.retrieve([doc["question"] for doc in asked], 5)
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert len(lines) == len(asked)
+        for line, passages_found in zip(lines, found, strict=True):
+            assert line["retriever"] == name
+            assert [(e["id"], e["score"], e["rank"]) for e in line["retrieved"]] == [
+                (e.passage.id, e.score, e.rank) for e in passages_found
+            ]
+            settings.append(line["settings"])
+    assert len(set(settings)) == 3

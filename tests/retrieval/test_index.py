@@ -14,7 +14,8 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval import index as index_module
 from genpoe_plugin.retrieval.faiss_setup import faiss
-from genpoe_plugin.retrieval.index import MANIFEST, VECTORS, PassageIndex
+from genpoe_plugin.retrieval.index import VECTORS, PassageIndex
+from genpoe_plugin.retrieval.manifest import MANIFEST
 from genpoe_plugin.retrieval.passage_store import BLOCK, IDS, PASSAGES
 
 Corpus = Callable[[np.ndarray], tuple[list[Passage], object]]

@@ -21,7 +21,7 @@ class FakeRetriever:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.index = self
+        self.passages = self
 
     def __len__(self) -> int:
         return len(PASSAGES)

@@ -101,10 +101,12 @@ def test_whole_files_and_their_quality(tmp_path: Path, form: str) -> None:
     assert read_header(out) == ({"reranker": "by number"} if form == "genpoe" else {})
     before = [rank if rank < 4 else None for rank in (1, 2, 3, 4)] * 10
     after = [next((p.rerank_rank for p in item.passages if p.has_answer), None) for item in expected]
-    assert (quality.retrieved, quality.reranked, quality.passages) == (before, after, 3)
+    places = [[next(iter(np.flatnonzero(r.grades) + 1), None) for r in quality.retrieved]]
+    places.append([next(iter(np.flatnonzero(r.grades) + 1), None) for r in quality.reranked])
+    assert (*places, quality.passages) == (before, after, 3)
     assert before != after
     lines = quality.table(reranked=True).splitlines()
-    assert lines[0].split() == ["40", "questions", "recall@1", "MRR"]
+    assert lines[0].split() == ["40", "questions", "recall@1", "MRR", "nDCG@10"]
     assert [line.split()[0] for line in lines[1:]] == ["retrieved", "reranked"]
     assert len(quality.table(reranked=False).splitlines()) == 2
 

@@ -14,8 +14,8 @@ from genpoe_plugin.data.passages import Passage, read_passages
 from genpoe_plugin.data.questions import RetrievedPassage, read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.indexing.encoding import index_passages
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import load_encoder
-from genpoe_plugin.retrieval.retriever import Retriever
 
 REAL = Path(__file__).parents[3] / "shared/data/nq/nq-open-gold-passages.jsonl.gz"
 WORDS = ["abc", "cab", "bca", "xyz"]
@@ -26,7 +26,7 @@ def test_passages_come_ranked_in_the_order_of_the_questions(fixed_corpus: Callab
     rng = np.random.default_rng(0)
     passages, encoder = fixed_corpus(rng.standard_normal((40, 6)))
     encoder.questions = {f"q{i}": rng.standard_normal(6) for i in range(300)}  # more than are searched at a time
-    retriever = Retriever(index_passages(passages, encoder, tmp_path / "index", progress=False), encoder)
+    retriever = DenseRetriever(index_passages(passages, encoder, tmp_path / "index", progress=False), encoder)
     results = retriever.retrieve(list(encoder.questions), 5)
     for question, result in zip(encoder.questions, results, strict=True):
         scores = {p.id: float(encoder.questions[question] @ encoder.passages[p.id]) for p in passages}
@@ -44,7 +44,7 @@ def test_rows_that_the_index_does_not_fill_are_left_out(fixed_corpus: Callable[.
     passages, encoder = fixed_corpus(vectors)
     encoder.questions = {"q": vectors[0]}
     index = index_passages(passages, encoder, tmp_path / "index", factory="IVF4,Flat", progress=False)
-    (result,) = Retriever(index, encoder).retrieve(["q"], 200)
+    (result,) = DenseRetriever(index, encoder).retrieve(["q"], 200)
     assert 0 < len({item.passage.id for item in result}) == len(result) < 200
 
 
@@ -54,7 +54,7 @@ def test_load_finds_the_encoder_or_takes_the_one_given(
     directory = make_sentence_encoder()
     encoder = load_encoder(str(directory))
     index_passages(PASSAGES, encoder, tmp_path / "index", progress=False)
-    retriever = Retriever.load(tmp_path / "index")
+    retriever = DenseRetriever.load(tmp_path / "index")
     expected = [[item.passage.id for item in result] for result in retriever.retrieve(["abc", "xyz"], 3)]
     scores = encoder.encode_questions(["abc", "xyz"]) @ encoder.encode_passages(PASSAGES).T
     assert expected == [[str(row) for row in np.argsort(-line)[:3]] for line in scores]
@@ -62,8 +62,8 @@ def test_load_finds_the_encoder_or_takes_the_one_given(
 
     moved = shutil.move(directory, tmp_path / "moved")
     with pytest.raises(InputError, match=r"cannot be loaded|no modules"):
-        Retriever.load(tmp_path / "index")
-    again = Retriever.load(tmp_path / "index", encoder=str(moved)).retrieve(["abc", "xyz"], 3)
+        DenseRetriever.load(tmp_path / "index")
+    again = DenseRetriever.load(tmp_path / "index", encoder=str(moved)).retrieve(["abc", "xyz"], 3)
     assert [[item.passage.id for item in result] for result in again] == expected
 
 
@@ -73,7 +73,7 @@ def test_another_encoder_is_refused_and_both_are_named(
     ours, theirs = make_sentence_encoder(), make_sentence_encoder(pooling="cls")
     index_passages(PASSAGES, load_encoder(str(ours)), tmp_path / "index", progress=False)
     with pytest.raises(InputError) as caught:
-        Retriever.load(tmp_path / "index", encoder=str(theirs))
+        DenseRetriever.load(tmp_path / "index", encoder=str(theirs))
     assert str(ours) in str(caught.value) and str(theirs) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -87,7 +87,7 @@ def test_real_encoder_finds_real_passages(tmp_path: Path) -> None:
     asked = [q for q in read_questions(REAL) if has_answer(texts.get(q.passages[0].passage.id, ""), q.answers)]
     assert len(asked) > 30
     encoder = load_encoder(model, batch_size=32)
-    retriever = Retriever(index_passages(passages, encoder, tmp_path / "index", progress=False), encoder)
+    retriever = DenseRetriever(index_passages(passages, encoder, tmp_path / "index", progress=False), encoder)
     found = retriever.retrieve([question.question for question in asked], 20)
     gold = [question.passages[0].passage.id for question in asked]
     ranks = [[item.passage.id for item in result] for result in found]
