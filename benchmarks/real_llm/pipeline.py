@@ -14,16 +14,27 @@ import yaml
 
 from benchmarks.real_llm.commands import run_genpoe, whole_name
 from benchmarks.real_llm.layers import Shape
-from benchmarks.real_llm.pipeline_data import DATA_SETS, asked_file, retrieve, write_asked
-from benchmarks.real_retrieval import encoder_name
+from benchmarks.real_llm.pipeline_data import DATA_SETS, RETRIEVERS, evaluated_file, retrieve, write_evaluated
 from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.files import atomic_file
 
 COUNTS = [1, 2, 4, 8]
 """Passages per question."""
-TEMPERATURE = 0.05
-"""Of gates from cosine similarities, whose differences are small."""
+TEMPERATURES = {"dense": 0.05, "bm25": 1.0}
+"""Temperature of sharp gates: cosine similarities differ by little, scores of BM25 by more."""
 PURPOSES = ("retrieved", "hops", "reversed")
+
+
+class DataSets(click.ParamType):
+    """Names of data sets with commas between them."""
+
+    name = "data sets"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(str(value).split(","))
+        if unknown := [name for name in names if name not in DATA_SETS]:
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(DATA_SETS)}", param, ctx)
+        return names
 
 
 @click.command()
@@ -32,21 +43,33 @@ PURPOSES = ("retrieved", "hops", "reversed")
 @click.option("--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of data sets.")
 @click.option("--retrieval", required=True, type=click.Path(path_type=Path), help="Folder for index and passages.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs.")
+@click.option("--retriever", default="dense", show_default=True, type=click.Choice(RETRIEVERS))
 @click.option("--encoder", help="Directory of a sentence encoder.  [default: all-MiniLM-L6-v2, from its package]")
+@click.option(
+    "--data-sets", "names", default=tuple(DATA_SETS), type=DataSets(), metavar="NAME,...", help="[default: all]"
+)
 @click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions of each data set.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the LLM.")
+@click.option(
+    "--gate-temperature",
+    type=click.FloatRange(0, min_open=True),
+    help="Temperature of sharp gates.  [default: by retriever]",
+)
+@click.option("--dtype", default="float32", show_default=True, help="Data type of the LLM.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions at a time.")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs at a time.")
-@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of an answer.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Questions per batch.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Simultaneous runs.")
+@click.option("--max-tokens", default=16, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
 def pipeline(
     llm: str,
     hypernetwork: str,
     data: Path,
     retrieval: Path,
     out: Path,
+    retriever: str,
     encoder: str | None,
+    names: tuple[str, ...],
     limit: int,
+    gate_temperature: float | None,
     dtype: str,
     device: str,
     batch_size: int,
@@ -60,35 +83,47 @@ def pipeline(
     # A wrong name is found before the index is built.
     Shape.of(llm)
     read_config(hypernetwork)
-    retrieve(data, retrieval, encoder or encoder_name(), device)
-    write_asked(data, retrieval, out, limit)
+    retrieve(data, retrieval, retriever, encoder, device)
+    write_evaluated(data, retrieval, out, retriever, names, limit)
     for purpose in PURPOSES:
+        files = {
+            DATA_SETS[name].task: str(file.resolve())
+            for name in names
+            if (file := evaluated_file(out, name, purpose)).is_file()
+        }
+        if not files:
+            continue
         options = {
             "device": device,
             "batch_size": batch_size,
             "gen_kwargs": {"max_gen_toks": max_tokens},
-            "metadata": {
-                "genpoe_data": {
-                    data_set.task: str(file.resolve())
-                    for name, data_set in DATA_SETS.items()
-                    if (file := asked_file(out, name, purpose)).is_file()
-                }
-            },
+            "metadata": {"genpoe_data": files},
         }
+        models = {"pretrained": whole_name(llm), "hypernetwork": whole_name(hypernetwork), "dtype": dtype}
+        declared = matrix(purpose, models, gate_temperature or TEMPERATURES[retriever], out.resolve(), options)
         path = out / f"{purpose}.yaml"
-        declared = matrix(purpose, whole_name(llm), whole_name(hypernetwork), dtype, out.resolve(), options)
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
         run_genpoe("compare", "--run", path, "--jobs", str(jobs))
 
 
-def matrix(purpose: str, llm: str, hypernetwork: str, dtype: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The declaration of `genpoe compare --run` for the files of a purpose."""
+def matrix(
+    purpose: str, model_args: dict[str, Any], temperature: float, out: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The declaration of `genpoe compare --run` for the files of a purpose.
+
+    Args:
+        purpose: one of `PURPOSES`.
+        model_args: model arguments of all runs.
+        temperature: temperature of sharp gates.
+        out: folder of the study.
+        options: options of lm_eval.
+    """
     tasks = list(options["metadata"]["genpoe_data"])
-    shared = {"pretrained": llm, "dtype": dtype, "hypernetwork": hypernetwork}
-    shared["expert_store"] = str(out / "experts")  # the expert of every passage is generated once for all runs
+    # The expert of every passage is generated once for all runs.
+    shared = {**model_args, "expert_store": str(out / "experts")}
     equal = {"gates": "uniform"}
-    sharp = {"gates": "retriever", "gate_temperature": TEMPERATURE}
+    sharp = {"gates": "retriever", "gate_temperature": temperature}
     models: dict[str, Any]
     if purpose == "retrieved":
         models = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.real_llm.commands import run_genpoe
 from benchmarks.real_llm.questions import sample
-from benchmarks.real_retrieval import NQ, SQUAD
+from benchmarks.real_retrieval import NQ, SQUAD, encoder_name
 from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.passages import Passage, passage_from_ctx, read_json_objects, read_passages
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
@@ -18,7 +18,8 @@ from genpoe_plugin.files import atomic_file
 from genpoe_plugin.prompts import normalise_question
 
 RETRIEVED = 20
-"""Passages per question."""
+"""Retrieved passages per question."""
+RETRIEVERS = ("dense", "bm25")
 SEED = 0
 PARAGRAPHS = "wikipedia_paragraphs*.jsonl*"
 WITH_PASSAGES = (
@@ -26,25 +27,25 @@ WITH_PASSAGES = (
     *("hotpotqa_distractor.dev*.jsonl*", "2wiki.dev*.jsonl*", "musique_hipporag.train*.jsonl*"),
     *("hotpotqa_amor100.train*.jsonl*", "hotpotqa_hipporag.train*.jsonl*", "2wiki_migres.train*.jsonl*"),
 )
-"""Files of the data folder whose questions bring passages: all of these go into the corpus."""
+"""Files of the data folder whose questions have passages. All these passages go into the corpus."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Questions of one data set.
+    """A data set of the study.
 
     Attributes:
-        task: of lm_eval.
-        pattern: of its file in the folder of data.
-        most: questions that are retrieved for.
-        answerable: whether only those are asked for which a passage with an answer is among those retrieved, since
-            the corpus was not made for them.
-        hops: whether a question needs two passages, which its file marks.
+        task: its task in lm_eval.
+        pattern: pattern of its file in the data folder.
+        max_questions: maximum number of questions to retrieve for.
+        answerable: evaluate only questions with an answer among the retrieved passages, because the corpus was not
+            made for this data set.
+        hops: a question needs two passages, which its file marks.
     """
 
     task: str
     pattern: str
-    most: int
+    max_questions: int
     answerable: bool = False
     hops: bool = False
 
@@ -91,58 +92,86 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def retrieve(data: Path, out: Path, encoder: str, device: str) -> None:
-    """Build the index over the corpus, and retrieve for all questions, by the commands that users have."""
-    corpus, index = out / "corpus.tsv", out / "index"
+def retrieve(data: Path, out: Path, retriever: str, encoder: str | None, device: str) -> None:
+    """Build the index over the corpus and retrieve for all questions, by the commands that users have.
+
+    Args:
+        data: data folder.
+        out: folder of the corpus, the indexes and the retrieved passages.
+        retriever: one of `RETRIEVERS`.
+        encoder: directory of the sentence encoder of ``dense``; all-MiniLM-L6-v2 by default.
+        device: device of the encoder.
+    """
+    corpus, index = out / "corpus.tsv", out / ("index" if retriever == "dense" else retriever)
     write_corpus(data, corpus)
     if not index.is_dir():
-        build = ("index", "build", "--passages", corpus, "--encoder", encoder, "--out", index)
-        run_genpoe(*build, "--shards", out / "shards", "--factory", "Flat", "--device", device)
+        build = ("index", "build", "--passages", corpus, "--out", index)
+        if retriever == "dense":
+            options = (
+                "--encoder",
+                encoder or encoder_name(),
+                "--shards",
+                out / "shards",
+                "--factory",
+                "Flat",
+                "--device",
+                device,
+            )
+        else:
+            options = ("--retriever", retriever)
+        run_genpoe(*build, *options)
     for name, data_set in DATA_SETS.items():
-        source, found = out / f"{name}.questions.jsonl", out / f"{name}.retrieved.jsonl"
+        source, found = out / f"{name}.questions.jsonl", retrieved_file(out, name, retriever)
         if not source.is_file():
-            write_questions(source, _bare(read_questions(file_in(data, data_set.pattern)), data_set.most))
+            write_questions(source, _bare(read_questions(file_in(data, data_set.pattern)), data_set.max_questions))
         if not found.is_file():
             words = ("retrieve", "--index", index, "--questions", source, "--out", found)
             run_genpoe(*words, "--num-retrieved", str(RETRIEVED), "--device", device)
 
 
-def _bare(questions: Iterator[Question], most: int) -> list[Question]:
-    """``most`` different questions, drawn by `SEED`, without passages."""
-    different = {normalise_question(question.question).casefold(): question for question in questions}
-    drawn = sample(list(different.values()), most, SEED)
-    return [Question(question.question, question.answers) for question in drawn]
+def retrieved_file(out: Path, name: str, retriever: str) -> Path:
+    """The file of the questions of a data set with the passages that ``retriever`` found."""
+    return out / f"{name}.{retriever}.jsonl"
 
 
-def asked_file(out: Path, name: str, purpose: str) -> Path:
-    return out / "asked" / f"{name}.{purpose}.jsonl"
+def _bare(questions: Iterator[Question], count: int) -> list[Question]:
+    """``count`` distinct questions at most, sampled with `SEED`, without passages."""
+    distinct = {normalise_question(question.question).casefold(): question for question in questions}
+    return [Question(question.question, question.answers) for question in sample(list(distinct.values()), count, SEED)]
 
 
-def write_asked(data: Path, retrieval: Path, out: Path, limit: int) -> None:
-    """Write the files that are evaluated, ``limit`` questions of each data set at most.
+def evaluated_file(out: Path, name: str, purpose: str) -> Path:
+    """The file of the questions of a data set that lm_eval reads."""
+    return out / "questions" / f"{name}.{purpose}.jsonl"
 
-    retrieved: with the passages that were retrieved. hops, reversed: multi-hop questions with the two passages that
-    they need, in the order of the file and in the other.
+
+def write_evaluated(data: Path, retrieval: Path, out: Path, retriever: str, names: Sequence[str], limit: int) -> None:
+    """Write the files that lm_eval reads, with at most ``limit`` questions of each data set.
+
+    The files of ``retrieved`` have the retrieved passages. Those of ``hops`` and ``reversed`` have multi-hop questions
+    with the two passages that they need, in the order of the data set and in the other one.
 
     Args:
-        data: the folder of data sets.
-        retrieval: the folder that `retrieve` wrote.
-        out: the folder of the runs; files of another limit in it are replaced.
-        limit: the number of questions.
+        data: data folder.
+        retrieval: folder that `retrieve` wrote.
+        out: folder of the runs. Files of other data sets or of another limit in it are replaced.
+        retriever: one of `RETRIEVERS`.
+        names: data sets to evaluate.
+        limit: maximum number of questions of each data set.
     """
     for name, data_set in DATA_SETS.items():
-        kept = [
+        questions = [
             question
-            for question in read_questions(retrieval / f"{name}.retrieved.jsonl")
+            for question in (read_questions(retrieved_file(retrieval, name, retriever)) if name in names else ())
             if not data_set.answerable or any(entry.has_answer for entry in question.passages)
         ][:limit]
-        _write(asked_file(out, name, "retrieved"), kept)
+        _write(evaluated_file(out, name, "retrieved"), questions)
         if data_set.hops:
             needed = needed_passages(file_in(data, data_set.pattern))
-            pairs = [(question, needed.get(question.question, ())) for question in kept]
+            pairs = [(question, needed.get(question.question, ())) for question in questions]
             both = [(question, passages) for question, passages in pairs if len(passages) == 2]
-            _write(asked_file(out, name, "hops"), [_with(*pair) for pair in both])
-            _write(asked_file(out, name, "reversed"), [_with(question, pair[::-1]) for question, pair in both])
+            _write(evaluated_file(out, name, "hops"), [_with(*pair) for pair in both])
+            _write(evaluated_file(out, name, "reversed"), [_with(question, pair[::-1]) for question, pair in both])
 
 
 def _write(path: Path, questions: Sequence[Question]) -> None:

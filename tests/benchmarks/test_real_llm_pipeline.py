@@ -6,16 +6,19 @@ import json
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
-from benchmarks.real_llm.pipeline import COUNTS, PURPOSES, TEMPERATURE, matrix
+from benchmarks.__main__ import main
+from benchmarks.real_llm.pipeline import COUNTS, PURPOSES, matrix
 from benchmarks.real_llm.pipeline_data import (
     DATA_SETS,
     PARAGRAPHS,
     WITH_PASSAGES,
-    asked_file,
+    evaluated_file,
     needed_passages,
-    write_asked,
+    retrieved_file,
     write_corpus,
+    write_evaluated,
 )
 from benchmarks.real_llm.questions import NEGATIVES, with_hard_negatives
 from genpoe_plugin.comparison.matrix import read_matrix
@@ -79,23 +82,26 @@ def retrieved(question: str, *found: bool) -> Question:
     return Question(question, ("blue",), tuple(passages))
 
 
-def test_asked_are_the_first_questions_and_of_trivia_those_that_the_corpus_answers(data, tmp_path):
+def test_the_first_questions_are_evaluated_and_of_trivia_those_that_the_corpus_answers(data, tmp_path):
     for name in DATA_SETS:
         questions = [retrieved("q4?", False), retrieved("b?", False, True), retrieved("c?", True)]
-        write_questions(tmp_path / f"{name}.retrieved.jsonl", questions)
+        write_questions(retrieved_file(tmp_path, name, "bm25"), questions)
     gold = [ctx(1, "is blue", gold=True), ctx(2, "not"), ctx(3, "is red", gold=True)]
     next(data.glob("hotpotqa_distractor*")).write_text(json.dumps({"question": "q4?", "answers": [], "ctxs": gold}))
-    write_asked(data, tmp_path, tmp_path, 2)
-    asked = {name: [q.question for q in read_questions(asked_file(tmp_path, name, "retrieved"))] for name in DATA_SETS}
-    assert asked == {name: ["b?", "c?"] if name == "tqa" else ["q4?", "b?"] for name in DATA_SETS}
-    (both,) = read_questions(asked_file(tmp_path, "hotpotqa", "hops"))
-    (other,) = read_questions(asked_file(tmp_path, "hotpotqa", "reversed"))
+    write_evaluated(data, tmp_path, tmp_path, "bm25", list(DATA_SETS), 2)
+    evaluated = {
+        name: [q.question for q in read_questions(evaluated_file(tmp_path, name, "retrieved"))] for name in DATA_SETS
+    }
+    assert evaluated == {name: ["b?", "c?"] if name == "tqa" else ["q4?", "b?"] for name in DATA_SETS}
+    (both,) = read_questions(evaluated_file(tmp_path, "hotpotqa", "hops"))
+    (other,) = read_questions(evaluated_file(tmp_path, "hotpotqa", "reversed"))
     assert [entry.passage.text for entry in both.passages] == ["is blue", "is red"]
     assert [entry.passage.text for entry in other.passages] == ["is red", "is blue"]
     assert [entry.has_answer for entry in both.passages] == [True, False]
-    assert not asked_file(tmp_path, "2wiki", "hops").exists()  # none of its questions marks two passages
-    write_asked(data, tmp_path, tmp_path, 1)  # another limit replaces the files
-    assert len(list(read_questions(asked_file(tmp_path, "nq", "retrieved")))) == 1
+    assert not evaluated_file(tmp_path, "2wiki", "hops").exists()  # none of its questions marks two passages
+    write_evaluated(data, tmp_path, tmp_path, "bm25", ["nq"], 1)  # replaces files of another limit and data sets
+    assert len(list(read_questions(evaluated_file(tmp_path, "nq", "retrieved")))) == 1
+    assert not evaluated_file(tmp_path, "squad", "retrieved").exists()
 
 
 def test_needed_passages_are_those_marked_gold(tmp_path):
@@ -108,7 +114,9 @@ def test_needed_passages_are_those_marked_gold(tmp_path):
 def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
     options = {"device": "cpu", "metadata": {"genpoe_data": {"genpoe_nq": "nq.jsonl"}}}
     path = tmp_path / "matrix.yaml"
-    path.write_text(yaml.safe_dump(matrix(purpose, "llm", "experts", "float32", tmp_path, options)))
+    path.write_text(
+        yaml.safe_dump(matrix(purpose, {"pretrained": "llm", "hypernetwork": "experts"}, 0.25, tmp_path, options))
+    )
     declared = read_matrix(path)
     assert declared.tasks == ("genpoe_nq",) and declared.out == tmp_path / purpose
     gates = {
@@ -117,7 +125,7 @@ def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
         if cell.arguments["mode"] == "genpoe" and cell.arguments.get("passages") == "retrieved"
     }
     if purpose == "retrieved":
-        assert gates == {*((count, None) for count in COUNTS), *((count, TEMPERATURE) for count in COUNTS[1:])}
+        assert gates == {*((count, None) for count in COUNTS), *((count, 0.25) for count in COUNTS[1:])}
         assert any(cell.arguments.get("passages") == "shuffled" for cell in declared.cells)
     else:
         assert gates == {(1, None), (2, None)}
@@ -150,3 +158,10 @@ def test_hard_negatives_are_near_the_question_and_have_no_answer():
         assert all(entry.has_answer is False for entry in negatives)
     first = with_hard_negatives(questions)[0].passages[1:4]
     assert all("river" in entry.passage.text for entry in first)
+
+
+def test_an_unknown_data_set_is_refused(tmp_path):
+    words = ["--llm", "x", "--hypernetwork", "y", "--data", tmp_path, "--retrieval", "r", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, ["real-llm", "pipeline", *map(str, words), "--data-sets", "nq,trivia"])
+    assert result.exit_code == 2 and "'trivia' is not one of nq, squad" in result.output
+    assert not (tmp_path / "out").exists()
