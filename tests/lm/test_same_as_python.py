@@ -73,11 +73,11 @@ def test_answers_and_likelihoods(
 def test_where_the_prompt_gets_too_long_the_same_passages_are_left_out(
     make_llm, tokenizer, make_lm, docs, generation, asked, mode, hypernetwork_dir
 ):
-    """Whole ones, the last first; they are experts all the same."""
+    """Whole passages are left out, the last ones first; all passages become experts."""
     llm = make_llm("llama", max_position_embeddings=90)
     model = GenPoEModel(llm, tokenizer, hypernetwork_dir)
-    shown = [row.num_in_prompt for row in model._build_rows(*asked, mode, 8)]
-    assert any(0 < count < len(own) for count, own in zip(shown, asked[1], strict=True)), shown
+    in_prompt = [row.num_in_prompt for row in model._build_rows(*asked, mode, 8)]
+    assert any(0 < count < len(own) for count, own in zip(in_prompt, asked[1], strict=True)), in_prompt
     lm = make_lm(mode, pretrained=llm)
     assert lm.max_length == 90
     assert model.generate(*asked, mode=mode, max_new_tokens=8) == lm.generate_until(
