@@ -1,4 +1,4 @@
-"""What a user of the stock lm_eval sees where something is wrong: one line, and a status that is not 0."""
+"""Errors of the stock lm_eval command are one line, with an exit status other than 0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BY_THE_START_UP_FILE = "import genpoe_plugin.registration as r; r.install()"
 BY_LM_EVAL_ITSELF = (
     "from lm_eval.api.registry import model_registry as m; m.register('genpoe', target='genpoe_plugin.lm.hf:GenPoELM')"
 )
-# Reading thousands of other task files is most of what the command would do here.
+# Otherwise the command would spend most of its time on reading thousands of other task files.
 OWN_TASKS_ALONE = (
     "from lm_eval.tasks._index import TaskIndex; from genpoe_plugin.registration import task_folder; "
     "build = TaskIndex.build; TaskIndex.build = staticmethod(lambda _, **options: build([task_folder()], **options))"
@@ -31,19 +31,19 @@ OWN_TASKS_ALONE = (
 
 
 @pytest.mark.parametrize(
-    ("model", "found", "message"),
+    ("model", "setup", "message"),
     [
         ("genpoe", BY_THE_START_UP_FILE, "mode=rags: not one of closed_book, rag, genpoe, genpoe_rag"),
         ("genpoe", BY_LM_EVAL_ITSELF, "mode=rags: not one of closed_book, rag, genpoe, genpoe_rag"),
-        # What is wrong first depends on whether vLLM is there.
+        # The first error depends on whether vLLM is installed.
         ("genpoe-vllm", BY_THE_START_UP_FILE, "mode=rags: not one of" if VLLM else "genpoe-vllm needs vLLM"),
     ],
 )
-def test_the_stock_command_ends_in_one_line(llm_dir, model, found, message):
+def test_the_stock_command_ends_in_one_line(llm_dir, model, setup, message):
     words = f"--model {model} --model_args pretrained={llm_dir},mode=rags --tasks genpoe_nq --device cpu".split()
-    code = f"import sys, runpy; sys.argv[0] = 'lm_eval'; {found}; {OWN_TASKS_ALONE}; "
+    code = f"import sys, runpy; sys.argv[0] = 'lm_eval'; {setup}; {OWN_TASKS_ALONE}; "
     code += "runpy.run_module('lm_eval', run_name='__main__', alter_sys=True)"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "GENPOE_NO_AUTOLOAD": str(int(found == BY_LM_EVAL_ITSELF))}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "GENPOE_NO_AUTOLOAD": str(int(setup == BY_LM_EVAL_ITSELF))}
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -52,21 +52,21 @@ def test_the_stock_command_ends_in_one_line(llm_dir, model, found, message):
 
 
 @pytest.mark.parametrize(
-    ("program", "raised", "told"),
+    ("program", "raised", "output"),
     [
         ("lm_eval", "InputError('one\\ntwo')", "error: one two\n"),
         ("lm_eval", "ValueError('one')", None),
         ("mine", "InputError('one')", None),
     ],
 )
-def test_other_errors_and_programs_keep_their_tracebacks(program, raised, told):
+def test_other_errors_and_programs_keep_their_tracebacks(program, raised, output):
     code = (
         f"import sys; sys.argv[0] = {program!r}; from genpoe_plugin.errors import InputError; "
         f"from genpoe_plugin.registration import errors_in_one_line; errors_in_one_line(); raise {raised}"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == told or (told is None and done.stderr.startswith("Traceback"))
+    assert done.stderr == output or (output is None and done.stderr.startswith("Traceback"))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_nothing_takes_is_named_and_what_the_loader_takes_is_not(llm_dir):
         GenPoELM.create_from_arg_obj({**base, "flavour": "sweet"})
     with pytest.raises(InputError, match=r"max_lenght=64: not an argument .*; did you mean max_length\?$"):
         GenPoELM.create_from_arg_obj({**base, "max_lenght": 64})
-    # Of the loader's names max_memory is much like max_cpu_memory, which lm-eval's class has.
+    # The loader's argument max_memory is similar to max_cpu_memory, an argument of lm-eval's class.
     lm = GenPoELM.create_from_arg_obj({**base, "attn_implementation": "eager", "max_memory": {"cpu": "1GB"}})
     assert lm.model.config._attn_implementation == "eager"
 

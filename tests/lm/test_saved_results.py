@@ -1,4 +1,4 @@
-"""The trace beside the results that lm-eval saves, and what `genpoe compare` shows of it."""
+"""The trace is saved beside lm-eval's results, and `genpoe compare` reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genpoe_plugin.selection.trace import Trace
 
 @pytest.fixture
 def saved(evaluate):
-    """``saved(lm, output_path, **options)``: evaluate and save, as the command does."""
+    """``saved(lm, output_path, **options)`` evaluates and saves results as the command does."""
 
     def run(lm: HFLM, output_path: Path, **options: Any) -> None:
         tracker = EvaluationTracker(output_path=str(output_path))

@@ -1,4 +1,4 @@
-"""What travels beside lm-eval: another order than the one foreseen is an error, and never another row's experts."""
+"""Side channels: if lm-eval uses an unexpected order, there is an error, and no row gets another row's experts."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_a_batch_in_another_order_is_an_error(batch):
 
 
 def test_a_probe_has_the_most_experts_in_every_row_and_leaves_the_batch_alone(batch, monkeypatch):
-    asked = []
+    calls = []
     rows = batch._store.rows
-    monkeypatch.setattr(batch._store, "rows", lambda *args: asked.append(args) or rows(*args))
+    monkeypatch.setattr(batch._store, "rows", lambda *args: calls.append(args) or rows(*args))
     batch.foresee([selection(), selection("an opera", "a dog"), selection("a barber")])
     batch.prepare([(selection("a barber"), 3)], [[1, 2, 3]])
-    ready = batch.rows
+    prepared = batch.rows
     with batch.probing(), batch.injected(IDS):
         pass
-    assert asked[-1] == ([("an opera", "a dog")] * 2, [(0.5, 0.5)] * 2, [0, 0])
-    assert batch.rows is ready
+    assert calls[-1] == ([("an opera", "a dog")] * 2, [(0.5, 0.5)] * 2, [0, 0])
+    assert batch.rows is prepared
 
 
 def test_windows_beyond_the_last_are_of_anyone():
@@ -63,7 +63,7 @@ def test_the_engines_order_is_checked():
     order = EngineOrder()
     short, long = placed("b", "1"), placed("a", "2")
     order.foresee_prompts([short, long], [[1], [2, 3, 4]])
-    assert order.next_prompt([3, 4]) is long, "the longest first, and cut"
+    assert order.next_prompt([3, 4]) is long, "the longest first, also if truncated"
     with pytest.raises(AssertionError, match="another order"):
         order.next_prompt([9])
     rows = [((selection("a"), 0), [5, 6]), ((selection("b"), 1), [1, 2, 3])]

@@ -1,4 +1,4 @@
-"""What cannot be is said in one line, and before an engine starts."""
+"""Invalid arguments are reported in one line, before an engine starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def no_engine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"mode": "magic"}, "mode=magic: not one of"),
         ({"hypernetwork": None}, "genpoe train hypernetwork"),
@@ -35,10 +35,10 @@ def no_engine(monkeypatch):
         ({"hf_overrides": len}, "hf_overrides must be a dictionary"),
     ],
 )
-def test_arguments(make_vllm, arguments, says):
+def test_arguments(make_vllm, arguments, message):
     with pytest.raises(InputError) as error:
         make_vllm(**arguments)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -75,7 +75,7 @@ def test_a_rank_beyond_the_engines(make_vllm, make_hypernetwork_dir, form):
 
 
 def test_a_checkpoint_of_another_llm(make_vllm, make_llm, tokenizer, tmp_path):
-    """Also one that only differs above the layers that are read."""
+    """An LLM that differs only above the layers that are read is another LLM as well."""
     for different in ({"seed": 9}, {"num_hidden_layers": 5}):
         sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
         make_llm("llama", **sizes, **different).save_pretrained(tmp_path)
@@ -85,10 +85,10 @@ def test_a_checkpoint_of_another_llm(make_vllm, make_llm, tokenizer, tmp_path):
 
 
 def test_sets_that_do_not_fit(make_vllm, monkeypatch):
-    chosen = {}
+    arguments = {}
 
-    def started(self, model=None, **arguments):
-        chosen.update(arguments)
+    def started(self, model=None, **engine_arguments):
+        arguments.update(engine_arguments)
         raise StopIteration
 
     monkeypatch.setattr(LLM, "__init__", started)
@@ -97,20 +97,20 @@ def test_sets_that_do_not_fit(make_vllm, monkeypatch):
     size = (4 + 30 + 30) * 8 * 4
     with pytest.raises(StopIteration):
         make_vllm(**free)
-    assert (chosen["max_loras"], chosen["max_cpu_loras"]) == (16, 32)
+    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (16, 32)
     monkeypatch.setattr(type(current_platform), "get_device_total_memory", lambda *_: 10 * 5 * size + 5)
     with pytest.raises(StopIteration):
         make_vllm(**free)
-    assert (chosen["max_loras"], chosen["max_cpu_loras"]) == (5, 10)
-    chosen.clear()
+    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (5, 10)
+    arguments.clear()
     monkeypatch.setattr(type(current_platform), "get_device_total_memory", lambda *_: 5 * size)
     with pytest.raises(InputError, match=r"one expert set takes .* MiB, more than 10% of the device's memory"):
         make_vllm(**free)
-    assert not chosen
+    assert not arguments
 
 
 def test_another_version_of_vllm(llm_dir):
-    """At the first import, where lm-eval looks for the model class."""
+    """The version is checked when lm-eval imports the model class."""
     program = (
         "import importlib.metadata as m; known = m.version\n"
         "m.version = lambda name: '0.11.0' if name == 'vllm' else known(name)\n"
