@@ -28,6 +28,7 @@ FILES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", 
 STOP_WORDS, LANGUAGE = "en", "english"
 FIELDS = {"k1": float, "b": float, "count": int, "vocabulary": int, "digest": str, "files": dict}
 BLOCK = 256  # questions whose words are found at a time
+BLOCKS_PER_RESULT = 16  # of the search for the best rows
 
 
 class BM25Retriever:
@@ -147,6 +148,15 @@ def best_rows(scores: np.ndarray, k: int) -> np.ndarray:
         scores: one score per passage, float ``[n]``.
         k: number of rows; fewer are returned if fewer scores are above 0.
     """
-    least = np.partition(scores, -k)[-k] if k < len(scores) else 0
-    candidates = np.flatnonzero(scores >= least if least > 0 else scores > 0)
-    return candidates[np.lexsort((candidates, -scores[candidates]))[:k]]
+    # k blocks have a highest score of at least `least`, so k rows have. Leaving out all others first is several times
+    # as fast as a selection among all scores.
+    least, size = 0.0, len(scores) // (BLOCKS_PER_RESULT * k)
+    if size > 1:
+        highest = scores[: len(scores) // size * size].reshape(-1, size).max(axis=1)
+        least = np.partition(highest, -k)[-k]
+    rows = np.flatnonzero(scores >= least if least > 0 else scores > 0)
+    values = scores[rows]
+    if len(rows) > k:
+        kept = values >= np.partition(values, -k)[-k]
+        rows, values = rows[kept], values[kept]
+    return rows[np.argsort(-values, kind="stable")[:k]]

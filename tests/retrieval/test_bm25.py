@@ -84,6 +84,20 @@ def test_ties_go_to_the_first_rows_and_nothing_without_a_score_is_found(scores: 
     assert best_rows(np.array(scores, np.float32), k).tolist() == expected
 
 
+@pytest.mark.parametrize("k", [1, 20, 300])
+@pytest.mark.parametrize("kinds", [3, 1000])
+def test_the_best_of_many_rows(k: int, kinds: int) -> None:
+    """With many ties and with few, where the best rows are looked for in blocks."""
+    rng = np.random.default_rng(k)
+    for count in (1, k, 16 * k, 40 * k + 7, 20_011):
+        scores = (rng.integers(0, kinds, count) / 8).astype(np.float32)
+        expected = sorted(np.flatnonzero(scores).tolist(), key=lambda row: (-scores[row], row))[:k]
+        assert best_rows(scores, k).tolist() == expected
+    scores = np.zeros(20_011, np.float32)
+    scores[[7, 20_010]] = 1, 2
+    assert best_rows(scores, k).tolist() == [20_010, 7][:k]
+
+
 def test_scores_are_mapped_and_read_by_bm25s_itself(tmp_path: Path) -> None:
     passages = corpus(40)
     retriever = build_bm25(passages, tmp_path / "index", progress=False)
