@@ -46,7 +46,7 @@ from genpoe_plugin.indexing.tuning import nearest, query_vectors, tune
 from genpoe_plugin.indexing.vectors import chunks, gathered, sampled_rows
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, make_index, parts
 from genpoe_plugin.retrieval.index import FORMAT, MANIFEST, VECTORS, VERSION, PassageIndex, open_vectors
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES
+from genpoe_plugin.retrieval.passage_store import PASSAGES
 
 if TYPE_CHECKING:
     from genpoe_plugin.retrieval.encoder import Encoder
@@ -331,7 +331,7 @@ class _Build:
     def write_manifest(self, search: dict[str, Any], requested: dict[str, Any]) -> None:
         """Write the manifest, which completes the index."""
         files = {}
-        for name in [*self.names, PASSAGES, IDS]:
+        for name in [*self.names, PASSAGES]:
             path = self.finished / name
             files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         copied = ("encoder", "fingerprint", "pooling", "precision", "dimension", "count", "digest", "source")

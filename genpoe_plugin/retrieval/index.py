@@ -2,7 +2,7 @@
 
 - ``index.faiss``: the vectors, in any FAISS index type, for the inner product. If they were built in parts, the files
   are ``index-00000.faiss`` and so on, and FAISS searches them as shards;
-- ``passages.arrow`` and ``ids.npy``: the passages in the same order (`PassageStore`);
+- ``passages.arrow``: the passages in the same order (`PassageStore`);
 - ``index.json``, the manifest: encoder and its fingerprint, dimension, factory string, number of passages, search
   parameters with their measured recall, and size and SHA-256 of the files.
 """
@@ -24,9 +24,11 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest, refuse_pickles
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, set_parameters
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES, PassageStore
+from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
-FORMAT, VERSION = "genpoe-index", 2
+FORMAT, VERSION = "genpoe-index", 3
+READABLE = (2, VERSION)
+"""Versions that can be read; version 2 has one more file, which nothing reads."""
 MANIFEST, VECTORS = "index.json", "index.faiss"
 FIELDS = {
     "encoder": str,
@@ -115,14 +117,6 @@ class PassageIndex:
             IndexError: there is no such row.
         """
         return self._passages.passage(row)
-
-    def row(self, identifier: str) -> int:
-        """The row of the passage with this id.
-
-        Raises:
-            KeyError: there is no such passage.
-        """
-        return self._passages.row(identifier)
 
     @cached_property
     def vectors(self) -> Any:
@@ -229,12 +223,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         format_and_version = manifest.get("format"), manifest.get("version")
         complete = all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items())
-        names = [*manifest["vectors"], PASSAGES, IDS] if complete else []
+        names = [*manifest["vectors"], PASSAGES] if complete else []
         sizes = {name: manifest["files"][name]["bytes"] for name in names}
         complete = complete and isinstance(manifest["search"]["parameters"], dict)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a valid index manifest; build the index again") from error
-    if format_and_version != (FORMAT, VERSION):
+    if format_and_version not in [(FORMAT, version) for version in READABLE]:
         stored = f"version {format_and_version[1]}" if format_and_version[0] == FORMAT else "another format"
         raise InputError(f"{path}: {stored} instead of version {VERSION} of an index; build the index again")
     if not complete:
