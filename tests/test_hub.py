@@ -17,11 +17,11 @@ from genpoe_plugin.checkpoints.card import ModelCard
 from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.hub import commit_of, split_revision
+from genpoe_plugin.llm.empty_model import empty_model
 from genpoe_plugin.llm.language_model import load_language_model
 from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.creation import attention_config, create_attention_experts
-from genpoe_plugin.training.model_size import read_size
 from tests.hub_server import TOKEN
 
 QUESTIONS = ["who wrote the opera about a barber"]
@@ -242,14 +242,14 @@ def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_
         reranker = Reranker.load(name)
         assert reranker.commit == commit
         assert reranker.fingerprint == Reranker.load(directory).fingerprint
-        assert read_size(name) == read_size(str(directory))
+        assert empty_model(name).num_parameters() == empty_model(str(directory)).num_parameters()
     assert Reranker.load(llm_dir).commit is None
     assert commit_of("someone/llm", "v1") == first
     with pytest.raises(InputError, match="someone/llm@v9"):
         load_language_model("someone/llm@v9")
 
 
-def test_the_size_is_that_of_the_revision_where_weights_have_to_be_looked_at(model_hub, tmp_path, make_llm):
+def test_the_dtype_is_that_of_the_revision_where_weights_have_to_be_looked_at(model_hub, tmp_path, make_llm):
     """The weights must be read if the LLM's configuration has no dtype."""
     for branch, dtype in (("main", torch.float32), ("half", torch.bfloat16)):
         make_llm("llama").to(dtype).save_pretrained(tmp_path / branch)
@@ -258,8 +258,8 @@ def test_the_size_is_that_of_the_revision_where_weights_have_to_be_looked_at(mod
         del settings["dtype"]
         config.write_text(json.dumps(settings))
         model_hub.add("someone/llm", tmp_path / branch, branch)
-    assert read_size("someone/llm").number_bytes == 4
-    assert read_size("someone/llm@half").number_bytes == 2
+    assert empty_model("someone/llm").dtype == torch.float32
+    assert empty_model("someone/llm@half").dtype == torch.bfloat16
 
 
 def test_an_adapter_has_a_revision_that_its_base_model_lacks(model_hub, tmp_path, llm_dir):

@@ -20,6 +20,7 @@ from train_cli.training_options import (
     digests,
     form_options,
     report,
+    shards,
     show_memory,
     training_options,
 )
@@ -86,15 +87,15 @@ def hypernetwork(
     from genpoe_plugin.data.questions import read_questions
     from genpoe_plugin.experts.config import HypernetworkConfig
     from genpoe_plugin.experts.footprint import footprint
+    from genpoe_plugin.llm.empty_model import empty_model, weight_bytes
     from genpoe_plugin.llm.language_model import load_language_model, load_tokenizer
     from genpoe_plugin.training.creation import attention_config
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.examples import PROMPT_WORDS, TARGET_WORDS, passage_examples, training_examples
     from genpoe_plugin.training.hypernetwork import Examples, train_hypernetwork
     from genpoe_plugin.training.llm_state_cache import state_files
-    from genpoe_plugin.training.model_size import empty_model, read_size
-    from genpoe_plugin.training.plans import plan_hypernetwork
     from genpoe_plugin.training.trainer import is_finished
+    from genpoe_plugin.training.trials import HypernetworkTrial
     from genpoe_plugin.training.validation import Validation
 
     form = {name: options.pop(name) for name in ("layer", "layers", *FORM_HELP)}
@@ -121,7 +122,7 @@ def hypernetwork(
     accelerator = accelerator_on(device)
     finished_before = is_finished(out)
 
-    llm_size = read_size(model, dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf)
+    empty = empty_model(model, dtype=dtype, trust_remote_code=trust_remote_code, **from_gguf)
     if init is not None:
         config = read_config(init)
         if config.head != "attention":
@@ -131,11 +132,11 @@ def hypernetwork(
         config = replace(config, **form | changes)
     elif preset in IN_ATTENTION:
         layers = changes.pop("layers", None)
-        shape = empty_model(model, trust_remote_code=trust_remote_code, **from_gguf)
-        config = replace(attention_config(shape, layers), **PRESETS[preset] | changes)
+        config = replace(attention_config(empty, layers), **PRESETS[preset] | changes)
     else:
-        layer = changes.pop("layer", llm_size.layers // 3)
-        config = HypernetworkConfig.preset(preset, hidden_size=llm_size.hidden_size, layer=layer, **changes)
+        shape = empty.config.get_text_config()
+        layer = changes.pop("layer", shape.num_hidden_layers // 3)
+        config = HypernetworkConfig.preset(preset, hidden_size=shape.hidden_size, layer=layer, **changes)
     if config.head == "attention":
         config = replace(config, addition_rank=config.addition_rank or ADDITION_RANK)
         if click.get_current_context().get_parameter_source("learning_rate") is ParameterSource.DEFAULT:
@@ -146,8 +147,18 @@ def hypernetwork(
     if accelerator.is_main_process:
         click.echo(f"hypernetwork: {size.parameters:,} parameters; {unit}: {size.expert_bytes:,} bytes", err=True)
     state_bytes = int(state_gb * 10**9)
-    plan = plan_hypernetwork(config, arguments, examples, llm_size, tokenizer, accelerator, state_bytes)
-    if not show_memory(plan.estimate(), accelerator, device, estimate):
+    trial = HypernetworkTrial(
+        config=config,
+        arguments=arguments,
+        examples=examples,
+        model=empty,
+        tokenizer=tokenizer,
+        llm_bytes=weight_bytes(model, empty),
+        device=accelerator.device,
+        state_bytes=state_bytes,
+        shards=shards(accelerator),
+    )
+    if not show_memory(trial, accelerator, device, estimate):
         return
 
     llm, tokenizer = load_language_model(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from genpoe_plugin.training.training_arguments import RerankerTraining
-from train_cli.training_options import card_options, describe, digests, report, show_memory, training_options
+from train_cli.training_options import card_options, describe, digests, report, shards, show_memory, training_options
 
 
 @click.command()
@@ -45,14 +45,14 @@ def reranker(
 ) -> None:
     """Train a reranker: a decoder LLM that scores whether a passage answers a question."""
     from genpoe_plugin.checkpoints.card import DataFile
+    from genpoe_plugin.llm.empty_model import empty_model, weight_bytes
     from genpoe_plugin.llm.language_model import load_tokenizer
     from genpoe_plugin.selection.reranking import Reranker
     from genpoe_plugin.training.devices import accelerator_on
-    from genpoe_plugin.training.model_size import empty_model, read_size
-    from genpoe_plugin.training.plans import plan_reranker
     from genpoe_plugin.training.reranker import train_reranker
     from genpoe_plugin.training.reranker_data import read_examples
     from genpoe_plugin.training.trainer import is_finished
+    from genpoe_plugin.training.trials import RerankerTrial
 
     arguments = RerankerTraining(**options)
     examples = read_examples(data)
@@ -63,16 +63,18 @@ def reranker(
     accelerator = accelerator_on(device)
     finished_before = is_finished(out)
 
-    plan = plan_reranker(
-        empty_model(model, trust_remote_code=trust_remote_code),
-        arguments,
-        examples,
-        read_size(model, dtype=dtype, trust_remote_code=trust_remote_code),
-        load_tokenizer(model, trust_remote_code=trust_remote_code),
-        max_length,
-        accelerator,
+    empty = empty_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    trial = RerankerTrial(
+        arguments=arguments,
+        examples=examples,
+        model=empty,
+        tokenizer=load_tokenizer(model, trust_remote_code=trust_remote_code),
+        max_length=max_length,
+        llm_bytes=weight_bytes(model, empty),
+        device=accelerator.device,
+        shards=shards(accelerator),
     )
-    if not show_memory(plan.estimate(), accelerator, device, estimate):
+    if not show_memory(trial, accelerator, device, estimate):
         return
 
     initial = Reranker.load(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from genpoe_plugin.checkpoints.card import DataFile
-    from genpoe_plugin.training.memory import MemoryEstimate
+    from genpoe_plugin.training.memory import Trial
     from genpoe_plugin.training.trainer_state import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -157,11 +157,18 @@ def report(progress: Progress, out: Path, finished_before: bool) -> None:
     click.echo(f"{out}: trained in {progress.step:,} steps, loss {progress.losses[-1][1]:.3f}")
 
 
-def show_memory(estimate: MemoryEstimate, accelerator: Accelerator, device: str | None, only: bool) -> bool:
-    """Print the memory estimate.
+def shards(accelerator: Accelerator) -> int:
+    """The number of devices that the weights that learn are sharded over."""
+    from accelerate.utils import DistributedType
+
+    return accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
+
+
+def show_memory(trial: Trial, accelerator: Accelerator, device: str | None, only: bool) -> bool:
+    """Measure a trial step and print its memory.
 
     Args:
-        estimate: the estimate.
+        trial: the training.
         accelerator: device and processes of the run.
         device: name of the device, if the user gave one.
         only: whether the user asked only for the estimate.
@@ -170,15 +177,23 @@ def show_memory(estimate: MemoryEstimate, accelerator: Accelerator, device: str 
         Whether to start the training.
 
     Raises:
-        InputError: the device has less free memory than the training needs.
+        InputError: the device has less free memory than the training needs, or the user asked only for an estimate of
+            an LLM for which there is none.
     """
     from genpoe_plugin.device_memory import available_memory
-    from genpoe_plugin.training.memory import check_fits
+    from genpoe_plugin.training.memory import NoEstimate, check_fits
 
+    try:
+        estimate = trial.measure()
+    except NoEstimate as error:
+        if only:
+            raise
+        click.echo(f"{error}; training without", err=True)
+        return True
     if accelerator.is_main_process:
         click.echo(estimate.table(), err=True)
     if not only:
-        check_fits(estimate, available_memory(device or str(accelerator.device)))
+        check_fits(trial, estimate, available_memory(device or str(accelerator.device)))
     return not only
 
 

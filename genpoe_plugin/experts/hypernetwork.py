@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, QueryAddition
@@ -336,8 +337,8 @@ def into_windows(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
         Token indices ``[n, windows, size]``, and the mask of real tokens among them, of the same shape.
     """
     counts = mask.sum(1)
-    known = counts.numel() and counts.device.type != "meta"
-    most = max(1, -(-int(counts.max()) // size)) if known else 1
+    known = counts.numel() and not counts.is_meta and not isinstance(counts, FakeTensor)
+    most = max(1, -(-(int(counts.max()) if known else mask.shape[1]) // size))
     order = (~mask.bool()).long().argsort(dim=1, stable=True)  # real tokens first, in their order
     order = functional.pad(order, (0, max(0, most * size - mask.shape[1])))[:, : most * size]
     inside = torch.arange(most * size, device=mask.device) < counts.unsqueeze(1)

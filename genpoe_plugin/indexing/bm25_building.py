@@ -22,7 +22,7 @@ from genpoe_plugin.indexing.corpus import check_corpus, source_of
 from genpoe_plugin.indexing.passage_writing import write_passage_list
 from genpoe_plugin.retrieval.bm25 import FILES, LANGUAGE, STOP_WORDS, BM25Retriever
 from genpoe_plugin.retrieval.manifest import BM25, FORMAT, MANIFEST, VERSION, written_files
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES, PassageStore
+from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
 K1, B = 1.5, 0.75  # the defaults of bm25s
 
@@ -81,7 +81,7 @@ def build_bm25(
                 "vocabulary": len(words.vocabulary),
                 "digest": corpus.digest,
                 "source": source,
-                "files": written_files(work, [*FILES, PASSAGES, IDS]),
+                "files": written_files(work, [*FILES, PASSAGES]),
                 "bm25s": bm25s.__version__,
             }
             (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -47,7 +47,7 @@ from genpoe_plugin.indexing.vectors import chunks, gathered, sampled_rows
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, make_index, parts
 from genpoe_plugin.retrieval.index import VECTORS, PassageIndex, open_vectors
 from genpoe_plugin.retrieval.manifest import FORMAT, MANIFEST, VERSION, written_files
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES
+from genpoe_plugin.retrieval.passage_store import PASSAGES
 
 if TYPE_CHECKING:
     from genpoe_plugin.retrieval.encoder import Encoder
@@ -341,7 +341,7 @@ class _Build:
             "vectors": self.names,
             "search": search,
             "asked": requested,
-            "files": written_files(self.finished, [*self.names, PASSAGES, IDS]),
+            "files": written_files(self.finished, [*self.names, PASSAGES]),
             "faiss": faiss.__version__,
         }
         _write_json(self.finished / MANIFEST, manifest)

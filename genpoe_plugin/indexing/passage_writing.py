@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -14,46 +13,33 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.indexing.shards import Shards
-from genpoe_plugin.retrieval.passage_store import BLOCK, IDS, PASSAGES, SCHEMA, hash_id
+from genpoe_plugin.retrieval.passage_store import BLOCK, PASSAGES, SCHEMA
 
 
 def write_passages(shards: Shards, directory: Path, *, progress: bool = False) -> None:
-    """Write the files of a `PassageStore` from the passages of all shards; existing files are kept."""
+    """Write the file of a `PassageStore` from the passages of all shards; an existing file is kept."""
     _write(_blocks(shards), shards.count, directory, progress)
 
 
 def write_passage_list(passages: Iterable[Passage], count: int, directory: Path, *, progress: bool = False) -> None:
-    """Write the files of a `PassageStore` from ``count`` passages."""
+    """Write the file of a `PassageStore` from ``count`` passages."""
     rows = iter(passages)
     blocks = iter(lambda: list(islice(rows, BLOCK)), [])
     _write(map(_batch, blocks), count, directory, progress)
 
 
 def _write(blocks: Iterable[pa.RecordBatch], count: int, directory: Path, progress: bool) -> None:
-    if not (directory / PASSAGES).exists():
-        with (
-            tqdm(desc="storing passages", total=count, unit="passage", disable=not progress) as bar,
-            atomic_file(directory / PASSAGES) as temporary,
-            temporary.open("wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as writer,
-        ):
-            for block in blocks:
-                writer.write_batch(block)
-                bar.update(block.num_rows)
-    if not (directory / IDS).exists():
-        hashes = np.empty(count, "<u8")
-        bar = tqdm(desc="storing ids", total=count, unit="passage", disable=not progress)
-        with bar, pa.ipc.open_file(pa.memory_map(str(directory / PASSAGES))) as passages:
-            for number in range(passages.num_record_batches):
-                ids = passages.get_batch(number).column("id").to_pylist()
-                hashes[number * BLOCK : number * BLOCK + len(ids)] = [hash_id(identifier) for identifier in ids]
-                bar.update(len(ids))
-        order = np.argsort(hashes, kind="stable")
-        with atomic_file(directory / IDS) as temporary, temporary.open("wb") as file:
-            header = {"shape": (2, len(order)), "fortran_order": False, "descr": hashes.dtype.str}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(hashes[order].data)
-            file.write(order.astype(hashes.dtype).data)
+    if (directory / PASSAGES).exists():
+        return
+    with (
+        tqdm(desc="storing passages", total=count, unit="passage", disable=not progress) as bar,
+        atomic_file(directory / PASSAGES) as temporary,
+        temporary.open("wb") as file,
+        pa.ipc.new_file(file, SCHEMA) as writer,
+    ):
+        for block in blocks:
+            writer.write_batch(block)
+            bar.update(block.num_rows)
 
 
 def _batch(passages: list[Passage]) -> pa.RecordBatch:

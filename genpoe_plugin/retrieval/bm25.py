@@ -22,7 +22,7 @@ from tqdm import tqdm
 from genpoe_plugin.data.questions import RetrievedPassage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.manifest import BM25, MANIFEST, invalid, read_manifest, retriever_kind, verify_files
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES, PassageStore
+from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
 FILES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", "params.index.json")
 STOP_WORDS, LANGUAGE = "en", "english"
@@ -56,7 +56,7 @@ class BM25Retriever:
         if (kind := retriever_kind(manifest)) != BM25:
             raise InputError(f"{directory}: an index of {kind} retrieval, not of BM25")
         complete = all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items())
-        if not complete or not {*FILES, PASSAGES, IDS} <= manifest["files"].keys():
+        if not complete or not {*FILES, PASSAGES} <= manifest["files"].keys():
             raise invalid(directory)
         passages = PassageStore.open(directory)
         if len(passages) != manifest["count"]:

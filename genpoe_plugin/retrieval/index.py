@@ -2,7 +2,7 @@
 
 - ``index.faiss``: the vectors, in any FAISS index type, for the inner product. If they were built in parts, the files
   are ``index-00000.faiss`` and so on, and FAISS searches them as shards;
-- ``passages.arrow`` and ``ids.npy``: the passages in the same order (`PassageStore`);
+- ``passages.arrow``: the passages in the same order (`PassageStore`);
 - ``index.json``, the manifest: encoder and its fingerprint, dimension, factory string, number of passages, search
   parameters with their measured recall, and size and SHA-256 of the files.
 """
@@ -24,7 +24,7 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, set_parameters
 from genpoe_plugin.retrieval.manifest import DENSE, MANIFEST, invalid, read_manifest, retriever_kind, verify_files
-from genpoe_plugin.retrieval.passage_store import IDS, PASSAGES, PassageStore
+from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
 VECTORS = "index.faiss"
 FIELDS = {
@@ -114,14 +114,6 @@ class PassageIndex:
             IndexError: there is no such row.
         """
         return self.passages.passage(row)
-
-    def row(self, identifier: str) -> int:
-        """The row of the passage with this id.
-
-        Raises:
-            KeyError: there is no such passage.
-        """
-        return self.passages.row(identifier)
 
     @cached_property
     def vectors(self) -> Any:
@@ -224,7 +216,7 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
     complete = all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items())
     if (
         not complete
-        or not {*manifest["vectors"], PASSAGES, IDS} <= manifest["files"].keys()
+        or not {*manifest["vectors"], PASSAGES} <= manifest["files"].keys()
         or not isinstance(manifest["search"].get("parameters"), dict)
     ):
         raise invalid(directory)

@@ -10,7 +10,9 @@ from typing import Any
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest, refuse_pickles
 
-FORMAT, VERSION = "genpoe-index", 2
+FORMAT, VERSION = "genpoe-index", 3
+READABLE = (2, VERSION)
+"""Versions that can be read. Version 2 has one more file, which nothing reads."""
 MANIFEST = "index.json"
 DENSE, BM25 = "dense", "bm25"  # kinds of retrievers
 
@@ -36,7 +38,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         sizes = {str(name): int(file["bytes"]) for name, file in manifest.get("files", {}).items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise invalid(directory) from error
-    if format_and_version != (FORMAT, VERSION):
+    if format_and_version not in [(FORMAT, version) for version in READABLE]:
         stored = f"version {format_and_version[1]}" if format_and_version[0] == FORMAT else "another format"
         raise InputError(f"{path}: {stored} instead of version {VERSION} of an index; build the index again")
     for name, size in sizes.items():

@@ -124,6 +124,10 @@ class HypernetworkLearner:
         seed = self.arguments.seed
         drawn = [self._drawn(draw) for draw in draws]
         knowledge = random.Random(f"{seed}-knowledge-{step}").random() < self.arguments.knowledge
+        return self.losses_of(drawn, knowledge)
+
+    def losses_of(self, drawn: Sequence[DrawnExample], knowledge: bool) -> Tensor:
+        """The loss of each example, ``[n]``; with ``knowledge``, its prompt contains its passages."""
         batch = make_batch(drawn, knowledge, self.tokenizer)
         device = self.generator.device
         with inject(self.model, self.config.layers, row_experts(self.generator, drawn, batch.start)):

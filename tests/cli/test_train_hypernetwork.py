@@ -22,7 +22,9 @@ from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.training.examples import training_examples
 from genpoe_plugin.training.hypernetwork import train_hypernetwork
+from genpoe_plugin.training.memory import NoEstimate
 from genpoe_plugin.training.training_arguments import HypernetworkTraining
+from genpoe_plugin.training.trials import HypernetworkTrial
 from tests.gguf_llm import write_gguf
 from train_cli.main import main
 from train_cli.train_hypernetwork import hypernetwork as command
@@ -315,6 +317,16 @@ def test_what_cannot_fit_is_refused_with_advice(llm_dir: Path, data: Path, tmp_p
     assert_one_line(result, "training needs about ")
     assert "micro_batch_size=" in result.stderr and "Loading" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_llm_that_cannot_be_measured_is_trained(llm_dir: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    def measure(self: object) -> None:
+        raise NoEstimate("no memory estimate")
+
+    monkeypatch.setattr(HypernetworkTrial, "measure", measure)
+    assert_one_line(run(llm_dir, data, tmp_path / "out", "--estimate"), "no memory estimate")
+    result = run(llm_dir, data, tmp_path / "out", "--max-steps", 1)
+    assert result.exit_code == 0 and "no memory estimate; training without" in result.stderr
 
 
 def test_the_card_has_the_command_and_the_scores(llm_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from genpoe_plugin.retrieval import index as index_module
 from genpoe_plugin.retrieval.faiss_setup import faiss
 from genpoe_plugin.retrieval.index import VECTORS, PassageIndex
 from genpoe_plugin.retrieval.manifest import MANIFEST
-from genpoe_plugin.retrieval.passage_store import BLOCK, IDS, PASSAGES
+from genpoe_plugin.retrieval.passage_store import BLOCK, PASSAGES
 
 Corpus = Callable[[np.ndarray], tuple[list[Passage], object]]
 
@@ -85,9 +86,19 @@ def test_what_is_loaded_is_what_was_built(fixed_corpus: Corpus, tmp_path: Path) 
     for row in (-1, len(loaded)):
         with pytest.raises(IndexError):
             loaded.passage(row)
-    assert [loaded.row(f"p{row}") for row in (0, BLOCK, len(loaded) - 1)] == [0, BLOCK, len(loaded) - 1]
-    with pytest.raises(KeyError):
-        loaded.row("p")
+
+
+def test_an_index_of_version_2_is_read(fixed_corpus: Corpus, tmp_path: Path) -> None:
+    """With the file of ids that it has, as part of its fingerprint."""
+    directory = tmp_path / "index"
+    built = build(fixed_corpus, np.eye(4, dtype=np.float32), directory)
+    (directory / "ids.npy").write_bytes(b"ids")
+    ids = {"bytes": 3, "sha256": hashlib.sha256(b"ids").hexdigest()}
+    edit_manifest(directory, version=2, files={**built.manifest["files"], "ids.npy": ids})
+    loaded = PassageIndex.load(directory)
+    loaded.verify()
+    assert loaded.search(np.eye(4), 1)[1][:, 0].tolist() == [0, 1, 2, 3] and loaded.passage(3).id == "p3"
+    assert loaded.fingerprint != built.fingerprint
 
 
 def test_fingerprint_is_of_encoder_vectors_and_passages(fixed_corpus: Corpus, tmp_path: Path) -> None:
@@ -194,20 +205,17 @@ def truncate(path: Path) -> None:
         (lambda d: (d / MANIFEST).write_text("{}"), r"index.json: another format"),
         (lambda d: (d / MANIFEST).write_text("[]"), r"index.json: not a valid index manifest"),
         (lambda d: (d / MANIFEST).write_bytes(b"\xff"), r"index.json: not a valid index manifest"),
-        (lambda d: edit_manifest(d, version=1), r"index.json: version 1 instead of version 2 .*build the index again"),
-        (lambda d: edit_manifest(d, format="recipe"), r"index.json: another format instead of version 2"),
+        (lambda d: edit_manifest(d, version=1), r"index.json: version 1 instead of version 3 .*build the index again"),
+        (lambda d: edit_manifest(d, format="recipe"), r"index.json: another format instead of version 3"),
         (lambda d: edit_manifest(d, search={}), r"index.json: not a valid index manifest"),
         (lambda d: edit_manifest(d, files={}), r"index.json: not a valid index manifest"),
         (lambda d: edit_manifest(d, count="4"), r"index.json: not a valid index manifest"),
         (lambda d: truncate(d / VECTORS), r"index.faiss: .* bytes where"),
         (lambda d: truncate(d / PASSAGES), r"passages.arrow: .* bytes where"),
-        (lambda d: truncate(d / IDS), r"ids.npy: .* bytes where"),
-        (lambda d: (d / IDS).unlink(), r"ids.npy: no file where"),
         (lambda d: edit_manifest(d, count=5), r"index: damaged index .*build it again"),
         (lambda d: edit_manifest(d, dimension=5), r"index: damaged index .*build it again"),
         (lambda d: (d / VECTORS).write_bytes(bytes((d / VECTORS).stat().st_size)), r"index: damaged index"),
         (lambda d: (d / PASSAGES).write_bytes(bytes((d / PASSAGES).stat().st_size)), r"passages.arrow: damaged"),
-        (lambda d: (d / IDS).write_bytes(bytes((d / IDS).stat().st_size)), r"ids.npy: damaged"),
     ],
 )
 def test_damage_is_one_line(
@@ -220,7 +228,7 @@ def test_damage_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [VECTORS, PASSAGES, IDS])
+@pytest.mark.parametrize("name", [VECTORS, PASSAGES])
 def test_verify_finds_a_flipped_bit(fixed_corpus: Corpus, tmp_path: Path, name: str) -> None:
     index = build(fixed_corpus, np.eye(4, dtype=np.float32), tmp_path / "index")
     data = bytearray((tmp_path / "index" / name).read_bytes())
@@ -247,7 +255,7 @@ def test_vectors_are_not_read_before_they_are_searched(
     build(fixed_corpus, np.eye(4, dtype=np.float32), tmp_path / "index")
     monkeypatch.setattr(index_module, "open_vectors", lambda paths: pytest.fail("vectors were read"))
     opened = PassageIndex.load(tmp_path / "index")
-    assert opened.passage(3).id == "p3" and opened.row("p2") == 2 and len(opened) == 4
+    assert opened.passage(3).id == "p3" and len(opened) == 4
 
 
 class OnGPUs:

@@ -1,4 +1,4 @@
-"""The sizes of an LLM, read without its weights."""
+"""An LLM without its weights, against the same with them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.training.model_size import LanguageModelSize, empty_model, read_size
+from genpoe_plugin.llm.empty_model import empty_model, weight_bytes
 
 MakeLLM = Callable[..., PreTrainedModel]
 
@@ -24,28 +24,15 @@ def change_config(directory: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox", "gpt2"])
-def test_sizes_are_those_of_the_loaded_model(make_llm: MakeLLM, tmp_path: Path, family: str) -> None:
+def test_shapes_are_those_of_the_loaded_model(make_llm: MakeLLM, tmp_path: Path, family: str) -> None:
     model = make_llm(family)
     model.save_pretrained(tmp_path)
     for weights in tmp_path.glob("*.safetensors"):
         weights.unlink()
-    size = read_size(str(tmp_path))
-    tensors = list(model.parameters())
-    assert size.weights == sum(tensor.numel() for tensor in tensors)
-    assert size.largest_weight == max(tensor.numel() for tensor in tensors)
-    assert size.weight_bytes == sum(tensor.nbytes for tensor in tensors)
-    assert (size.layers, size.hidden_size, size.heads, size.attention_width) == (3, 32, 4, 32)
-    assert size.mlp_width == (2 if family in ("gpt_neox", "gpt2") else 3) * 48
-    assert size.vocabulary == model.config.vocab_size
-    layer = [tensor for name, tensor in model.named_parameters() if ".0." in name]
-    assert size.layer_weights == sum(tensor.numel() for tensor in layer)
-    assert size == LanguageModelSize.of(model)
-
-
-def test_a_state_space_model_has_sizes_too() -> None:
-    model = MambaForCausalLM(MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4))
-    size = LanguageModelSize.of(model)
-    assert (size.weights, size.layers) == (sum(tensor.numel() for tensor in model.parameters()), 2)
+    empty = empty_model(str(tmp_path))
+    shapes = {name: (weight.shape, weight.dtype) for name, weight in empty.named_parameters()}
+    assert shapes == {name: (weight.shape, weight.dtype) for name, weight in model.named_parameters()}
+    assert weight_bytes(str(tmp_path), empty) == sum(weight.nbytes for weight in model.parameters())
 
 
 def test_nothing_has_storage(llm_dir: Path) -> None:
@@ -60,9 +47,9 @@ def test_nothing_has_storage(llm_dir: Path) -> None:
 def test_dtypes(make_llm: MakeLLM, tmp_path: Path, configured: str, dtype: str, number_bytes: int) -> None:
     make_llm("llama").config.save_pretrained(tmp_path)
     change_config(tmp_path, dtype=configured)
-    size = read_size(str(tmp_path), dtype=dtype)
-    assert size.number_bytes == number_bytes
-    assert size.weight_bytes == number_bytes * size.weights
+    empty = empty_model(str(tmp_path), dtype=dtype)
+    assert {weight.dtype.itemsize for weight in empty.parameters()} == {number_bytes}
+    assert weight_bytes(str(tmp_path), empty) == number_bytes * empty.num_parameters()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -72,7 +59,7 @@ def test_a_configuration_without_dtype_has_that_of_its_files(
     make_llm("llama").to(dtype).save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     change_config(tmp_path, dtype=None)
-    assert read_size(str(tmp_path)).number_bytes == dtype.itemsize
+    assert empty_model(str(tmp_path)).dtype == dtype
 
 
 def test_a_quantised_llm_takes_what_its_files_hold(make_llm: MakeLLM, tmp_path: Path) -> None:
@@ -80,9 +67,9 @@ def test_a_quantised_llm_takes_what_its_files_hold(make_llm: MakeLLM, tmp_path: 
     change_config(tmp_path, dtype="float16", quantization_config={"quant_method": "gptq", "bits": 4})
     packed = {"a.qweight": torch.zeros(7, 5, dtype=torch.int32), "a.scales": torch.zeros(3, dtype=torch.float16)}
     save_file(packed, tmp_path / "model.safetensors")
-    size = read_size(str(tmp_path))
-    assert size.weight_bytes == 7 * 5 * 4 + 3 * 2
-    assert size.number_bytes == 2
+    empty = empty_model(str(tmp_path))
+    assert weight_bytes(str(tmp_path), empty) == 7 * 5 * 4 + 3 * 2
+    assert empty.dtype == torch.float16
 
 
 @pytest.mark.parametrize("content", [None, "{}", "{", '{"model_type": "clip"}'])
@@ -90,11 +77,11 @@ def test_what_is_no_llm_is_said_in_one_line(tmp_path: Path, content: str | None)
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match="cannot be loaded") as error:
-        read_size(str(tmp_path))
+        empty_model(str(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_dtype(llm_dir: Path) -> None:
     with pytest.raises(InputError, match="dtype float23: no such dtype"):
-        read_size(str(llm_dir), dtype="float23")
+        empty_model(str(llm_dir), dtype="float23")
