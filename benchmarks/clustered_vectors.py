@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 
 DIMENSION, LATENT, HIDDEN = 768, 100, 1024
 CLUSTER = 50  # vectors, on average
@@ -65,6 +66,7 @@ class NumberedQuestions:
     """Passes for the encoder of a corpus that was never text: question "7" has the seventh of given vectors."""
 
     pooling, precision, dimension = "none", "float32", DIMENSION
+    options = EncoderOptions("", "")
 
     def __init__(self, name: str, queries: np.ndarray) -> None:
         self.name = self.fingerprint = name

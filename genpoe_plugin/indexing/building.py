@@ -334,7 +334,9 @@ class _Build:
         for name in [*self.names, PASSAGES, IDS]:
             path = self.finished / name
             files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        copied = ("encoder", "fingerprint", "pooling", "precision", "dimension", "count", "digest", "source")
+        copied = ["encoder", "fingerprint", "pooling", "precision", "dimension", "count", "digest", "source"]
+        if "encoder_options" in self.shards.manifest:  # not in shards from before there were options
+            copied.append("encoder_options")
         manifest = {
             "format": FORMAT,
             "version": VERSION,
