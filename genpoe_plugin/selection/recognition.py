@@ -149,8 +149,8 @@ class _Checkpoint:
         """
         if self.is_encoder:
             raise InputError(
-                f"{self.name}: not a causal language model but an encoder ({self.architecture}), which reads pairs as "
-                "its tokenizer says; leave out the reranker format"
+                f"{self.name}: not a causal language model but an encoder ({self.architecture}), whose tokenizer says "
+                "how it reads a pair; reranker formats, and the training of rerankers, are for decoder LLMs"
             )
         if self.trained is None or known != self.trained_format:
             return Recognised(known, self.classifies)
