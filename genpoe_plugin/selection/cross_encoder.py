@@ -65,7 +65,8 @@ class CrossEncoderReranker:
                 model_kwargs={"dtype": dtype},
                 trust_remote_code=trust_remote_code,
             )
-            model.predict([("a query", "a passage")])  # fails if a decoder's chat template has no place for them
+            # Fails if a decoder's chat template has no place for the texts, or if its model has no padding token.
+            model.predict([("a query", "a passage"), ("query", "passage")])
         except Exception as error:  # each kind of damage to a checkpoint raises another type of error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{name}: cannot be loaded as a cross-encoder: {reason}") from error

@@ -116,6 +116,19 @@ def test_a_qwen3_reranker_with_a_classification_head(qwen_dir: Path, tmp_path: P
     np.testing.assert_allclose(load_reranker(str(plain), format="qwen3").score(PAIRS), reranker.score(PAIRS), atol=1e-5)
     with pytest.raises(InputError, match="unknown format"):  # a decoder's tokenizer puts nothing between two texts
         load_reranker(str(plain))
+    # Versions of sentence-transformers before 5.4 left only this note, and trained such models on bare pairs.
+    config = json.loads((plain / "config.json").read_text())
+    config["sentence_transformers"] = {"version": "4.1.0"}
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"cannot be loaded as a cross-encoder: .*no padding token"):
+        load_reranker(str(plain))
+    (plain / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    expected = []
+    for query, passage in PAIRS:
+        with torch.no_grad():
+            inputs = tokenizer(query, passage, return_tensors="pt")
+            expected.append(classifier.eval()(inputs["input_ids"]).logits[0, 0].item())
+    np.testing.assert_allclose(load_reranker(str(plain)).score(PAIRS), expected, atol=1e-5)
 
 
 def test_a_template_file(
