@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 
 DIMENSION, LATENT, HIDDEN = 768, 100, 1024
 CLUSTER = 50  # vectors, on average
@@ -69,6 +70,7 @@ class NumberedQuestions:
     """An encoder stand-in: question "7" is encoded as row 7 of ``queries``."""
 
     pooling, precision, dimension = "none", "float32", DIMENSION
+    options = EncoderOptions("", "")
 
     def __init__(self, name: str, queries: np.ndarray) -> None:
         self.name = self.fingerprint = name

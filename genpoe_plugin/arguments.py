@@ -109,6 +109,12 @@ class GenPoEArguments:
         controls=_RANKED,
         loaded=True,
     )
+    reranker_format: str | None = _argument(
+        None,
+        "format of a decoder-LLM reranker whose checkpoint does not say it: `bge`, `qwen3`, or a template file (below)",
+        controls=_RANKED,
+        later=True,
+    )
     num_retrieved: int = _argument(20, "passages before reranking, at most", controls=_RANKED, least=1)
     num_passages: int = _argument(4, "passages after reranking, at most", controls=(*_RANKED, "random"), least=1)
     gates: str = _argument(
@@ -181,6 +187,8 @@ class GenPoEArguments:
                 f"gate_temperature={self.gate_temperature:g} with gates=uniform: they are equal at any temperature; "
                 "leave it out, or give gates=softmax or gates=retriever"
             )
+        if self.reranker_format is not None and self.reranker is None:
+            raise InputError(f"reranker_format={self.reranker_format} without a reranker; give reranker= as well")
         if self.num_passages > self.num_retrieved:
             raise InputError(
                 f"num_passages={self.num_passages} is more than num_retrieved={self.num_retrieved}; raise num_retrieved"

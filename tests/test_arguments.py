@@ -40,6 +40,7 @@ from tests.selection.test_pipeline import FakeReranker, FakeRetriever
         ({"mode": "rag", "num_passages": 2.5}, "num_passages=2.5: give a whole number of at least 1"),
         ({"mode": "rag", "num_passages": True}, "num_passages=True: give a whole number of at least 1"),
         ({"mode": "rag", "num_passages": 30}, "num_passages=30 is more than num_retrieved=20"),
+        ({"mode": "rag", "reranker_format": "bge"}, "reranker_format=bge without a reranker; give reranker= as well"),
         ({"mode": "rag", "seed": "x"}, "seed=x: give a whole number of at least 0"),
         ({"mode": "genpoe"}, "genpoe train hypernetwork"),
         ({"mode": "genpoe_rag"}, "genpoe train hypernetwork"),
@@ -121,6 +122,9 @@ def test_the_fingerprint_has_what_the_mode_uses(mode, tmp_path):
         mode=mode, hypernetwork="h", index=str(tmp_path), passages="random", seed=3, trace="t", expert_gb=1.0
     )
     assert arguments.fingerprint(loaded) == EXPECTED[mode]
+    formatted = {} if mode == "closed_book" else {"reranker_format": "qwen3"}
+    with_format = replace(arguments, reranker="r", reranker_format="qwen3")
+    assert with_format.fingerprint(loaded) == EXPECTED[mode] | formatted
     with_more = replace(arguments, expert_layers="11+5", expert_dtype="int8").fingerprint(loaded)
     more = {"expert_layers": (5, 11), "expert_dtype": "int8"} if mode in EXPERT_MODES else {}
     assert with_more == EXPECTED[mode] | more
@@ -138,6 +142,7 @@ def test_a_fingerprint_has_all_that_tells_two_runs_apart(mode, control, tmp_path
         hypernetwork="h",
         index=str(tmp_path),
         reranker="r",
+        reranker_format="bge",
         passages=control,
         expert_layers=1,
         expert_dtype="int8",

@@ -239,11 +239,11 @@ def test_llm_and_reranker_have_revisions_too(model_hub, tmp_path, llm_dir, make_
     ):
         model, loaded_tokenizer = load_language_model(name)
         assert model.config.num_hidden_layers == layers and loaded_tokenizer.is_fast
-        reranker = Reranker.load(name)
+        reranker = Reranker.load(name, format="bge")
         assert reranker.commit == commit
-        assert reranker.fingerprint == Reranker.load(directory).fingerprint
+        assert reranker.fingerprint == Reranker.load(directory, format="bge").fingerprint
         assert empty_model(name).num_parameters() == empty_model(str(directory)).num_parameters()
-    assert Reranker.load(llm_dir).commit is None
+    assert Reranker.load(llm_dir, format="bge").commit is None
     assert commit_of("someone/llm", "v1") == first
     with pytest.raises(InputError, match="someone/llm@v9"):
         load_language_model("someone/llm@v9")
@@ -273,10 +273,10 @@ def test_an_adapter_has_a_revision_that_its_base_model_lacks(model_hub, tmp_path
     AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "adapter")
     commit = model_hub.add("someone/adapter", tmp_path / "adapter")
     model_hub.repositories["someone/adapter"].branches["v1"] = commit
-    expected = Reranker.load(tmp_path / "adapter")
-    assert expected.fingerprint != Reranker.load("someone/llm").fingerprint
+    expected = Reranker.load(tmp_path / "adapter", format="bge")
+    assert expected.fingerprint != Reranker.load("someone/llm", format="bge").fingerprint
     for name in ("someone/adapter", "someone/adapter@v1"):
-        reranker = Reranker.load(name)
+        reranker = Reranker.load(name, format="bge")
         assert (reranker.fingerprint, reranker.commit) == (expected.fingerprint, commit)
 
 
@@ -287,13 +287,13 @@ def test_commits_are_in_the_fingerprint_of_an_evaluation_and_nothing_else_change
         "commit": model_hub.add("someone/llm", llm_dir),
         "reranker_commit": model_hub.add("someone/reranker", llm_dir),
     }
-    options = {"device": "cpu", "dtype": "float32"}
+    options = {"device": "cpu", "dtype": "float32", "reranker_format": "bge"}
     local = GenPoELM(str(llm_dir), hypernetwork=str(experts), reranker=str(llm_dir), **options)
     of_hub = GenPoELM("someone/llm", hypernetwork="someone/experts@main", reranker="someone/reranker", **options)
     assert not set(commits) & set(local.fingerprint)
     assert {**of_hub.fingerprint, "pretrained": str(llm_dir)} == {**local.fingerprint, **commits}
     (experts / "notes.txt").write_text("another commit with the same weights")
     moved = model_hub.add("someone/experts", experts)
-    later = GenPoELM("someone/llm", hypernetwork="someone/experts@main", mode="genpoe", **options)
+    later = GenPoELM("someone/llm", hypernetwork="someone/experts@main", mode="genpoe", device="cpu", dtype="float32")
     assert later.fingerprint["hypernetwork_commit"] == moved
     assert later.fingerprint["hypernetwork"] == of_hub.fingerprint["hypernetwork"]

@@ -44,6 +44,19 @@ def with_encoding(command: Command) -> Command:
     """Add the options for encoding passages."""
     for option in (
         click.option(
+            "--dimensions",
+            type=click.IntRange(1),
+            help="Keep only the first dimensions of a Matryoshka encoder's vectors.  [default: all]",
+        ),
+        click.option(
+            "--passage-prompt",
+            help="Text before every passage, '' for none.  [default: the encoder's own, or that of its family]",
+        ),
+        click.option(
+            "--question-prompt",
+            help="Text before every question, '' for none.  [default: the encoder's own, or that of its family]",
+        ),
+        click.option(
             "--shard-size", default=2**16, show_default=True, type=click.IntRange(1), help="Passages per shard."
         ),
         click.option(
@@ -100,7 +113,17 @@ def index() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the shards.")
 @with_encoding
 def encode(
-    passages: Path, encoder: str, out: Path, batch_size: int, device: str, dtype: str, store: str, shard_size: int
+    passages: Path,
+    encoder: str,
+    out: Path,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    store: str,
+    shard_size: int,
+    question_prompt: str | None,
+    passage_prompt: str | None,
+    dimensions: int | None,
 ) -> None:
     """Encode PASSAGES into a folder of shards, from which any number of indexes can be built.
 
@@ -109,8 +132,10 @@ def encode(
     """
     from genpoe_plugin.indexing.encoding import encode_shards
     from genpoe_plugin.retrieval.encoder import load_encoder
+    from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 
-    model = load_encoder(encoder, device=_process_device(device), batch_size=batch_size, dtype=dtype)
+    options = EncoderOptions(question_prompt, passage_prompt, dimensions)
+    model = load_encoder(encoder, device=_process_device(device), batch_size=batch_size, dtype=dtype, options=options)
     shards = encode_shards(passages, model, out, shard_size=shard_size, dtype=store)
     if _process_info().rank == 0:
         click.echo(f"{out}: {shards.count:,} passages, {shards.dimension} dimensions, {len(shards):,} shards")
@@ -158,6 +183,9 @@ def build(
     dtype: str,
     store: str,
     shard_size: int,
+    question_prompt: str | None,
+    passage_prompt: str | None,
+    dimensions: int | None,
 ) -> None:
     """Build a search index from PASSAGES or from SHARDS. Rerun the same command to resume.
 
@@ -170,9 +198,11 @@ def build(
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.indexing.building import already_built, build_index, check_directory, shards_directory
     from genpoe_plugin.indexing.shards import Shards
+    from genpoe_plugin.retrieval.encoder_options import DEFAULT_OPTIONS, EncoderOptions
     from genpoe_plugin.retrieval.faiss_setup import make_index
 
     check_directory(out)
+    options = EncoderOptions(question_prompt, passage_prompt, dimensions)
     settings: dict[str, Any] = {"factory": factory, "memory": memory, "recall": recall}
     model = None
     if passages is not None:
@@ -181,7 +211,9 @@ def build(
 
         if encoder is None:
             raise InputError("--passages needs --encoder, the model to encode them with")
-        model = load_encoder(encoder, device=_process_device(device), batch_size=batch_size, dtype=dtype)
+        model = load_encoder(
+            encoder, device=_process_device(device), batch_size=batch_size, dtype=dtype, options=options
+        )
         if factory is not None:
             make_index(factory, model.dimension)  # checks the string before the long work
         if already_built(out, passages, model, **settings, queries=queries):
@@ -191,6 +223,8 @@ def build(
             shards = encode_shards(passages, model, target, shard_size=shard_size, dtype=store)
         if _process_info().rank != 0:
             return
+    elif options != DEFAULT_OPTIONS:
+        raise InputError("--question-prompt, --passage-prompt and --dimensions belong to the encoding; give --passages")
     elif folder is not None:
         shards = Shards.open(folder)
     else:
@@ -292,6 +326,10 @@ def _dense_info(directory: Path) -> dict[str, Any]:
     click.echo(f"search       {parameters or 'no parameters'}{_recall(opened)}")
     click.echo(f"measured by  {search['queries']}")
     click.echo(f"encoder      {opened.encoder_name}")
+    options = opened.encoder_options
+    for side, prompt in (("question", options.question_prompt), ("passage", options.passage_prompt)):
+        if prompt:
+            click.echo(f"{side:<9}    {prompt!r} before it")
     click.echo(f"pooling      {opened.manifest['pooling']}")
     click.echo(f"fingerprint  {opened.encoder_fingerprint}")
     return opened.manifest
@@ -312,15 +350,17 @@ def _encode_questions(path: Path, shards: Shards, name: str | None, model: Encod
     from genpoe_plugin.errors import InputError
     from genpoe_plugin.indexing.building import Queries
     from genpoe_plugin.retrieval.encoder import load_encoder
+    from genpoe_plugin.retrieval.encoder_options import in_words
 
     questions = [question.question for question in read_questions(path)]
     if not questions:
         raise InputError(f"{path}: no questions")
-    model = model or load_encoder(name or shards.encoder_name, device=device)
+    model = model or load_encoder(name or shards.encoder_name, device=device, options=shards.encoder_options)
     if model.fingerprint != shards.encoder_fingerprint:
         raise InputError(
-            f"{shards.directory}: encoded with {shards.encoder_name} ({shards.encoder_fingerprint[:12]}), questions"
-            f" with {model.name} ({model.fingerprint[:12]}); give the former as --encoder"
+            f"{shards.directory}: encoded with "
+            f"{in_words(shards.encoder_name, shards.encoder_fingerprint, shards.encoder_options)}, questions with "
+            f"{in_words(model.name, model.fingerprint, model.options)}; give the former as --encoder"
         )
     return Queries(model.encode_questions(questions), str(path.resolve()))
 

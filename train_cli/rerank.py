@@ -25,7 +25,7 @@ from train_cli.result_options import (
 
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
-@click.option("--reranker", required=True, help="Decoder LLM: directory or hub name.")
+@click.option("--reranker", required=True, help="Directory or hub name.")
 @click.option("--questions", type=click.Path(path_type=Path), help="The questions of RESULTS, if those are a TREC run.")
 @click.option("--index", help="Index with the passages of a TREC run.")
 @run_options
@@ -37,6 +37,7 @@ def rerank(
     questions: Path | None,
     index: str | None,
     passages: Path | None,
+    reranker_format: str | None,
     llm: str | None,
     gguf_file: str | None,
     out: Path,
@@ -62,5 +63,5 @@ def rerank(
         read = read_file(results, output)
         header = read_header(results) | header
     total = count_questions(read, results, with_passages=True)
-    work, reranker_fields = load_reranker(reranker, llm, gguf_file, device)
+    work, reranker_fields = load_reranker(reranker, reranker_format, llm, gguf_file, device)
     make_file(read, total, output, work, header | reranker_fields)

@@ -114,29 +114,32 @@ def count_questions(read: Read, path: Path, with_passages: bool) -> int:
 
 
 def reranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how passages are cut for the reranker."""
+    """Add the options of the reranker: how it reads a pair, and how passages are cut for it."""
+    format_help = "Format of a decoder-LLM reranker whose checkpoint does not say it: bge, qwen3, or a template file."
     llm_help = "Cut passages for the reranker at 256 tokens of this LLM, as its evaluations do: directory or hub name."
     gguf = click.option(
         "--gguf-file", help="Read the tokenizer from this GGUF file in the LLM's directory or repository."
     )
-    return click.option("--llm", help=llm_help)(gguf(command))
+    return click.option("--reranker-format", help=format_help)(click.option("--llm", help=llm_help)(gguf(command)))
 
 
-def load_reranker(name: str, llm: str | None, gguf_file: str | None, device: str) -> tuple[Rerank, dict[str, Any]]:
+def load_reranker(
+    name: str, reranker_format: str | None, llm: str | None, gguf_file: str | None, device: str
+) -> tuple[Rerank, dict[str, Any]]:
     """Load a reranker.
 
     Returns:
         A function that reranks the passages of questions, and the fields that describe it in the results' header.
     """
     from genpoe_plugin.llm.language_model import load_tokenizer
-    from genpoe_plugin.selection.reranking import Reranker
+    from genpoe_plugin.selection import rerankers
     from genpoe_plugin.selection.result_files import rerank_all
 
     if gguf_file is not None and llm is None:
         raise InputError("--gguf-file: the file belongs to the LLM that passages are cut for; give --llm as well")
     tokenizer = None if llm is None else load_tokenizer(llm, gguf_file=gguf_file)
-    model = Reranker.load(name, device=device)
-    optional = {"llm": llm, "gguf_file": gguf_file}
+    model = rerankers.load_reranker(name, format=reranker_format, device=device)
+    optional = {"reranker_format": reranker_format, "llm": llm, "gguf_file": gguf_file}
     fields = {"reranker": name, "reranker_fingerprint": model.fingerprint}
     fields |= {key: value for key, value in optional.items() if value is not None}
     return lambda questions: rerank_all(questions, model, tokenizer), fields

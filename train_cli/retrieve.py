@@ -33,7 +33,7 @@ from train_cli.result_options import (
     "--questions", required=True, type=click.Path(path_type=Path), help="DPR results or qas, nq_open, BEIR; .gz."
 )
 @click.option("--num-retrieved", default=20, show_default=True, type=click.IntRange(1), help="Passages per question.")
-@click.option("--reranker", help="Decoder-LLM reranker for the passages: directory or hub name.")
+@click.option("--reranker", help="Reranker for the passages: directory or hub name.")
 @click.option("--encoder", help="Encoder of the index, if its path has changed.")
 @reranking_options
 @result_options
@@ -45,6 +45,7 @@ def retrieve(
     num_retrieved: int,
     reranker: str | None,
     encoder: str | None,
+    reranker_format: str | None,
     llm: str | None,
     gguf_file: str | None,
     out: Path,
@@ -59,6 +60,8 @@ def retrieve(
     """
     from genpoe_plugin.selection.result_files import labelled, retrieve_all
 
+    if reranker_format and not reranker:
+        raise InputError("--reranker-format: there is no reranker; give --reranker as well")
     if (llm or gguf_file) and not reranker:
         raise InputError(
             f"{'--llm' if llm else '--gguf-file'}: passages are cut for a reranker; give --reranker as well"
@@ -89,7 +92,9 @@ def retrieve(
         def found(remaining: Iterator[Question]) -> Iterator[Question]:
             return retrieve_all(remaining, retriever, num_retrieved)
 
-    rerank, reranker_fields = load_reranker(reranker, llm, gguf_file, device) if reranker else (None, {})
+    rerank, reranker_fields = (
+        load_reranker(reranker, reranker_format, llm, gguf_file, device) if reranker else (None, {})
+    )
 
     def work(remaining: Iterator[Question]) -> Iterator[Question]:
         return rerank(found(remaining)) if rerank else found(remaining)

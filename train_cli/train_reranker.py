@@ -81,6 +81,7 @@ def reranker(
         model,
         device=device or str(accelerator.device),
         dtype=dtype,
+        format="bge",
         prompt=examples[0].prompt,
         max_length=max_length,
         trust_remote_code=trust_remote_code,
@@ -91,7 +92,7 @@ def reranker(
     )
     if accelerator.is_main_process:
         report(progress, out, finished_before)
-        form = {"prompt": examples[0].prompt, "max_length": max_length}
+        form = {"format": initial.format.name, "prompt": examples[0].prompt, "max_length": max_length}
         describe(
             "reranker",
             model,

@@ -249,9 +249,8 @@ def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, 
         cell: the cell.
         known: digests by path; new ones are added.
     """
-    paths = {
-        name: value for name, value in cell.arguments.items() if name in ("pretrained", "index", "reranker", "peft")
-    }
+    named = ("pretrained", "index", "reranker", "reranker_format", "peft")
+    paths = {name: value for name, value in cell.arguments.items() if name in named}
     paths |= {f"metadata {name}": value for name, value in _files(matrix.options.get("metadata") or {})}
     contents = {}
     for name, value in paths.items():

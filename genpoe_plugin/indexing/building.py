@@ -331,7 +331,9 @@ class _Build:
 
     def write_manifest(self, search: dict[str, Any], requested: dict[str, Any]) -> None:
         """Write the manifest, which completes the index."""
-        copied = ("encoder", "fingerprint", "pooling", "precision", "dimension", "count", "digest", "source")
+        copied = ["encoder", "fingerprint", "pooling", "precision", "dimension", "count", "digest", "source"]
+        if "encoder_options" in self.shards.manifest:  # not in shards from before there were options
+            copied.append("encoder_options")
         manifest = {
             "format": FORMAT,
             "version": VERSION,

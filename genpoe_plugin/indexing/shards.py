@@ -21,6 +21,7 @@ import pyarrow as pa
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, check_replaceable, file_digest, refuse_pickles, writing
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions, in_words, options_of
 from genpoe_plugin.retrieval.passage_store import BLOCK, SCHEMA
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Shards:
             "format": FORMAT,
             "version": VERSION,
             "encoder": encoder.name,
+            "encoder_options": encoder.options.manifest,
             "fingerprint": encoder.fingerprint,
             "pooling": encoder.pooling,
             "precision": encoder.precision,
@@ -139,6 +141,10 @@ class Shards:
             raise InputError(f"{path}: not a manifest of shards of version {VERSION}; give another directory")
         if not all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items()):
             raise InputError(f"{path}: damaged (fields are missing); start over in another directory")
+        try:
+            options_of(manifest)
+        except TypeError as error:
+            raise InputError(f"{path}: damaged (encoder_options); start over in another directory") from error
         shards = cls(directory, manifest)
         for number in shards.numbers:
             shards._check_size(number)
@@ -168,6 +174,11 @@ class Shards:
     def encoder_fingerprint(self) -> str:
         """Fingerprint of the encoder."""
         return self.manifest["fingerprint"]
+
+    @property
+    def encoder_options(self) -> EncoderOptions:
+        """Prompts and cut of the encoder."""
+        return options_of(self.manifest)
 
     def __len__(self) -> int:
         """Number of shards of the complete folder."""
@@ -299,7 +310,7 @@ class Shards:
 def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences between two manifests, as text."""
     described = {
-        "fingerprint": lambda m: f"encoder {m['encoder']} ({m['fingerprint'][:12]})",
+        "fingerprint": lambda m: f"encoder {in_words(m['encoder'], m['fingerprint'], options_of(m))}",
         "pooling": lambda m: f"pooling {m['pooling']}",
         "precision": lambda m: f"an encoder in {m['precision']}",
         "dimension": lambda m: f"{m['dimension']} dimensions",

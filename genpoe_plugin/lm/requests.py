@@ -182,9 +182,9 @@ class PassageRequests(TemplateLM):
 
             retriever = load_retriever(str(arguments.index), device=device)
         if arguments.needs_reranker:
-            from genpoe_plugin.selection.reranking import Reranker
+            from genpoe_plugin.selection.rerankers import load_reranker
 
-            reranker = Reranker.load(str(arguments.reranker), device=device)
+            reranker = load_reranker(str(arguments.reranker), format=arguments.reranker_format, device=device)
         return Pipeline(
             self.tokenizer,
             retriever,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from genpoe_plugin.data.questions import RetrievedPassage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
+from genpoe_plugin.retrieval.encoder_options import in_words
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.passage_store import PassageStore
 
@@ -30,14 +31,15 @@ class DenseRetriever:
     def __init__(self, index: PassageIndex, encoder: Encoder) -> None:
         if encoder.fingerprint != index.encoder_fingerprint:
             raise InputError(
-                f"{index.directory}: built with encoder {index.encoder_name} ({index.encoder_fingerprint[:12]}),"
-                f" opened with {encoder.name} ({encoder.fingerprint[:12]}); give the former, or build the index again"
+                f"{index.directory}: built with encoder {index.encoder_words}, opened with"
+                f" {in_words(encoder.name, encoder.fingerprint, encoder.options)}; give the former, or build the index"
+                " again"
             )
         self.index, self.encoder = index, encoder
 
     @classmethod
     def load(cls, directory: str | Path, *, device: str = "cpu", encoder: str | None = None) -> DenseRetriever:
-        """Open an index and load its encoder.
+        """Open an index and load its encoder, with the prompts and the cut that the index was built with.
 
         Args:
             directory: directory of the index.
@@ -48,7 +50,7 @@ class DenseRetriever:
             InputError: the index or the encoder cannot be loaded, or they do not match.
         """
         index = PassageIndex.load(directory)
-        return cls(index, load_encoder(encoder or index.encoder_name, device=device))
+        return cls(index, load_encoder(encoder or index.encoder_name, device=device, options=index.encoder_options))
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,21 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import is_sentence_transformer_model
 from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, DPRContextEncoder, DPRQuestionEncoder
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.retrieval.encoder_options import DEFAULT_OPTIONS, EncoderOptions, family_prompts
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DPR_MAX_LENGTH = 256
+PASSAGE_PROMPTS = ("document", "passage", "corpus")  # names of prompts in checkpoints
 FINGERPRINT_VALUES = 2**20
 FINGERPRINT_TEXT = "Dr. O'Brien's naïve ÉCLAIR cost £3,000 in 東京 (1999)."
 
 Item = TypeVar("Item")
+
+_log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -38,6 +43,7 @@ class Encoder(Protocol):
             or a directory, as safetensors or .bin, on every device and in every precision.
         precision: dtype of the computation: "float32", "float16" or "bfloat16".
         pooling: description of how token states become a vector.
+        options: the prompts and the cut that are in use. With them, `load_encoder` gives the same encoder again.
     """
 
     @property
@@ -50,6 +56,8 @@ class Encoder(Protocol):
     def precision(self) -> str: ...
     @property
     def pooling(self) -> str: ...
+    @property
+    def options(self) -> EncoderOptions: ...
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
         """Question vectors, float32 ``[n, dimension]``."""
 
@@ -57,7 +65,14 @@ class Encoder(Protocol):
         """Passage vectors, float32 ``[n, dimension]``."""
 
 
-def load_encoder(name: str, *, device: str = "cpu", batch_size: int = 64, dtype: str = "float32") -> Encoder:
+def load_encoder(
+    name: str,
+    *,
+    device: str = "cpu",
+    batch_size: int = 64,
+    dtype: str = "float32",
+    options: EncoderOptions = DEFAULT_OPTIONS,
+) -> Encoder:
     """Load a bi-encoder.
 
     Args:
@@ -66,23 +81,29 @@ def load_encoder(name: str, *, device: str = "cpu", batch_size: int = 64, dtype:
         device: device of the model.
         batch_size: texts per forward pass.
         dtype: dtype of the computation, one of `DTYPES`; half precision is for GPUs. Vectors are always float32.
+        options: prompts and cut of a sentence-transformers model.
 
     Raises:
-        InputError: the model cannot be loaded, or is not a bi-encoder.
+        InputError: the model cannot be loaded, is not a bi-encoder, or does not have the options.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype}: it must be one of {', '.join(DTYPES)}")
     question_name, comma, context_name = name.partition(",")
     if comma:
         names = question_name.strip(), context_name.strip()
+        if options.question_prompt or options.passage_prompt or options.dimensions:
+            raise InputError(
+                f"{name}: a DPR pair has neither prompts nor dimensions to choose; leave these options out"
+            )
         return DPREncoder(*names, device=device, batch_size=batch_size, dtype=dtype)
-    return SentenceEncoder(name, device=device, batch_size=batch_size, dtype=dtype)
+    return SentenceEncoder(name, device=device, batch_size=batch_size, dtype=dtype, options=options)
 
 
 class DPREncoder:
     """The question encoder and the context encoder of Dense Passage Retrieval (DPR)."""
 
     pooling = "state of [CLS]"
+    options = EncoderOptions("", "")
 
     def __init__(
         self,
@@ -142,12 +163,21 @@ class DPREncoder:
 
 
 class SentenceEncoder:
-    """A sentence-transformers model, with its own pooling and prompts.
+    """A sentence-transformers model, with its own pooling.
 
-    Vectors are normalised if the model's similarity is the cosine.
+    The prompts are those of the options, else the checkpoint's own, else those of its family, with a line on stderr.
+    Vectors are normalised if the model's similarity is the cosine, and after a cut also if its last module normalises.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", batch_size: int = 64, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: str = "cpu",
+        batch_size: int = 64,
+        dtype: str = "float32",
+        options: EncoderOptions = DEFAULT_OPTIONS,
+    ) -> None:
         self.name, self.precision = _absolute_name(name), dtype
         self._batch_size = batch_size
         with _loading(name, "a sentence-transformers encoder"):
@@ -160,9 +190,19 @@ class SentenceEncoder:
             )
         with _loading(name, "a sentence-transformers encoder"):
             model = SentenceTransformer(name, device=device).float().eval()
-        self._model, self._normalise = model, model.similarity_fn_name == "cosine"
-        self.dimension: int = len(self._encode(model.encode_query, [FINGERPRINT_TEXT])[0])
         modules = [(type(module).__name__, str(getattr(module, "pooling_mode", ""))) for module in model]
+        self._model, self._normalise = model, model.similarity_fn_name == "cosine"
+        library = _library_prompts(model)
+        self._cut: int | None = None
+        full = len(self._encode(model.encode_query, library[0], [FINGERPRINT_TEXT])[0])
+        if options.dimensions is not None and options.dimensions != full:
+            if not 0 < options.dimensions < full:
+                raise InputError(f"{name}: its vectors have {full} dimensions, not {options.dimensions}; give fewer")
+            self._cut = options.dimensions
+            self._normalise = self._normalise or modules[-1][0] == "Normalize"
+        self.dimension: int = self._cut or full
+        self._prompts = self._chosen_prompts(options, library)
+        self.options = EncoderOptions(*self._prompts, self._cut)
         description = {
             "modules": modules,
             "architecture": _architecture(getattr(model[0], "auto_model", model[0])),
@@ -171,27 +211,61 @@ class SentenceEncoder:
             "similarity": model.similarity_fn_name,
             "tokens": model.preprocess([FINGERPRINT_TEXT])["input_ids"].tolist(),
         }
+        # Only what differs from the library, so that the fingerprints of older indexes keep their value.
+        if self._prompts != library:
+            description["chosen_prompts"] = self._prompts
+        if self._cut is not None:
+            description["dimensions"] = self._cut
         self.fingerprint = _fingerprint(description, [model])
         poolings = [pooling for _, pooling in modules if pooling]
+        if self._cut is not None:
+            poolings.append(f"first {self._cut} dimensions")
         self.pooling = ", ".join([*poolings, "normalised"] if self._normalise else poolings)
         model.to(DTYPES[dtype])  # converted after the fingerprint, which covers the original weights
 
     def encode_questions(self, questions: Sequence[str]) -> np.ndarray:
         """Question vectors, float32 ``[n, dimension]``."""
-        return self._encode(self._model.encode_query, list(questions))
+        return self._encode(self._model.encode_query, self._prompts[0], list(questions))
 
     def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
         """Passage vectors, float32 ``[n, dimension]``."""
-        return self._encode(self._model.encode_document, [passage.string for passage in passages])
+        texts = [passage.string for passage in passages]
+        return self._encode(self._model.encode_document, self._prompts[1], texts)
 
-    def _encode(self, encode: Callable[..., np.ndarray], texts: list[str]) -> np.ndarray:
+    def _chosen_prompts(self, options: EncoderOptions, library: tuple[str, str]) -> tuple[str, str]:
+        question, passage = options.question_prompt, options.passage_prompt
+        known = library
+        if not options.library_prompts and (question is None or passage is None):
+            # The library takes the passages' prompt by its first name even if only another one has a text.
+            passages = filter(None, (self._model.prompts.get(name) for name in PASSAGE_PROMPTS))
+            known = library[0], next(passages, library[1])
+            if not any(known) and any(known := family_prompts(self.name)):
+                _log.warning(
+                    "%s has no prompts of its own; where none is given, those of its family are used: %r before "
+                    "questions, %r before passages",
+                    self.name,
+                    *known,
+                )
+        return known[0] if question is None else question, known[1] if passage is None else passage
+
+    def _encode(self, encode: Callable[..., np.ndarray], prompt: str, texts: list[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
         # The library sorts by length and restores the order.
-        vectors = encode(texts, batch_size=self._batch_size, show_progress_bar=False).astype(np.float32)
+        vectors = encode(texts, prompt=prompt, batch_size=self._batch_size, show_progress_bar=False).astype(np.float32)
+        if self._cut is not None:
+            vectors = np.ascontiguousarray(vectors[:, : self._cut])
         if self._normalise:  # in float32, because half precision has an error of a thousandth
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
+
+
+def _library_prompts(model: SentenceTransformer) -> tuple[str, str]:
+    """The prompts that encode_query and encode_document choose."""
+    prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
+    default = prompts.get(model.default_prompt_name or "", "")
+    passage = next((prompts[name] for name in PASSAGE_PROMPTS if name in prompts), default)
+    return prompts.get("query", default), passage
 
 
 def _passage_length(passage: Passage) -> int:
@@ -232,15 +306,15 @@ def _load_dpr(model_class: Any, name: str, device: str) -> tuple[Any, Any]:
 @contextmanager
 def _loading(name: str, kind: str) -> Iterator[None]:
     """Convert any error to an `InputError`, and silence transformers' table of missing weights."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     except Exception as error:  # the libraries raise errors of a dozen classes for a missing or damaged model
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{name}: cannot be loaded as {kind} ({reason})") from error
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _absolute_name(name: str) -> str:

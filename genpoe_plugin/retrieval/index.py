@@ -3,8 +3,8 @@
 - ``index.faiss``: the vectors, in any FAISS index type, for the inner product. If they were built in parts, the files
   are ``index-00000.faiss`` and so on, and FAISS searches them as shards;
 - ``passages.arrow``: the passages in the same order (`PassageStore`);
-- ``index.json``, the manifest: encoder and its fingerprint, dimension, factory string, number of passages, search
-  parameters with their measured recall, and size and SHA-256 of the files.
+- ``index.json``, the manifest: encoder with its options and fingerprint, dimension, factory string, number of passages,
+  search parameters with their measured recall, and size and SHA-256 of the files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions, in_words, options_of
 from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, set_parameters
 from genpoe_plugin.retrieval.manifest import DENSE, MANIFEST, invalid, read_manifest, retriever_kind, verify_files
 from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
@@ -92,6 +93,16 @@ class PassageIndex:
     def encoder_fingerprint(self) -> str:
         """Fingerprint of the encoder; see `Encoder`."""
         return self.manifest["fingerprint"]
+
+    @property
+    def encoder_options(self) -> EncoderOptions:
+        """Prompts and cut of the encoder."""
+        return options_of(self.manifest)
+
+    @property
+    def encoder_words(self) -> str:
+        """The encoder with its options, for error messages."""
+        return in_words(self.encoder_name, self.encoder_fingerprint, self.encoder_options)
 
     @property
     def dimension(self) -> int:
@@ -220,4 +231,8 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
         or not isinstance(manifest["search"].get("parameters"), dict)
     ):
         raise invalid(directory)
+    try:
+        options_of(manifest)
+    except TypeError as error:
+        raise invalid(directory) from error
     return manifest

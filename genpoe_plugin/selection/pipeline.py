@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from genpoe_plugin.retrieval.passage_store import PassageStore
     from genpoe_plugin.retrieval.retriever import Retriever
-    from genpoe_plugin.selection.reranking import Reranker
+    from genpoe_plugin.selection.reranking import Scorer
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Pipeline:
         self,
         tokenizer: PreTrainedTokenizerBase,
         retriever: Retriever | None = None,
-        reranker: Reranker | None = None,
+        reranker: Scorer | None = None,
         *,
         num_retrieved: int = 20,
         num_passages: int = 4,

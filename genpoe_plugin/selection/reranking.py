@@ -1,4 +1,4 @@
-"""The reranker: a decoder LLM that scores whether a passage answers a question."""
+"""The reranker that is a decoder LLM, and the reranking of questions by any reranker."""
 
 from __future__ import annotations
 
@@ -9,47 +9,72 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from genpoe_plugin.data.questions import Question, by_rerank_score
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.hub import commit_of, loaded_from, split_revision
 from genpoe_plugin.llm.language_model import to_device
+from genpoe_plugin.selection.recognition import SETTINGS_FILE, recognise
+from genpoe_plugin.selection.reranker_format import BGE, QUERY, RerankerFormat
 
-DEFAULT_PROMPT = (
-    "Given a query A and a passage B, determine whether the passage contains an answer to the query "
-    "by providing a prediction of either 'Yes' or 'No'."
-)
-DEFAULT_MAX_LENGTH = 512
-SETTINGS_FILE = "reranker.json"
+DEFAULT_PROMPT = BGE.prompt
 # Number of pairs that are tokenised and sorted by length together: enough for batches with little padding, in bounded
 # memory.
 WINDOW = 4096
 
 
-class Reranker:
-    """Scores (query, passage) pairs by the logit of "Yes" at the last position, as bge-reranker-v2-gemma does.
+class Scorer(Protocol):
+    """The interface of a reranker."""
 
-    The input of a pair is ``[bos] + "A: {query}" + "\\n" + "B: {passage}" + "\\n" + prompt``. Each piece is tokenised
-    separately, so no token spans two pieces. Everything before the last newline has at most ``max_length`` tokens: the
-    passage is cut to fit, and the query is cut at 3/4 of that length, so that some of the passage is always read. "Yes"
-    is the first token of that word alone. There is no bos if the tokenizer has none or uses it for padding. These are
-    FlagEmbedding's rules, so its rerankers keep their scores.
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides a score."""
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of the hub repository that it was loaded from."""
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> np.ndarray:
+        """The score of every (query, passage string) pair, float32 ``[n]``; higher is more relevant."""
+
+
+class Reranker:
+    """Scores (query, passage) pairs by logits of a decoder LLM at the last position.
+
+    A `RerankerFormat` says how a pair is read and which logits are the score. A query in a piece of its own is cut at
+    3/4 of the tokens that a query and a passage have together, so that some of the passage is always read. There is no
+    BOS if the tokenizer has none or uses it for padding. In the format ``bge`` these are FlagEmbedding's rules, and in
+    ``qwen3`` those of the model cards, so their rerankers keep their scores.
 
     Args:
-        model: the decoder LLM.
+        model: the decoder LLM, with a language-modelling head, or with a classification head of one label, whose
+            output is then the score.
         tokenizer: the LLM's tokenizer.
-        prompt: the question to the LLM after every pair.
-        max_length: largest number of tokens before the last newline and the prompt.
+        format: the format that the LLM was trained with.
+        prompt: text in the place of the format's ``{prompt}``, if not its own: BGE's question after every pair, Qwen3's
+            instruction.
+        max_length: largest number of tokens, if not the format's; in the format ``bge``, before the last newline and
+            the prompt.
         batch_size: pairs per forward pass.
         commit: commit of the hub repository that the reranker was loaded from.
+
+    Raises:
+        InputError: both tokens of the score are the same, the fixed pieces are longer than ``max_length``, or the
+            classification head has several labels.
     """
 
     def __init__(
@@ -57,23 +82,39 @@ class Reranker:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        prompt: str = DEFAULT_PROMPT,
-        max_length: int = DEFAULT_MAX_LENGTH,
+        format: RerankerFormat = BGE,
+        prompt: str | None = None,
+        max_length: int | None = None,
         batch_size: int = 32,
         commit: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.max_length = max_length
+        self.format = format
+        self.prompt = format.prompt if prompt is None else prompt
+        self.max_length = format.max_length if max_length is None else max_length
         self.batch_size = batch_size
         self.commit = commit
-        bos = tokenizer.bos_token_id
-        self._bos = [] if bos is None or bos == tokenizer.pad_token_id else [bos]
-        yes, self._newline, self._prompt = self._tokenise(["Yes", "\n", prompt])
-        self._yes = yes[0]
-        # Models without position embeddings (ALiBi, state space) have no such argument.
         self.device = model.device
+        bos = tokenizer.bos_token_id
+        self._bos = [] if bos is None or bos == tokenizer.pad_token_id or not format.bos else [bos]
+        self._classifies = type(model).__name__.endswith("ForSequenceClassification")
+        if self._classifies:
+            if model.config.num_labels != 1:
+                raise InputError(f"{model.name_or_path}: {model.config.num_labels} scores of each pair instead of one")
+            if model.config.pad_token_id is None:
+                model.config.pad_token_id = 0  # such models read the last token that is not padding
+        else:
+            texts = [format.yes] if format.no is None else [format.yes, format.no]
+            self._score_tokens = [ids[0] for ids in self._tokenise(texts)]
+            if len(texts) != len(set(self._score_tokens)):
+                raise InputError(f"reranker format: yes and no ({', '.join(texts)}) begin with the same token")
+        fixed = [self._bos, *self._tokenise([format.fill(piece, "", "", self.prompt) for piece in format.pieces])]
+        room = self.max_length - (sum(map(len, fixed)) if format.counts_suffix else 0)
+        if room < 1:
+            raise InputError(f"reranker format: max_length {self.max_length} leaves no room for a passage")
+        self._query_limit = room * 3 // 4
+        # Models without position embeddings (ALiBi, state space) have no such argument.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -84,29 +125,38 @@ class Reranker:
         device: str = "cpu",
         dtype: str = "auto",
         batch_size: int = 32,
+        format: str | None = None,
         prompt: str | None = None,
         max_length: int | None = None,
         trust_remote_code: bool = False,
     ) -> Reranker:
         """Load a decoder LLM, a trained reranker or a LoRA adapter from a directory or the hub.
 
+        Cross-encoders are loaded by `genpoe_plugin.selection.rerankers.load_reranker`.
+
         Args:
             name_or_path: a directory, or a hub repository as ``user/name`` or ``user/name@revision``.
             device: device of the model.
             dtype: dtype of the weights; ``auto`` keeps that of the checkpoint.
             batch_size: pairs per forward pass.
-            prompt, max_length: replace the values saved with a trained reranker.
+            format: a built-in format or a template file; without one, it is recognised by the checkpoint
+                (`genpoe_plugin.selection.recognition.recognise`).
+            prompt, max_length: replace the values of the format, or those saved with a trained reranker.
             trust_remote_code: whether to run code from the repository.
 
         Raises:
-            InputError: there is no such model or device, or the checkpoint is incomplete or not a causal language
-                model.
+            InputError: there is no such model or device, the checkpoint is incomplete or not a causal language model,
+                or its format is not known.
         """
         name = str(name_or_path)
+        recognised = recognise(name, format)
+        if recognised.format is None:
+            raise InputError(f"{name}: a cross-encoder; load it with genpoe_plugin.selection.rerankers.load_reranker")
+        model_class = AutoModelForSequenceClassification if recognised.classifies else AutoModelForCausalLM
         repository, of_hub = loaded_from(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=trust_remote_code, **of_hub)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 repository, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **of_hub
             )
         except Exception as error:  # each kind of damage to a checkpoint raises another type of error
@@ -122,48 +172,60 @@ class Reranker:
                 f"{name}: not a causal language model, its checkpoint lacks {len(info['missing_keys'])} tensors "
                 f"such as {min(info['missing_keys'])}; give a decoder LLM or a reranker trained from one"
             )
-        settings: dict[str, Any] = _read_settings(repository, of_hub.get("revision"))
+        settings = recognised.settings
         if prompt is not None:
             settings["prompt"] = prompt
         if max_length is not None:
             settings["max_length"] = max_length
         commit = commit_of(*split_revision(name))
-        return cls(to_device(model, device).eval(), tokenizer, batch_size=batch_size, commit=commit, **settings)
+        return cls(
+            to_device(model, device).eval(),
+            tokenizer,
+            format=recognised.format,
+            batch_size=batch_size,
+            commit=commit,
+            **settings,
+        )
 
     def save(self, directory: str | Path) -> None:
-        """Write weights (safetensors), tokenizer and prompt, in the format that :meth:`load` and FlagEmbedding read."""
+        """Write weights (safetensors), tokenizer and format, for :meth:`load`; FlagEmbedding reads ``bge`` as well."""
         self.model.save_pretrained(directory)
         self.save_text_side(directory)
 
     def save_text_side(self, directory: str | Path) -> None:
-        """Write only tokenizer, prompt and maximum length, for a directory that holds an adapter."""
+        """Write only tokenizer, format, prompt and maximum length, for a directory that holds an adapter."""
         self.tokenizer.save_pretrained(directory)
-        settings = {"prompt": self.prompt, "max_length": self.max_length}
+        settings = {"format": self.format.saved, "prompt": self.prompt, "max_length": self.max_length}
         (Path(directory) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """The input ids of every (query, passage) pair, unpadded; each distinct text is tokenised once."""
-        queries = list(dict.fromkeys(query for query, _ in pairs))
-        passages = list(dict.fromkeys(passage for _, passage in pairs))
-        query_ids = dict(zip(queries, self._tokenise([f"A: {query}" for query in queries]), strict=True))
-        passage_ids = dict(zip(passages, self._tokenise([f"B: {passage}" for passage in passages]), strict=True))
+        pieces = [
+            self._tokenise_each([self.format.fill(piece, query, passage, self.prompt) for query, passage in pairs])
+            for piece in self.format.pieces
+        ]
+        at = self.format.passage_piece
+        for number, piece in enumerate(self.format.pieces):
+            if QUERY in piece and number != at:
+                pieces[number] = [ids[: self._query_limit] for ids in pieces[number]]
         rows = []
-        for query, passage in pairs:
-            head = self._bos + query_ids[query][: self.max_length * 3 // 4] + self._newline
-            room = max(self.max_length - len(head), 0)
-            rows.append(head + passage_ids[passage][:room] + self._newline + self._prompt)
+        for parts in zip(*pieces, strict=True):
+            head = self._bos + [token for part in parts[:at] for token in part]
+            tail = [token for part in parts[at + 1 :] for token in part]
+            room = self.max_length - len(head) - (len(tail) if self.format.counts_suffix else 0)
+            rows.append(head + parts[at][: max(room, 0)] + tail)
         return rows
 
-    def yes_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The "Yes" logits, float32 ``[n]`` on the model's device, of rows from :meth:`encode`; differentiable."""
+    def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The scores, float32 ``[n]`` on the model's device, of rows from :meth:`encode`; differentiable."""
         batches = list(self._batches(rows))
         order = torch.tensor([index for batch in batches for index in batch])
-        logits = torch.cat([self._forward([rows[index] for index in batch]) for batch in batches])
-        return logits[order.argsort().to(logits.device)]
+        scores = torch.cat([self._forward([rows[index] for index in batch]) for batch in batches])
+        return scores[order.argsort().to(scores.device)]
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> np.ndarray:
-        """The "Yes" logit of every (query, passage string) pair, float32 ``[n]``; higher is more relevant."""
+        """The score of every (query, passage string) pair, float32 ``[n]``; higher is more relevant."""
         self.model.eval()
         scores = np.empty(len(pairs), dtype=np.float32)
         with tqdm(total=len(pairs), desc="reranking", unit="pair", disable=not progress) as bar:
@@ -176,19 +238,20 @@ class Reranker:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides a score: configuration, vocabulary, prompt, maximum length and weights."""
-        config = self.model.config.to_dict()
-        for volatile in ("_name_or_path", "transformers_version"):
-            config.pop(volatile, None)
-        settings = [config, sorted(self.tokenizer.get_vocab().items()), self.prompt, self.max_length]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """SHA-256 of everything that decides a score: configuration, vocabulary, format, maximum length and weights."""
+        settings = [self.prompt, self.max_length]
+        if self.format != BGE:  # so that fingerprints from before there were formats keep their value
+            settings.append(self.format.saved)
+        return fingerprint_of(self.model, self.model.config, self.tokenizer, settings)
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _tokenise_each(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text; each distinct text is tokenised once."""
+        distinct = list(dict.fromkeys(texts))
+        ids = dict(zip(distinct, self._tokenise(distinct), strict=True))
+        return [ids[text] for text in texts]
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Indices of ``rows`` in batches of similar length, the longest first, so that memory errors occur at once."""
@@ -204,13 +267,31 @@ class Reranker:
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        if self._classifies:
+            return self.model(**inputs, use_cache=False).logits[:, 0].float()
         # Logits of the last position only: with Gemma's vocabulary, those of all positions would exceed the model.
-        return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self._yes].float()
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self._score_tokens].float()
+        return logits[:, 0] if self.format.no is None else logits[:, 0] - logits[:, 1]
+
+
+def fingerprint_of(
+    model: nn.Module, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Sequence[Any]
+) -> str:
+    """SHA-256 of a model's weights and configuration, its vocabulary, and settings."""
+    known = config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        known.pop(volatile, None)
+    facts = [known, sorted(tokenizer.get_vocab().items()), *settings]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def rerank(
     questions: Sequence[Question],
-    reranker: Reranker,
+    reranker: Scorer,
     *,
     strings: Mapping[str, str] | None = None,
     progress: bool = False,
@@ -241,18 +322,3 @@ def rerank(
         )
         for question, row in zip(questions, rows, strict=True)
     ]
-
-
-def _read_settings(name: str, revision: str | None) -> dict[str, Any]:
-    """Prompt and maximum length saved with a trained reranker; empty for an LLM without them."""
-    try:
-        path = Path(str(cached_file(name, SETTINGS_FILE, revision=revision)))
-    except OSError:
-        return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return {"prompt": str(saved["prompt"]), "max_length": int(saved["max_length"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f'{path}: invalid reranker settings; they must be {{"prompt": text, "max_length": number}}'
-        ) from error

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genpoe_plugin.retrieval.retriever import Retriever
-    from genpoe_plugin.selection.reranking import Reranker
+    from genpoe_plugin.selection.reranking import Scorer
 
 
 SEARCH_BLOCK = 256  # questions searched at a time
@@ -86,7 +86,7 @@ def retrieve_all(questions: Iterable[Question], retriever: Retriever, k: int) ->
 
 
 def rerank_all(
-    questions: Iterable[Question], reranker: Reranker, tokenizer: PreTrainedTokenizerBase | None = None
+    questions: Iterable[Question], reranker: Scorer, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[Question]:
     """Yield the questions with their passages in the reranker's order; the retriever's rank breaks ties.
 

@@ -86,7 +86,7 @@ class RerankerLearner:
             draw_group(self.training_set[draw.example], self.arguments.negatives, draw, self.arguments.seed)
             for draw in draws
         ]
-        scores = self.reranker.yes_logits(self.reranker.encode([pair for group in groups for pair in group]))
+        scores = self.reranker.score_rows(self.reranker.encode([pair for group in groups for pair in group]))
         return group_losses(scores, [len(group) for group in groups])
 
     def validate(self, process: int, processes: int) -> dict[str, float]:

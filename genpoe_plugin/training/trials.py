@@ -185,7 +185,7 @@ class RerankerTrial(_Trial):
         rows = reranker.encode(group * self.rows)
 
         def losses() -> Tensor:
-            return group_losses(reranker.yes_logits(rows), [len(group)] * self.rows)
+            return group_losses(reranker.score_rows(rows), [len(group)] * self.rows)
 
         with fake_tensors(learner.module, device=self.device):
             reranker.device = self.device

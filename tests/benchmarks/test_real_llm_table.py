@@ -32,6 +32,7 @@ from genpoe_plugin.comparison import matrix
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 from genpoe_plugin.selection.pipeline import Pipeline
 from genpoe_plugin.training.creation import attention_config, create_attention_experts
 
@@ -44,6 +45,7 @@ class Letters:
     """Stands in for an encoder."""
 
     name = fingerprint = pooling = "letters"
+    options = EncoderOptions("", "")
     precision = "float32"
     dimension = 26
 

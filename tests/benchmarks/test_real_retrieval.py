@@ -16,6 +16,7 @@ from benchmarks.options import Options
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 from genpoe_plugin.selection.reranking import Reranker
 
 TOPICS = ["opera", "radium", "fox", "canberra", "volcano", "violin", "glacier", "harbour"]
@@ -25,6 +26,7 @@ class Letters:
     """Stands in for an encoder."""
 
     name = fingerprint = pooling = "letters"
+    options = EncoderOptions("", "")
     precision = "float32"
     dimension = 26
 

@@ -100,6 +100,30 @@ def test_only_the_first_of_many_processes_builds(
     assert len(PassageIndex.load(tmp_path / "index")) == 3
 
 
+def test_prompts_and_dimensions_are_kept(encoder: Path, tmp_path: Path) -> None:
+    options = ["--question-prompt", "fox ", "--passage-prompt", "curie ", "--dimensions", 5]
+    result = build(TSV, tmp_path, "--encoder", encoder, "--shards", tmp_path / "shards", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'index'}: 3 passages, 5 dimensions, Flat\n"
+    vectors = SentenceTransformer(str(encoder), device="cpu").encode(
+        ["fox radium", "curie barber: rossini barber", "curie curie: curie radium polonium", "curie fox"]
+    )[:, :5]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    (found,) = DenseRetriever.load(tmp_path / "index").retrieve(["radium"], 3)
+    scores = {item.passage.id: item.score for item in found}
+    np.testing.assert_allclose([scores[name] for name in "123"], vectors[1:] @ vectors[0], atol=2e-3)  # float16
+    info = run("index", "info", tmp_path / "index").stdout.splitlines()
+    assert "question     'fox ' before it" in info and "passage      'curie ' before it" in info
+    assert "pooling      first 5 dimensions, normalised" in info
+    # Tuning encodes its questions in the same way, and other options are refused.
+    (tmp_path / "questions.tsv").write_text("fox\t['x']\n")
+    arguments = ["--shards", tmp_path / "shards", "--queries", tmp_path / "questions.tsv"]
+    result = run("index", "tune", tmp_path / "index", *arguments)
+    assert result.exit_code == 0, result.output
+    result = build(TSV, tmp_path, "--encoder", encoder, "--shards", tmp_path / "shards")
+    assert result.exit_code == 2 and "question prompt 'fox ', passage prompt 'curie ', 5 dimensions" in result.stderr
+
+
 def test_the_same_command_does_not_build_again(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "passages.tsv").write_text(TSV)
     options = ["--passages", tmp_path / "passages.tsv", "--encoder", encoder, "--out", tmp_path / "index"]
@@ -178,6 +202,8 @@ def test_factory(encoder: Path, tmp_path: Path) -> None:
         (TSV, ["--factory", "Flt"], "factory 'Flt'"),
         (TSV, ["--encoder", "no-such/encoder"], "no-such/encoder: "),
         (TSV, ["--device", "abacus"], "abacus"),
+        (TSV, ["--dimensions", "17"], "its vectors have 16 dimensions, not 17; give fewer"),
+        (TSV, ["--encoder", "a,b", "--question-prompt", "q"], "a,b: a DPR pair has neither prompts nor dimensions"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -203,6 +229,8 @@ def test_what_to_build_of_is_needed(encoder: Path, tmp_path: Path) -> None:
         ([], "give --passages and --encoder, or --shards"),
         (["--passages", tmp_path / "x.tsv"], "--passages needs --encoder"),
         (["--shards", tmp_path / "none"], "not a folder of shards"),
+        (["--shards", tmp_path / "none", "--dimensions", 5], "--dimensions belong to the encoding; give --passages"),
+        (["--shards", tmp_path / "none", "--passage-prompt", ""], "belong to the encoding; give --passages"),
     ]:
         result = run("index", "build", "--out", tmp_path / "index", *arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_header, read_questions, write_questions
 from genpoe_plugin.files import file_digest
-from genpoe_plugin.selection.reranking import Reranker
+from genpoe_plugin.selection import rerankers
 from tests.gguf_llm import write_gguf
 from train_cli.main import main
 
@@ -39,7 +39,7 @@ class ByLength:
 @pytest.fixture
 def reranker(monkeypatch: pytest.MonkeyPatch) -> ByLength:
     stand_in = ByLength()
-    monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name, **options: stand_in))
+    monkeypatch.setattr(rerankers, "load_reranker", lambda name, **options: stand_in)
     return stand_in
 
 

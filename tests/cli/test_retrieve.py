@@ -19,7 +19,7 @@ from genpoe_plugin.indexing.encoding import index_passages
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.loading import load_retriever
-from genpoe_plugin.selection.reranking import Reranker
+from genpoe_plugin.selection import rerankers
 from train_cli.main import main
 
 WORDS = ["rossini", "barber", "curie", "radium", "polonium", "fox", "opera", "pesaro"]
@@ -104,7 +104,7 @@ class ByLength:
 
 
 def test_reranked_passages(index: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name, **options: ByLength()))
+    monkeypatch.setattr(rerankers, "load_reranker", lambda name, **options: ByLength())
     result = run(index, questions, tmp_path / "out.jsonl", "--reranker", "some/reranker")
     assert result.exit_code == 0, result.output
     run(index, questions, tmp_path / "before.jsonl")
@@ -178,6 +178,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(index: Path, questions: Path, 
         ((tmp_path, questions), "not an index"),
         ((index, questions, "--num-retrieved", 0), "--num-retrieved"),
         ((index, questions, "--encoder", "no-such/encoder"), "no-such/encoder: "),
+        ((index, questions, "--reranker-format", "bge"), "give --reranker as well"),
     ]:
         index_directory, question_file, *options = arguments
         result = run(index_directory, question_file, tmp_path / "out.jsonl", *options)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.training_arguments import RerankerTraining
@@ -49,9 +50,19 @@ def test_options_are_the_settings_with_their_defaults() -> None:
 
 def test_bad_input_is_one_line(llm_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    llm = {
+        "vocab_size": 400,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    BertForSequenceClassification(BertConfig(**llm, num_labels=1)).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "bert")
     for model, file, more in [
         (tmp_path / "nowhere", data, []),
         (llm_dir, tmp_path / "nothing.jsonl", []),
+        (tmp_path / "bert", data, []),
         (llm_dir, data, ["--lora-rank", "-1"]),
     ]:
         run = CliRunner().invoke(

@@ -142,16 +142,21 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, lm_eval: LmEval) -> None
     assert {len(system.runs) for system in board.systems if system.control in ("shuffled", "random", "constant")} == {3}
 
 
-@pytest.mark.parametrize("what", ["data", "batch_size", "experts"])
+@pytest.mark.parametrize("what", ["data", "batch_size", "experts", "reranker_format"])
 def test_a_folder_of_another_matrix_is_refused(
     tmp_path: Path, lm_eval: LmEval, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = FULL.replace("[closed_book, rag, genpoe, genpoe_rag]", "[genpoe]").replace("[1, 2, 4]", "[1]")
+    template = tmp_path / "format.json"
+    template.write_text("{}")
+    text = text.replace("hypernetwork: experts", f"hypernetwork: experts, reranker: r, reranker_format: {template}")
     run_matrix(read_matrix(declare(tmp_path, text)))
     lm_eval.commands.clear()
     path = declare(tmp_path, text.replace("batch_size: 4", "batch_size: 5") if what == "batch_size" else text)
     if what == "data":
         (tmp_path / "data.jsonl").write_text("{} ")
+    if what == "reranker_format":
+        template.write_text("{} ")
     if what == "experts":
         monkeypatch.setattr(module, "checkpoint_fingerprint", lambda name: "another")
     with pytest.raises(InputError, match=r"made with another .*give another `out`, or delete it"):

@@ -23,6 +23,7 @@ from genpoe_plugin.indexing.claims import claim
 from genpoe_plugin.indexing.encoding import encode_shards
 from genpoe_plugin.indexing.shards import Shards
 from genpoe_plugin.retrieval.encoder import load_encoder
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 
 PASSAGES = [Passage(f"id{n}", f"title {n}" if n % 3 else "", "word " * (1 + n * 7 % 5) + str(n)) for n in range(22)]
 SIZE = 4  # 6 shards, the last of 2
@@ -44,6 +45,7 @@ class Numbering:
     """An encoder of whole numbers that belong to a passage; ``before`` sees every batch first."""
 
     name, fingerprint, precision, pooling, dimension = "numbering", "of-numbers", "float32", "none", 3
+    options = EncoderOptions("", "")
 
     def __init__(self, before: Callable[[Sequence[Passage]], object] = lambda batch: None) -> None:
         self.before = before

@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
 from genpoe_plugin.data.passages import Passage
+from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
@@ -29,6 +30,7 @@ class FixedEncoder:
     """An encoder whose vectors are given, by passage id and by question."""
 
     name, fingerprint, precision, pooling = "fixed", "fixed-fingerprint", "float32", "none"
+    options = EncoderOptions("", "")
 
     def __init__(self, passages: dict[str, np.ndarray], questions: dict[str, np.ndarray] | None = None) -> None:
         self.passages, self.questions = passages, questions or {}

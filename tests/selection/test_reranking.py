@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -160,22 +161,34 @@ def test_save_and_load_is_identity(llama: PreTrainedModel, tokenizer: PreTrained
 
 
 def test_an_llm_without_settings_has_the_default_prompt(llm_dir: Path) -> None:
-    assert Reranker.load(llm_dir).prompt == DEFAULT_PROMPT
+    assert Reranker.load(llm_dir, format="bge").prompt == DEFAULT_PROMPT
 
 
 def test_fingerprint_is_of_content(llm_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llm_dir, tmp_path / "copy")
-    fingerprint = Reranker.load(llm_dir).fingerprint
-    assert Reranker.load(copy).fingerprint == fingerprint
-    assert Reranker.load(copy, prompt="Well?").fingerprint != fingerprint
-    changed = Reranker.load(copy)
+    fingerprint = Reranker.load(llm_dir, format="bge").fingerprint
+    assert Reranker.load(copy, format="bge").fingerprint == fingerprint
+    assert Reranker.load(copy, format="bge", prompt="Well?").fingerprint != fingerprint
+    changed = Reranker.load(copy, format="bge")
     with torch.no_grad():
         next(changed.model.parameters()).view(-1)[0] += 1e-3
     assert changed.fingerprint != fingerprint
 
 
+def test_the_fingerprint_is_what_it_was_before_there_were_formats(llm_dir: Path) -> None:
+    """Or response caches and result files of earlier versions would be refused."""
+    reranker = Reranker.load(llm_dir, format="bge")
+    config = reranker.model.config.to_dict()
+    del config["_name_or_path"], config["transformers_version"]
+    facts = [config, sorted(reranker.tokenizer.get_vocab().items()), DEFAULT_PROMPT, 512]
+    expected = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, weight in sorted(reranker.model.state_dict().items()):
+        expected.update(name.encode() + weight.numpy().tobytes())
+    assert reranker.fingerprint == expected.hexdigest()
+
+
 def test_an_adapter_directory_scores_as_base_and_adapter(llm_dir: Path, tmp_path: Path) -> None:
-    reranker = Reranker.load(llm_dir)
+    reranker = Reranker.load(llm_dir, format="bge")
     base_scores = reranker.score(PAIRS)
     torch.manual_seed(0)
     adapter = peft.get_peft_model(
@@ -204,7 +217,7 @@ def test_truncated_weights(llm_dir: Path, tmp_path: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError) as error:
-        Reranker.load(copy)
+        Reranker.load(copy, format="bge")
     assert str(copy) in one_line(error)
 
 
@@ -217,7 +230,7 @@ def test_incomplete_directory(llm_dir: Path, tmp_path: Path, name: str, content:
     else:
         (copy / name).write_text(content)
     with pytest.raises(InputError) as error:
-        Reranker.load(copy)
+        Reranker.load(copy, format="bge")
     assert str(copy) in one_line(error)
 
 
@@ -228,7 +241,7 @@ def test_not_a_causal_lm(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> 
     BertModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError) as error:
-        Reranker.load(tmp_path)
+        Reranker.load(tmp_path, format="bge")
     assert "not a causal language model" in one_line(error)
 
 

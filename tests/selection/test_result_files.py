@@ -230,7 +230,7 @@ def test_both_formats_give_the_tasks_the_same_passages_and_gates(
 
 
 def test_a_real_reranker(tmp_path: Path, llm_dir: Path) -> None:
-    reranker = Reranker.load(llm_dir)
+    reranker = Reranker.load(llm_dir, format="bge")
     make_results(tmp_path / "out.json", QUESTIONS[:3], lambda asked: rerank_all(asked, reranker), {}, form="dpr")
     for item in json.loads((tmp_path / "out.json").read_text()):
         scores = [reranker.score([(item["question"], ctx["text"])])[0] for ctx in item["ctxs"]]

@@ -68,7 +68,7 @@ def hypernetwork(
 def reranker(llm_dir: Path, data: Path, out: Path, **changes: Any) -> list[Any]:
     settings = {"max_steps": 4, "negatives": 2, "lora_rank": 4, "learning_rate": 0.01, "validate_every": 2, **changes}
     examples = read_examples(data)
-    start = Reranker.load(llm_dir, prompt=examples[0].prompt)
+    start = Reranker.load(llm_dir, format="bge", prompt=examples[0].prompt)
     progress = train_reranker(start, RerankerTraining(**settings), examples[:9], out, held_out=examples[9:14])
     return [progress.losses, progress.validations]
 

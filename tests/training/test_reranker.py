@@ -54,7 +54,7 @@ class Setup:
         return RerankerTraining(**{**settings, **changes})
 
     def start(self, max_length: int = 512) -> Reranker:
-        return Reranker.load(self.model, prompt=read_examples(self.data)[0].prompt, max_length=max_length)
+        return Reranker.load(self.model, format="bge", prompt=read_examples(self.data)[0].prompt, max_length=max_length)
 
     def losses(self, held_out: Path | None = None, out: Path | None = None, **changes: Any) -> list[float]:
         progress = train_reranker(
@@ -127,7 +127,7 @@ def test_attention_layers_are_found_by_structure(
 
 def test_ranking_quality_by_hand(llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"p1": 1.0, "p2": 3.0, "n1": 2.0, "n2": 4.0, "n3": 3.0, "n4": 0.0}
-    reranker = Reranker.load(llm_dir)
+    reranker = Reranker.load(llm_dir, format="bge")
     monkeypatch.setattr(reranker, "score", lambda pairs: np.array([scores[passage] for _, passage in pairs]))
     first = RerankerExample("q", ("p2",), ("n1",))
     eleventh = RerankerExample("q", ("p1",), ("n1",) * 10)
@@ -184,7 +184,7 @@ def test_the_first_step_of_full_training_is_adamw_on_the_loss_by_hand(setup: Set
     (first,) = setup.losses(**changes)
     trained = Reranker.load(setup.out).model
     model = AutoModelForCausalLM.from_pretrained(llm_dir)
-    reranker = Reranker(model, Reranker.load(llm_dir).tokenizer, prompt="Yes or No?")
+    reranker = Reranker(model, Reranker.load(llm_dir, format="bge").tokenizer, prompt="Yes or No?")
     examples = read_examples(setup.data)
     loss = torch.tensor(0.0)
     for draw in batch_at(0, len(examples), 2, seed=0):
@@ -211,14 +211,14 @@ def test_merged_is_base_plus_adapter(setup: Setup, llm_dir: Path) -> None:
     by_hand = Reranker(adapted.get_base_model(), merged.tokenizer, prompt="Yes or No?").score(pairs)
     np.testing.assert_allclose(merged.score(pairs), by_hand, atol=2e-5)
     np.testing.assert_allclose(Reranker.load(f"{setup.out}/adapter").score(pairs), by_hand, atol=1e-5)
-    assert np.abs(by_hand - Reranker.load(llm_dir, prompt="Yes or No?").score(pairs)).max() > 1e-3
+    assert np.abs(by_hand - Reranker.load(llm_dir, format="bge", prompt="Yes or No?").score(pairs)).max() > 1e-3
 
 
 def test_prompt_and_length_are_saved_and_used(setup: Setup, llm_dir: Path) -> None:
-    start = Reranker.load(llm_dir, prompt="Does it fit?", max_length=100)
+    start = Reranker.load(llm_dir, format="bge", prompt="Does it fit?", max_length=100)
     train_reranker(start, setup.arguments(max_steps=1), read_examples(setup.data), setup.out)
     settings = json.loads((setup.out / "reranker.json").read_text())
-    assert settings == {"prompt": "Does it fit?", "max_length": 100}
+    assert settings == {"format": "bge", "prompt": "Does it fit?", "max_length": 100}
     trained = Reranker.load(setup.out)
     assert (trained.prompt, trained.max_length) == ("Does it fit?", 100)
 
@@ -294,7 +294,7 @@ def test_bad_settings(setup: Setup, name: str, value: object) -> None:
 
 
 def test_full_training_in_bfloat16_is_refused(setup: Setup) -> None:
-    start = Reranker.load(setup.model, dtype="bfloat16")
+    start = Reranker.load(setup.model, format="bge", dtype="bfloat16")
     with pytest.raises(InputError, match="float32"):
         train_reranker(start, setup.arguments(lora_rank=0), read_examples(setup.data), setup.out)
 
