@@ -19,10 +19,10 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.indexing.encoding import encode_shards, index_passages
 from genpoe_plugin.indexing.shards import MANIFEST as SHARDS
 from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import load_encoder
 from genpoe_plugin.retrieval.encoder_options import EncoderOptions, family_prompts, options_of
 from genpoe_plugin.retrieval.index import MANIFEST, PassageIndex
-from genpoe_plugin.retrieval.retriever import Retriever
 
 PASSAGES = [Passage("1", "Opera", "rossini wrote the barber"), Passage("2", "", "curie discovered radium")]
 QUESTIONS = ["who wrote the barber", "radium"]
@@ -151,7 +151,7 @@ def test_an_index_keeps_the_options_and_refuses_others(
     manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
     assert manifest["encoder_options"] == {"question_prompt": "find ", "passage_prompt": "text ", "dimensions": 12}
     assert manifest["dimension"] == 12
-    retriever = Retriever.load(tmp_path / "index")
+    retriever = DenseRetriever.load(tmp_path / "index")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     questions = by_hand(bert_dir, [f"find {text}" for text in QUESTIONS], 12)
     scores = questions @ by_hand(bert_dir, [f"text {p.string}" for p in PASSAGES], 12).T
@@ -159,10 +159,10 @@ def test_an_index_keeps_the_options_and_refuses_others(
         assert [item.passage.id for item in found] == [PASSAGES[row].id for row in np.argsort(-question)]
         np.testing.assert_allclose([item.score for item in found], np.sort(question)[::-1], atol=2e-5)
     moved = str(shutil.copytree(e5, tmp_path / "moved"))
-    assert Retriever.load(tmp_path / "index", encoder=moved).fingerprint == retriever.fingerprint
+    assert DenseRetriever.load(tmp_path / "index", encoder=moved).fingerprint == retriever.fingerprint
     for other in (EncoderOptions(), EncoderOptions("find ", "text "), EncoderOptions("ask ", "text ", 12)):
         with pytest.raises(InputError) as error:
-            Retriever(PassageIndex.load(tmp_path / "index"), load_encoder(e5, options=other))
+            DenseRetriever(PassageIndex.load(tmp_path / "index"), load_encoder(e5, options=other))
         message = str(error.value)
         assert "question prompt 'find ', passage prompt 'text ', 12 dimensions), opened with" in message
         assert "\n" not in message
@@ -184,7 +184,7 @@ def test_indexes_and_shards_from_before_have_no_prompts_of_a_family(
     fingerprint = PassageIndex.load(tmp_path / "index").fingerprint
     without_options(tmp_path / "index", MANIFEST)
     without_options(tmp_path / "shards", SHARDS)
-    retriever = Retriever.load(tmp_path / "index")
+    retriever = DenseRetriever.load(tmp_path / "index")
     assert retriever.fingerprint == fingerprint
     close(retriever.encoder.encode_questions(QUESTIONS), by_hand(bert_dir, QUESTIONS))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -94,7 +94,7 @@ class Run:
             self.module = RerankerLearner(reranker, trial.arguments, trial.examples).module.train()
             group = trial.longest_group()
             pairs = [("who", "short"), *(group * trial.rows)[1:]]
-            self.losses = lambda: group_losses(reranker.yes_logits(reranker.encode(pairs)), [len(group)] * trial.rows)
+            self.losses = lambda: group_losses(reranker.score_rows(reranker.encode(pairs)), [len(group)] * trial.rows)
         else:
             learner = HypernetworkLearner(trial.config, trial.arguments, trial.examples, model, tokenizer)
             self.module = learner.module
