@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import click
 import peft
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ from genpoe_plugin.training.batches import answer_logits, make_batch, mean_over_
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw
 from genpoe_plugin.training.examples import TrainingExample, draw_passages, training_examples
-from genpoe_plugin.training.reranker import attention_projections
+from genpoe_plugin.training.reranker import with_adapter
 from genpoe_plugin.training.trainer import train
 from genpoe_plugin.training.training_arguments import HypernetworkTraining
 
@@ -50,11 +49,7 @@ class RagLearner:
     ) -> None:
         self.tokenizer, self.training_set, self.arguments = tokenizer, examples, arguments
         self.device = model.device
-        targets = attention_projections(model)
-        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(arguments.seed)
-            self.module: nn.Module = peft.get_peft_model(model, lora)
+        self.module: nn.Module = with_adapter(model, rank=rank, alpha=2 * rank, seed=arguments.seed)
 
     @property
     def examples(self) -> int:

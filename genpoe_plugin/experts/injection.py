@@ -9,7 +9,7 @@ prefill and static caches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -70,6 +70,31 @@ class RowExperts:
         index = torch.arange(len(self.served), device=device).repeat_interleave(times)
         served = (self.served.unsqueeze(1) * times + torch.arange(times, device=device)).flatten()
         return RowExperts(self.experts[index], self.gates[index], self.start[every], served)
+
+
+def unit_rows(
+    passages: Sequence[Sequence[str]], gates: Sequence[Sequence[float]], units_of: Mapping[str, Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The units of each row's passages in one table.
+
+    Args:
+        passages: the passages of each row, at least one per row.
+        gates: one gate per passage of each row.
+        units_of: for each passage, the indices of its units.
+
+    Returns:
+        Unit indices, gates, and where the table is padded (with a unit of the row, at gate 0), each ``[rows, K]``.
+    """
+    rows = [
+        [(unit, gate) for passage, gate in zip(*row, strict=True) for unit in units_of[passage]]
+        for row in zip(passages, gates, strict=True)
+    ]
+    width = max(map(len, rows))
+    padded = [row + [(row[0][0], 0.0)] * (width - len(row)) for row in rows]
+    index = torch.tensor([[unit for unit, _ in row] for row in padded])
+    gate = torch.tensor([[gate for _, gate in row] for row in padded])
+    padding = torch.arange(width) >= torch.tensor([[len(row)] for row in rows])
+    return index, gate, padding
 
 
 def _active_positions(start: Tensor, arguments: dict[str, Any], rows: int, tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ from genpoe_plugin.experts.expert_files import ExpertFiles
 from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
-from genpoe_plugin.experts.injection import RowExperts
+from genpoe_plugin.experts.injection import RowExperts, unit_rows
 from genpoe_plugin.experts.int8 import Int8Experts
 from genpoe_plugin.experts.store_options import ON_DEVICE, ON_HOST
 from genpoe_plugin.experts.unit_pool import UnitPool
@@ -137,20 +137,7 @@ class ExpertStore:
         unique = list(dict.fromkeys(passage for row in passages for passage in row))
         weights, unique_slots = self._fetch(unique)
         slots_of = dict(zip(unique, unique_slots, strict=True))
-        slots = [[slot for passage in passages[row] for slot in slots_of[passage]] for row in served]
-        unit_gates = [
-            [gate for passage, gate in zip(passages[row], gates[row], strict=True) for _ in slots_of[passage]]
-            for row in served
-        ]
-        max_units = max(map(len, slots))
-        index = torch.zeros(len(served), max_units, dtype=torch.long)
-        gate = torch.zeros(len(served), max_units)
-        padding = torch.ones(len(served), max_units, dtype=torch.bool)
-        for number, (row_slots, row_gates) in enumerate(zip(slots, unit_gates, strict=True)):
-            index[number] = row_slots[0]  # padding: any unit with finite weights, with gate 0
-            index[number, : len(row_slots)] = torch.tensor(row_slots)
-            gate[number, : len(row_slots)] = torch.tensor(row_gates, dtype=torch.float32)
-            padding[number, : len(row_slots)] = False
+        index, gate, padding = unit_rows([passages[row] for row in served], [gates[row] for row in served], slots_of)
         device = self._generator.device
         experts = self._form.select(weights, index.to(device))
         if isinstance(experts, MLPExperts) and padding.any():

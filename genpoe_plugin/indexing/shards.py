@@ -221,11 +221,6 @@ class Shards:
         names = set(os.listdir(self.directory))
         return [n for n in self.numbers if not names.issuperset(self.path(n, s).name for s in (".json", *PARTS))]
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all shards exist."""
-        return not self.missing()
-
     def write(self, number: int, passages: Sequence[Passage], vectors: np.ndarray) -> None:
         """Write a shard.
 

@@ -11,9 +11,8 @@ from huggingface_hub.utils import TensorInfo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from genpoe_plugin.errors import InputError
 from genpoe_plugin.hub import UNREACHABLE, split_revision
-from genpoe_plugin.llm.gguf_files import check_gguf
+from genpoe_plugin.llm.language_model import loading, source, torch_dtype
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -26,25 +25,18 @@ def empty_model(
     Raises:
         InputError: there is no configuration of a causal language model, or no such dtype.
     """
-    check_gguf(name, gguf_file)
-    repository, revision = split_revision(name)
-    requested = {"gguf_file": gguf_file, "revision": revision}
-    options = {option: value for option, value in requested.items() if value is not None}
-    try:
+    repository, options = source(name, gguf_file)
+    with loading(name):
         config = AutoConfig.from_pretrained(repository, trust_remote_code=trust_remote_code, **options)
-        if dtype == "auto" and gguf_file is not None:
-            dtype = "float32"  # transformers dequantises the weights of any GGUF file
-        elif dtype == "auto":
-            # Without a configured dtype, transformers uses that of the checkpoint's first floating point tensor.
-            stored = (FLOATS[tensor.dtype] for tensor in _stored_tensors(name) if tensor.dtype in FLOATS)
-            dtype = str(config.get_text_config().dtype or next(stored, "float32")).removeprefix("torch.")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+    if dtype == "auto" and gguf_file is not None:
+        dtype = "float32"  # transformers dequantises the weights of any GGUF file
+    elif dtype == "auto":
+        # Without a configured dtype, transformers uses that of the checkpoint's first floating point tensor.
+        stored = (FLOATS[tensor.dtype] for tensor in _stored_tensors(name) if tensor.dtype in FLOATS)
+        dtype = str(config.get_text_config().dtype or next(stored, "float32")).removeprefix("torch.")
+    number_format = torch_dtype(dtype)
+    with loading(name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=number_format, trust_remote_code=trust_remote_code)
 
 
 def weight_bytes(name: str, model: PreTrainedModel) -> int:
@@ -54,18 +46,6 @@ def weight_bytes(name: str, model: PreTrainedModel) -> int:
     return sum(end - start for start, end in (tensor.data_offsets for tensor in stored)) or sum(
         weight.nbytes for weight in model.parameters()
     )
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The floating point dtype of this name.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype {name}: no such dtype; give auto, float32, bfloat16 or float16")
-    return dtype
 
 
 def _stored_tensors(name: str) -> list[TensorInfo]:

@@ -28,6 +28,40 @@ from genpoe_plugin.hub import loaded_from, split_revision
 from genpoe_plugin.llm.gguf_files import begin_as_stored, check_gguf, gguf_path
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Raise an `InputError` where transformers cannot load the LLM ``name``."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+
+
+def source(name: str, gguf_file: str | None = None) -> tuple[str, dict[str, str]]:
+    """The repository of the LLM ``name``, and transformers' options for its revision and its GGUF file.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    check_gguf(name, gguf_file)
+    repository, revision = split_revision(name)
+    requested = {"gguf_file": gguf_file, "revision": revision}
+    return repository, {option: value for option, value in requested.items() if value is not None}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype {name}: no such dtype; give auto, float32, bfloat16 or float16")
+    return dtype
+
+
 def load_language_model(
     name: str,
     *,
@@ -48,17 +82,14 @@ def load_language_model(
     Raises:
         InputError: it cannot be loaded, its tokenizer has no character offsets, or there is no such device or dtype.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype {dtype}: no such dtype; give auto, float32, bfloat16 or float16")
+    if dtype != "auto":
+        torch_dtype(dtype)
     tokenizer = load_tokenizer(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    try:
+    with loading(name):
         repository, of_hub = loaded_from(name)
         model = AutoModelForCausalLM.from_pretrained(
             repository, dtype=dtype, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **of_hub
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
     return to_device(model, device).eval().requires_grad_(False), tokenizer
 
 
@@ -81,7 +112,7 @@ def load_lower_layers(
         InputError: it cannot be loaded, or there is no such device.
     """
     level = transformers_logging.get_verbosity()
-    try:
+    with loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
         text = config.get_text_config()
         depth = text.num_hidden_layers
@@ -90,12 +121,10 @@ def load_lower_layers(
             text.layer_types = text.layer_types[:layers]
         # Otherwise transformers warns about every weight of the omitted layers.
         transformers_logging.set_verbosity_error()
-        model = AutoModel.from_pretrained(name, config=config, dtype=dtype, revision=revision)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
-    finally:
-        transformers_logging.set_verbosity(level)
+        try:
+            model = AutoModel.from_pretrained(name, config=config, dtype=dtype, revision=revision)
+        finally:
+            transformers_logging.set_verbosity(level)
     return to_device(model, device).eval().requires_grad_(False), depth
 
 
@@ -107,18 +136,12 @@ def load_tokenizer(
     Raises:
         InputError: it cannot be loaded, or has no character offsets.
     """
-    check_gguf(name, gguf_file)
-    repository, revision = split_revision(name)
-    requested = {"gguf_file": gguf_file, "revision": revision}
-    options = {option: value for option, value in requested.items() if value is not None}
-    try:
+    repository, options = source(name, gguf_file)
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
     check_tokenizer(tokenizer, name)
     if gguf_file is not None:
-        begin_as_stored(tokenizer, gguf_path(repository, gguf_file, revision=revision))
+        begin_as_stored(tokenizer, gguf_path(repository, gguf_file, revision=options.get("revision")))
     return tokenizer
 
 

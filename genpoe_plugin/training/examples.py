@@ -13,7 +13,7 @@ from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage
 from genpoe_plugin.experts.generator import ExpertGenerator
-from genpoe_plugin.experts.injection import RowExperts
+from genpoe_plugin.experts.injection import RowExperts, unit_rows
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.selection.gates import softmax, uniform
 
@@ -215,13 +215,6 @@ def row_experts(generator: ExpertGenerator, examples: Sequence[DrawnExample], st
     unique = list(dict.fromkeys(passage for example in examples for passage in example.passages))
     experts, unit_lists = generator.generate_units(unique)
     units_of = dict(zip(unique, unit_lists, strict=True))
-    index = [[unit for passage in example.passages for unit in units_of[passage]] for example in examples]
-    gates = [
-        [gate for passage, gate in zip(example.passages, example.gates, strict=True) for _ in units_of[passage]]
-        for example in examples
-    ]
-    max_units = max(map(len, index))
-    # Rows with fewer units are padded with any unit, at gate 0.
-    padded_index = torch.tensor([row + [0] * (max_units - len(row)) for row in index], device=generator.device)
-    padded_gates = torch.tensor([row + [0.0] * (max_units - len(row)) for row in gates], device=generator.device)
-    return RowExperts(experts[padded_index], padded_gates, torch.tensor(list(start), device=generator.device))
+    index, gates, _ = unit_rows([row.passages for row in examples], [row.gates for row in examples], units_of)
+    device = generator.device
+    return RowExperts(experts[index.to(device)], gates.to(device), torch.tensor(list(start), device=device))

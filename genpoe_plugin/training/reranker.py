@@ -58,9 +58,13 @@ class RerankerLearner:
         self.training_set = examples
         self.held_out = held_out
         if arguments.lora_rank:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(arguments.seed)
-                reranker.model = cast(PreTrainedModel, _with_adapter(reranker.model, arguments))
+            reranker.model = with_adapter(
+                reranker.model,
+                rank=arguments.lora_rank,
+                alpha=arguments.lora_alpha,
+                seed=arguments.seed,
+                targets=arguments.lora_targets,
+            )
         elif reranker.model.dtype != torch.float32:
             raise InputError(
                 "training all weights needs dtype float32; bfloat16 is for the frozen base of a LoRA adapter"
@@ -171,18 +175,22 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def _with_adapter(model: PreTrainedModel, arguments: RerankerTraining) -> peft.PeftModel:
-    """Add LoRA layers to ``model`` in place and freeze its other weights."""
-    lora = peft.LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]
-        target_modules=list(arguments.lora_targets) or attention_projections(model),
-        task_type="CAUSAL_LM",
-    )
+def with_adapter(
+    model: PreTrainedModel, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ()
+) -> PreTrainedModel:
+    """Add LoRA layers to ``model`` in place, by default on the attention's linear layers, and freeze its other weights.
+
+    Raises:
+        InputError: there are no layers with the names ``targets``.
+    """
+    names = list(targets) or attention_projections(model)
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     try:
-        return cast(peft.PeftModel, peft.get_peft_model(model, lora))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cast(PreTrainedModel, peft.get_peft_model(model, lora))
     except ValueError as error:
-        raise InputError(f"lora_targets {', '.join(arguments.lora_targets)}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"lora_targets {', '.join(targets)}: {str(error).splitlines()[0]}") from error
 
 
 def train_reranker(

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.llm.language_model import loading
 from genpoe_plugin.vllm_engine.expert_sets import Carrier, carriers, is_factored
 from genpoe_plugin.vllm_engine.registration import FAMILIES, architecture
 
@@ -137,11 +138,8 @@ def share_device(device: str | None, share: float, user: Mapping[str, Any]) -> t
 
 
 def _family(pretrained: str, user: Mapping[str, Any]) -> str:
-    try:
+    with loading(pretrained):
         config = AutoConfig.from_pretrained(pretrained, revision=user.get("revision"))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LLM {pretrained}: cannot be loaded ({reason}); give a directory or a hub name") from error
     name = (config.architectures or ["unknown"])[0]
     family = name.removesuffix("ForCausalLM")
     if family not in FAMILIES or name == family:

@@ -66,7 +66,7 @@ def test_shards_are_encoded_once_for_any_index(encoder: Path, tmp_path: Path) ->
     result = run("index", "encode", *options, "--out", tmp_path / "shards")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'shards'}: 3 passages, 16 dimensions, 2 shards\n"
-    assert Shards.open(tmp_path / "shards").is_complete
+    assert not Shards.open(tmp_path / "shards").missing()
     for factory in ("Flat", "SQ8"):
         result = run(
             "index", "build", "--shards", tmp_path / "shards", "--out", tmp_path / factory, "--factory", factory
@@ -78,7 +78,7 @@ def test_shards_are_encoded_once_for_any_index(encoder: Path, tmp_path: Path) ->
 
     shutil.rmtree(tmp_path / "shards")
     result = run("index", "build", *options, "--shards", tmp_path / "shards", "--out", tmp_path / "again")
-    assert result.exit_code == 0 and Shards.open(tmp_path / "shards").is_complete
+    assert result.exit_code == 0 and not Shards.open(tmp_path / "shards").missing()
     shutil.copy(tmp_path / "shards" / "shards.json", tmp_path / "part.json")
     (tmp_path / "part").mkdir()
     (tmp_path / "part.json").rename(tmp_path / "part" / "shards.json")
@@ -93,7 +93,7 @@ def test_only_the_first_of_many_processes_builds(
         monkeypatch.setenv(name, value)
     result = build(TSV, tmp_path, "--encoder", encoder)
     assert result.exit_code == 0 and result.stdout == ""
-    assert not (tmp_path / "index").exists() and Shards.open(tmp_path / "index.building" / "shards").is_complete
+    assert not (tmp_path / "index").exists() and not Shards.open(tmp_path / "index.building" / "shards").missing()
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     assert build(TSV, tmp_path, "--encoder", encoder).exit_code == 0
@@ -219,7 +219,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_too_few_passages_keep_what_is_encoded(encoder: Path, tmp_path: Path) -> None:
     result = build(TSV, tmp_path, "--encoder", encoder, "--factory", "IVF64,Flat")
     assert result.exit_code == 2 and "64 centroids need more than 3 passages" in result.stderr.splitlines()[-1]
-    assert Shards.open(tmp_path / "index.building" / "shards").is_complete
+    assert not Shards.open(tmp_path / "index.building" / "shards").missing()
     assert build(TSV, tmp_path, "--encoder", encoder).exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "passages.tsv"]
 

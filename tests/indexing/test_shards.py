@@ -49,7 +49,7 @@ def test_what_is_read_is_what_was_written(
     shards = Shards.open(tmp_path / "shards")
     assert (len(shards), shards.count, shards.dimension, shards.dtype) == (2, len(numbers), 8, np.dtype(dtype))
     assert (shards.encoder_name, shards.encoder_fingerprint) == ("fixed", "fixed-fingerprint")
-    assert shards.is_complete and shards.missing() == []
+    assert shards.missing() == []
     assert [shards.rows(number) for number in shards.numbers] == [BLOCK + 20, BLOCK + 10]
     blocks = [shards.vectors(number) for number in shards.numbers]
     assert all(isinstance(block, np.memmap) and block.dtype == dtype for block in blocks)
@@ -60,7 +60,7 @@ def test_what_is_read_is_what_was_written(
 
 def test_a_shard_counts_once_all_its_files_are_there(fixed_corpus: Corpus, numbers: np.ndarray, tmp_path: Path) -> None:
     shards = make(fixed_corpus, numbers, tmp_path / "shards", leave_out=[0])
-    assert shards.missing() == [0] and not shards.is_complete
+    assert shards.missing() == [0]
     with pytest.raises(InputError, match=r"shard-00000.npy: damaged or missing .*rerun the same command"):
         shards.vectors(0)
     for suffix in (".npy", ".arrow", ".json"):
@@ -112,7 +112,7 @@ def test_a_folder_goes_on_only_as_it_was_begun(fixed_corpus: Corpus, numbers: np
     begun = {"count": shards.count, "digest": "digest", "shard_size": BLOCK + 20}
     before = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
     encoder.name = "the same, moved"
-    assert Shards.create(tmp_path / "shards", encoder, **begun, source={"path": "moved"}).is_complete
+    assert not Shards.create(tmp_path / "shards", encoder, **begun, source={"path": "moved"}).missing()
     for change, message in [
         ({"digest": "another", "count": 7}, "1,054 passages of digest digest, not 7 passages of digest another"),
         ({"shard_size": 5}, "532 passages per shard, not 5 passages per shard"),
