@@ -37,7 +37,7 @@ def build_bm25(
 ) -> BM25Retriever:
     """Build an index of BM25; an existing index is replaced.
 
-    An interrupted build starts over. Memory: about 40 bytes per pair of a passage and a word in it.
+    An interrupted build starts over. Memory: about 25 bytes per pair of a passage and a word in it.
 
     Args:
         passages: a file for `read_passages`, or an iterable that can be read again, such as a list.
@@ -68,7 +68,7 @@ def build_bm25(
             words = _Words(PassageStore.open(work), progress=progress)
             if not words.vocabulary:
                 raise InputError("the passages have no words but stop words, so BM25 cannot find them")
-            scores = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
+            scores = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy", csc_backend="scipy")
             scores.index(Tokenized(words, words.vocabulary), create_empty_token=False, show_progress=progress)
             scores.save(work, allow_pickle=False)
             manifest = {
