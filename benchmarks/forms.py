@@ -38,8 +38,8 @@ from benchmarks.relations import related_questions
 from benchmarks.row import Row
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage
-from genpoe_plugin.demo.run import LLM
 from genpoe_plugin.demo.world import Side, make_world
+from genpoe_plugin.demo.world_demo import LLM
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.files import atomic_file

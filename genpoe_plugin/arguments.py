@@ -115,11 +115,13 @@ class GenPoEArguments:
         controls=_RANKED,
         later=True,
     )
-    num_retrieved: int = _argument(20, "passages before reranking, at most", controls=_RANKED, least=1)
-    num_passages: int = _argument(4, "passages after reranking, at most", controls=(*_RANKED, "random"), least=1)
+    num_retrieved: int = _argument(20, "maximum number of passages before reranking", controls=_RANKED, least=1)
+    num_passages: int = _argument(
+        4, "maximum number of passages after reranking", controls=(*_RANKED, "random"), least=1
+    )
     gates: str = _argument(
         "softmax",
-        "`softmax` of the rerank scores, `retriever` (the same of the retriever's scores), or `uniform`",
+        "`softmax` (of the rerank scores), `retriever` (softmax of the retriever's scores) or `uniform`",
         modes=EXPERT_MODES,
         controls=_RANKED,
         choices=GATES,
@@ -127,8 +129,8 @@ class GenPoEArguments:
     )
     gate_temperature: float = _argument(
         1.0,
-        "gates are the softmax of the scores divided by it: with a large one they are equal, with a small one the best "
-        "passage counts alone",
+        "divides the scores before the softmax: a large value makes the gates equal, with a small one only the best "
+        "passage counts",
         modes=EXPERT_MODES,
         controls=_RANKED,
         positive="a finite number",
@@ -143,40 +145,40 @@ class GenPoEArguments:
     )
     expert_layers: str | int | None = _argument(
         None,
-        "`5+11+12`: only these of a checkpoint's layers (experts in the attention, kept for all layers)",
+        "`5+11+12`: use only these layers of a checkpoint (experts in the attention)",
         modes=EXPERT_MODES,
         controls=CONTROLS,
         later=True,
     )
-    question_field: str = _argument("question", "where a doc holds the retrieval query")
+    question_field: str = _argument("question", "field of a doc with the retrieval query")
     expert_dtype: str | None = _argument(
         None,
-        "experts are kept in `float32`, `float16`, `bfloat16` or, in the attention, `int8`; in the LLM's dtype without "
-        "it",
+        "data type of stored experts: `float32`, `float16`, `bfloat16` or, in the attention, `int8`; the LLM's by "
+        "default",
         modes=EXPERT_MODES,
         controls=CONTROLS,
         choices=(None, *DTYPES),
         later=True,
     )
     expert_store: str | None = _argument(
-        None, "folder that keeps experts for later runs and other modes", decides=False, modes=EXPERT_MODES
+        None, "folder to store experts in, for later runs and other modes", decides=False, modes=EXPERT_MODES
     )
     expert_gb: float = _argument(
         ON_DEVICE / 10**9,
-        "gigabytes of experts kept beside the LLM; the least recently used go first",
+        "gigabytes of experts to cache beside the LLM; the least recently used are dropped first",
         decides=False,
         modes=EXPERT_MODES,
         positive="a number of gigabytes",
     )
     trace: str | None = _argument(
         None,
-        "JSON Lines file, beside the results that lm-eval saves if no other is named: passages, ranks, scores, gates "
-        "and the whole prompt of every sample (lm-eval's own log has prompts as they are before passages are put in)",
+        "JSON Lines file with passages, ranks, scores, gates and the whole prompt of every sample; by default "
+        "beside the results that lm-eval saves (lm-eval's own log has the prompts without passages)",
         decides=False,
         modes=MODES,
         controls=CONTROLS,
     )
-    seed: int = _argument(0, "of the controls", controls=("shuffled", *_DRAWN), least=0)
+    seed: int = _argument(0, "random seed of the controls", controls=("shuffled", *_DRAWN), least=0)
 
     def __post_init__(self) -> None:
         for name in ARGUMENTS:

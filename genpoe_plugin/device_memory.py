@@ -1,4 +1,4 @@
-"""How much memory a device has to give."""
+"""The free memory of a device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from genpoe_plugin.errors import InputError
 
 
 def available_memory(device: str) -> int:
-    """Bytes that are free on a device: of an accelerator's own memory, or of the machine's within its cgroup's limit.
+    """Free bytes of an accelerator's memory, or of the machine's memory within the limits of its cgroups.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: the device does not exist or cannot be used.
     """
     try:
         backend = getattr(torch, torch.device(device).type, None)
@@ -27,7 +27,7 @@ def available_memory(device: str) -> int:
 
 
 def _cgroup_room(root: Path) -> Iterator[int]:
-    """Bytes left in this process's memory cgroup and in each that it is part of, where they have a limit."""
+    """Free bytes within each memory limit of this process's cgroup and of the cgroups above it."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -45,8 +45,8 @@ def _cgroup_room(root: Path) -> Iterator[int]:
         for folder in (folder for folder in (group, *group.parents) if folder.is_relative_to(mount)):
             try:
                 statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                # Cached files count as used, and make room when it is needed.
+                # Cached files count as used, but the kernel drops them when memory is needed.
                 free = int((folder / limit).read_text()) - int((folder / used).read_text()) + int(statistics[cache])
-            except (OSError, ValueError, KeyError):  # no limit ("max"), or not seen from inside a container
+            except (OSError, ValueError, KeyError):  # no limit ("max"), or invisible inside a container
                 continue
             yield max(0, free)

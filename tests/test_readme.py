@@ -16,9 +16,9 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from genpoe_plugin.arguments import ARGUMENTS, DEFAULTS, PASSAGE_MODES, GenPoEArguments, Use
-from genpoe_plugin.demo.run import RUNS, DemoSettings
-from genpoe_plugin.demo.table import Row, render
 from genpoe_plugin.demo.world import make_world
+from genpoe_plugin.demo.world_demo import RUNS, DemoSettings
+from genpoe_plugin.demo.world_table import Row, render
 from genpoe_plugin.lm.argument_names import accepted_names
 from genpoe_plugin.lm.hf import GenPoELM
 from genpoe_plugin.prompts import EXPERT_MODES, MODES

@@ -25,11 +25,11 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from genpoe_plugin.demo import real
+    from genpoe_plugin.demo import real_demo
 
-    real.check_folder(out)
+    real_demo.check_folder(out)
     try:
-        real.fetch_models(out, lambda line: click.echo(line, err=True))
+        real_demo.fetch_models(out, lambda line: click.echo(line, err=True))
     except InputError as error:
         click.echo(f"the demo's models are not available, so `genpoe demo world` runs instead ({error})", err=True)
         context.invoke(world)
@@ -38,10 +38,10 @@ def demo(context: click.Context, out: Path, jobs: int) -> None:
     from genpoe_plugin.comparison.output_files import write
     from train_cli.compare import show_in_terminal
 
-    comparison = compare([real.run(out, jobs)])
+    comparison = compare([real_demo.run(out, jobs)])
     show_in_terminal(comparison)
     page, *_ = write(comparison, out / "comparison")
-    ask = ["genpoe", "ask", "--model", str(out / "llm"), "--hypernetwork", str(real.EXPERTS)]
+    ask = ["genpoe", "ask", "--model", str(out / "llm"), "--hypernetwork", str(real_demo.EXPERTS)]
     ask += ["--index", str(out / "index"), "who was the first man in space"]
     click.echo(f"Ask your own question about the demo's passages:\n{shlex.join(ask)}\n")
     click.echo(f"page: {page}")
@@ -58,8 +58,8 @@ def world(out: Path, seed: int) -> None:
     Creates the world, builds its index, trains reranker and hypernetwork on its training part, and evaluates on its
     test part with lm_eval in all modes and controls. Finished steps in OUT are skipped.
     """
-    from genpoe_plugin.demo.run import DemoSettings, matrix_file, run_demo
-    from genpoe_plugin.demo.table import render
+    from genpoe_plugin.demo.world_demo import DemoSettings, matrix_file, run_demo
+    from genpoe_plugin.demo.world_table import render
 
     result = run_demo(out, DemoSettings(seed=seed))
     click.echo(f"\n{render(result.rows)}\n")

@@ -1,8 +1,7 @@
-"""A world in plain English that nobody has read about: entities, passages about them, and questions with answers.
+"""An invented world in plain English: entities, passages about them, and questions with answers.
 
-The side of an entity (train or test) is a function of its name alone, so whatever world is drawn from whatever
-seed, no test entity was ever seen in training: not by the demo's LLM or encoder, which were trained beforehand, and
-not by the reranker and the hypernetwork, which are trained in the demo.
+The side of an entity (train or test) is a function of its name alone. So no test entity of any seed was ever seen in
+training: neither by the demo's LLM and encoder, nor by the reranker and the hypernetwork that the demo trains.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def draw_entity(rng: random.Random, kind: str, name: tuple[str, str] | None = No
 
 
 def namesake(rng: random.Random, entity: Entity) -> Entity:
-    """Another entity whose name shares a word with ``entity``'s: what a retriever confuses it with."""
+    """Another entity whose name shares a word with that of ``entity``, so that a retriever may confuse them."""
     if entity.kind == "person":
         name = (f"{rng.choice(lexicon.FIRST_NAMES)} {entity.short}", entity.short)
     elif entity.kind == "place":
@@ -130,7 +129,7 @@ def title_of(entity: Entity) -> str:
 
 
 def _fill(rng: random.Random, sentences: list[str], filler: tuple[str, ...], target_words: int) -> str:
-    """``sentences`` in order, with sentences of ``filler`` put between them until ``target_words`` is reached."""
+    """Insert sentences of ``filler`` between ``sentences`` until ``target_words`` is reached."""
     spare = rng.sample(filler, len(filler))
     words = sum(len(sentence.split()) for sentence in sentences)
     while spare and words < target_words and words + len(spare[-1].split()) <= MAX_WORDS:
@@ -194,7 +193,7 @@ def make_world(seed: int, train_entities: int, test_entities: int, reports: floa
     """Draw a world.
 
     Args:
-        seed: decides everything.
+        seed: random seed of the world.
         train_entities, test_entities: entities of each side, one article each.
         reports: share of entities that also have a report, which names them and answers nothing.
     """

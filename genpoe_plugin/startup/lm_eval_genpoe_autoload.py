@@ -1,14 +1,14 @@
-"""Runs at every start of an interpreter, from the top of site-packages: so it is tiny, and imports nothing.
+"""Register the plugin when ``lm_eval`` is imported.
 
-When ``lm_eval`` is about to be imported, `genpoe_plugin.registration` takes over. It is looked up only then, so the
-checkout that is first on the path is the one that registers.
+This module runs at every start of an interpreter, so it is tiny and imports nothing. `genpoe_plugin.registration` is
+imported only when ``lm_eval`` is, so the checkout that is first on the path registers itself.
 """
 
 import sys
 
 
 class _OnLmEval:
-    """A finder that finds nothing itself; it only learns that lm-eval is wanted."""
+    """A finder that finds no modules; it only notices the import of lm-eval."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):

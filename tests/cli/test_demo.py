@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from genpoe_plugin.demo import run
-from genpoe_plugin.demo.run import RUNS, DemoResult, DemoSettings
-from genpoe_plugin.demo.table import Row, render
+from genpoe_plugin.demo import world_demo
+from genpoe_plugin.demo.world_demo import RUNS, DemoResult, DemoSettings
+from genpoe_plugin.demo.world_table import Row, render
 from train_cli.main import main
 
 ROWS = [Row(mode, passages, 15, 0.6, 0.13, 0.7, 0.12, 99.0) for mode, passages in RUNS]
@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, DemoSettings]]:
         made.append((out, settings))
         return DemoResult(ROWS, 0.289, COMMAND)
 
-    monkeypatch.setattr(run, "run_demo", run_demo)
+    monkeypatch.setattr(world_demo, "run_demo", run_demo)
     return made
 
 
@@ -60,7 +60,7 @@ def test_the_folder_has_a_default(calls: list[Any], tmp_path: Path, monkeypatch:
 def test_a_folder_with_other_settings_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], named: str
 ) -> None:
-    monkeypatch.delattr(run, "make_world")  # or, if it is not refused, minutes of work begin
+    monkeypatch.delattr(world_demo, "make_world")  # or, if it is not refused, minutes of work begin
     (tmp_path / "settings.json").write_text(json.dumps(asdict(DemoSettings()) | changed))
     result = invoke("--out", tmp_path)
     assert result.exit_code == 2

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.synthetic_results import genpoe_facts, write_run
 from genpoe_plugin.comparison.runs import QuestionBook, Run, read_runs
-from genpoe_plugin.demo.table import Row, paired_p_value, read_row, render
+from genpoe_plugin.demo.world_table import Row, paired_p_value, read_row, render
 
 FIELDS = {"em_stderr,none": 0.05, "f1_stderr,none": 0.06}
 # Of each question's passages: (retriever's rank, reranker's rank, whether it is the one that answers).

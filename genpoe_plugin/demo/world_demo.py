@@ -1,7 +1,8 @@
-"""The demo: a world, its index, a reranker and a hypernetwork trained on its train side, and lm_eval on its test side.
+"""`genpoe demo world`: an invented world, its index, a reranker and a hypernetwork for it, and their evaluation.
 
-Every stage calls the code of the real commands and writes into one folder; a stage whose output is there is skipped.
-The LLM and the encoder, which a real user downloads, come small with the package.
+Reranker and hypernetwork are trained on one part of the world, and lm_eval runs on the other. Every stage calls the
+code of the real commands and writes into one folder; finished stages are skipped. A tiny LLM and a tiny encoder come
+with the package.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from genpoe_plugin.comparison.matrix import Cell, Matrix, processors_of_one, run
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
-from genpoe_plugin.demo.table import Row, paired_p_value, read_row
 from genpoe_plugin.demo.world import Side, World, WorldQuestion, make_world
+from genpoe_plugin.demo.world_table import Row, paired_p_value, read_row
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.indexing.encoding import index_passages
@@ -37,10 +38,10 @@ from genpoe_plugin.training.trainer import is_finished
 ASSETS = Path(__file__).parent / "assets"
 LLM, ENCODER = ASSETS / "llm", ASSETS / "encoder"
 TASK = "genpoe_demo"
-NUM_RETRIEVED: dict[Side, int] = {"train": 13, "test": 20}  # those of training are only for the reranker's negatives
-HARD_NEGATIVES = 12  # of the best found: most others have nothing in common with the question
+NUM_RETRIEVED: dict[Side, int] = {"train": 13, "test": 20}  # in training only for the reranker's negatives
+HARD_NEGATIVES = 12  # among the best retrieved; most others have nothing in common with the question
 RERANKER_PROMPT = "Yes or No:"  # short, since every pair is read on a CPU
-JOBS = 2  # trainings, and lm_eval runs, at a time
+JOBS = 2  # simultaneous trainings or lm_eval runs
 
 RUNS = (
     ("closed_book", "none"),
@@ -58,7 +59,7 @@ RUNS = (
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What decides the demo's result; a folder holds the outputs of one such set."""
+    """Settings that change the result. A folder holds the outputs for one set of them."""
 
     seed: int = 0
     train_entities: int = 2500
@@ -73,9 +74,9 @@ class DemoResult:
     """The result of the demo.
 
     Attributes:
-        rows: the table, one row for each of `RUNS`.
-        p_value: of McNemar's exact test of ``genpoe_rag`` against ``rag``.
-        command: the lm_eval command of the row ``genpoe``.
+        rows: the table, one row per entry of `RUNS`.
+        p_value: p-value of McNemar's exact test of ``genpoe_rag`` against ``rag``.
+        command: the lm_eval command of the ``genpoe`` row.
     """
 
     rows: list[Row]
@@ -84,7 +85,7 @@ class DemoResult:
 
 
 def run_demo(out: str | Path, settings: DemoSettings) -> DemoResult:
-    """Run every stage that ``out`` lacks, and write ``out/table.json``.
+    """Run the stages that are not finished in ``out``, and write ``out/table.json``.
 
     Raises:
         InputError: ``out`` holds a demo with other settings, or an lm_eval run failed.
@@ -110,7 +111,7 @@ def run_demo(out: str | Path, settings: DemoSettings) -> DemoResult:
 
 
 def _claim(out: Path, settings: DemoSettings) -> None:
-    """Make ``out`` the folder of these settings, or refuse it."""
+    """Record the settings in ``out``, or refuse a folder of other settings."""
     path = out / "settings.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +128,7 @@ def _test_file(out: Path) -> Path:
 
 
 def _retrieve(out: Path, world: World) -> None:
-    """The index over all passages of the world, and the passages that it finds for the questions of either side."""
+    """Build the index over all passages, and retrieve passages for the questions of both sides."""
     if not (out / "index").is_dir():
         encoder = load_encoder(str(ENCODER))
         index_passages(world.passages, encoder, out / "index")
@@ -136,13 +137,13 @@ def _retrieve(out: Path, world: World) -> None:
         if not target.is_file():
             retriever = DenseRetriever.load(out / "index", encoder=str(ENCODER))
             questions = world.questions[side]
-            asked = [question.question for question in questions]
-            found = retriever.retrieve(asked, NUM_RETRIEVED[side], progress=True)
-            write_questions(target, map(_with_passages, questions, found))
+            texts = [question.question for question in questions]
+            retrieved = retriever.retrieve(texts, NUM_RETRIEVED[side], progress=True)
+            write_questions(target, map(_with_passages, questions, retrieved))
 
 
 def _with_passages(question: WorldQuestion, passages: tuple[RetrievedPassage, ...]) -> Question:
-    """The world knows which passage answers a question, so no other counts, even if the answer occurs in it."""
+    """Mark the passage that states the fact, and no other one, even if the answer occurs in it by chance."""
     marked = tuple(replace(item, has_answer=item.passage.id == question.passage_id) for item in passages)
     return Question(question.question, question.answers, marked)
 
@@ -201,15 +202,15 @@ def _train_hypernetwork(out: Path, settings: DemoSettings) -> None:
 
 
 def _train(part: str, options: Mapping[str, object], position: int) -> None:
-    """Run ``genpoe train`` in a process of its own, with its progress bar in line ``position``."""
+    """Run ``genpoe train`` in a subprocess, with its progress bar in line ``position``."""
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))] + ["--device", "cpu"]
     environment = processors_of_one(JOBS) | {"TQDM_POSITION": str(position)}
     if subprocess.run([sys.executable, "-m", "train_cli", "train", part, *arguments], env=environment).returncode:
-        raise InputError(f"training the {part} failed; its own message is above")
+        raise InputError(f"training the {part} failed; see its message above")
 
 
 def matrix_file(out: Path) -> Path:
-    """What `genpoe compare --run` takes: all modes, controls and numbers of passages, with three seeds."""
+    """The file for `genpoe compare --run`: all modes, controls and numbers of passages, with three seeds."""
     return out / "matrix.yaml"
 
 
@@ -231,7 +232,7 @@ def _matrix(out: Path, settings: DemoSettings) -> dict[str, Any]:
 
 
 def table_cells(matrix: Matrix, seed: int) -> tuple[Cell, ...]:
-    """The cells of the table's rows, in the order of `RUNS`: with the default number of passages, and with ``seed``."""
+    """The cells of the table, in the order of `RUNS`, with the default number of passages and with ``seed``."""
     row = {"num_passages": DEFAULTS["num_passages"], "seed": seed}
     cells = {
         (cell.arguments["mode"], cell.arguments["passages"]): cell

@@ -1,4 +1,4 @@
-"""The table of the demo's world: one row an lm_eval run."""
+"""The table of `genpoe demo world`: one row per lm_eval run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from genpoe_plugin.selection.result_files import Quality
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one run (``em`` and ``f1`` from 0 to 1, with standard errors), its speed, and its retrieval.
+    """A row of the table.
 
-    Recall is the share of questions whose own passage is among the first so many that the retriever found
-    (``recall_at_*``) or that the reranker put first (``reranked_recall_at_*``); None for runs that retrieve nothing.
-    ``em_gold_present`` is EM over the questions whose own passage is among those that the LLM was given.
+    Attributes:
+        em, f1: scores from 0 to 1, with their standard errors.
+        recall_at_1, recall_at_5, recall_at_20: share of questions whose passage the retriever ranks that high; None for
+            runs without retrieval.
+        reranked_recall_at_1, reranked_recall_at_5: the same after reranking.
+        em_gold_present: EM over the questions whose passage is among those that the LLM reads.
     """
 
     mode: str
@@ -43,11 +46,11 @@ class Row:
 
 
 def read_row(run: Run, questions: Path) -> Row:
-    """The row of a run of the genpoe model.
+    """Make the row of a run.
 
     Args:
-        run: the run.
-        questions: what was asked, with the passages found; each marks the one that answers its question.
+        run: a run of the genpoe model.
+        questions: file of the evaluated questions with their passages, which marks the passage of each question.
     """
     scores, settings = run.report["results"][run.task], settings_of(run)
     row = Row(
@@ -82,7 +85,7 @@ def paired_p_value(first: Run, second: Run) -> float:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The rows as a table for a terminal; scores in percent."""
+    """Format the rows as a table for a terminal, with scores in percent."""
     header = (
         *("mode", "passages", "n", "EM ± se", "F1 ± se", "questions/s"),
         *("R@1", "R@5", "R@20", "reranked R@1", "R@5", "EM gold in K"),

@@ -1,7 +1,7 @@
-"""The demo: a real LLM, real questions, and experts that come with the package, all through the stock lm_eval.
+"""`genpoe demo`: a real LLM, real questions, and experts that come with the package, through the stock lm_eval.
 
-The questions bring the passages that a retriever found for them among those of their whole data set; the encoder and
-the index here are for `genpoe ask`.
+The questions come with the passages that a retriever found in their whole data set. Encoder and index are only for
+`genpoe ask`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ ASSETS = Path(__file__).parent / "assets"
 LLM = SMOLLM2.name
 EXPERTS, QUESTIONS = ASSETS / f"{LLM}-experts", ASSETS / "questions.jsonl"
 CONTROLS = ("gold", "shuffled", "constant")
-"""Passages that experts are made of besides the retrieved ones."""
+"""Controls of the mode ``genpoe``."""
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder of something else.
+    """Check that the demo may write into a folder.
 
     Raises:
-        InputError: it is one.
+        InputError: the folder has another LLM or encoder in it.
     """
     check_replaceable(out / "llm", is_real_llm, "the demo's LLM")
     check_replaceable(out / "encoder", is_encoder, "the demo's encoder")
@@ -38,10 +38,11 @@ def fetch_models(out: Path, say: Callable[[str], None]) -> None:
     """Download the LLM and the encoder, unless ``out`` has them.
 
     Args:
-        say: gets a line before each download.
+        out: folder of the demo.
+        say: called with a line before each download.
 
     Raises:
-        InputError: one cannot be downloaded.
+        InputError: a download failed.
     """
     if not is_real_llm(out / "llm"):
         say(f"Downloading {LLM}")
@@ -52,10 +53,11 @@ def fetch_models(out: Path, say: Callable[[str], None]) -> None:
 
 
 def run(out: Path, jobs: int) -> Path:
-    """Index the passages and run lm_eval in every mode, as far as ``out`` has no results yet.
+    """Index the passages and run lm_eval in every mode, unless ``out`` has the results already.
 
     Args:
-        jobs: lm_eval runs at a time.
+        out: folder of the demo.
+        jobs: simultaneous lm_eval runs.
 
     Returns:
         The folder of the lm_eval runs.

@@ -26,10 +26,10 @@ from genpoe_plugin.comparison.matrix import read_matrix, write_matrix
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.data.answers import exact_match, f1
 from genpoe_plugin.data.questions import read_questions
-from genpoe_plugin.demo import run
-from genpoe_plugin.demo.run import DemoResult, DemoSettings, matrix_file, run_demo, table_cells
-from genpoe_plugin.demo.table import Row
+from genpoe_plugin.demo import world_demo
 from genpoe_plugin.demo.world import make_world, side_of
+from genpoe_plugin.demo.world_demo import DemoResult, DemoSettings, matrix_file, run_demo, table_cells
+from genpoe_plugin.demo.world_table import Row
 from genpoe_plugin.errors import InputError
 from tests.in_process import InProcess
 
@@ -41,7 +41,7 @@ WORLD = make_world(1, 12, 4)
 def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, DemoResult, InProcess]]:
     out = tmp_path_factory.mktemp("demo") / "out"
     process = InProcess()
-    with patch.object(run, "subprocess", process), patch.object(matrix_module, "subprocess", process):
+    with patch.object(world_demo, "subprocess", process), patch.object(matrix_module, "subprocess", process):
         yield out, run_demo(out, SETTINGS), process
 
 
@@ -54,7 +54,7 @@ def demo(result: tuple[Path, DemoResult, InProcess]) -> tuple[Path, list[Row], I
 def results_directory(out: Path, mode: str, passages: str) -> Path:
     """Where the lm_eval run of a row wrote."""
     matrix = read_matrix(matrix_file(out))
-    return matrix.folder(table_cells(matrix, SETTINGS.seed)[run.RUNS.index((mode, passages))])
+    return matrix.folder(table_cells(matrix, SETTINGS.seed)[world_demo.RUNS.index((mode, passages))])
 
 
 def exact_matches(out: Path, mode: str, passages: str) -> list[bool]:
@@ -75,7 +75,7 @@ def traces(out: Path, mode: str, passages: str) -> list[list[str]]:
 
 def test_the_table_has_a_row_for_every_mode_and_control(demo):
     out, rows, _ = demo
-    assert [(row.mode, row.passages) for row in rows] == list(run.RUNS)
+    assert [(row.mode, row.passages) for row in rows] == list(world_demo.RUNS)
     assert {row.mode for row in rows} == {"closed_book", "rag", "genpoe", "genpoe_rag"}
     assert {row.passages for row in rows} == {"retrieved", "gold", "shuffled", "random", "constant", "none"}
     assert json.loads((out / "table.json").read_text()) == [asdict(row) for row in rows]
@@ -162,7 +162,7 @@ def test_training_asks_about_the_train_side_only(demo):
     for record in records:
         assert record["pos"] == [passages[asked[record["query"]].passage_id].string]
         assert record["neg"] and set(record["neg"]) <= {passage.string for passage in WORLD.passages} - {*record["pos"]}
-        assert record["prompt"] == run.RERANKER_PROMPT
+        assert record["prompt"] == world_demo.RERANKER_PROMPT
     assert is_checkpoint(out / "hypernetwork")
     assert len((out / "hypernetwork" / "loss.csv").read_text().splitlines()) == 1 + SETTINGS.hypernetwork_steps
     training = json.loads((out / "reranker" / "training.json").read_text())
@@ -175,11 +175,11 @@ def test_only_what_is_missing_is_done_again(demo):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name not in written}
     trained, evaluated = process.commands["train_cli"], process.commands["lm_eval"]
     assert run_demo(out, SETTINGS).rows == rows
-    assert (len(trained), len(evaluated)) == (2, len(run.RUNS))
+    assert (len(trained), len(evaluated)) == (2, len(world_demo.RUNS))
     (result,) = results_directory(out, "genpoe", "gold").rglob("results_*.json")
     result.unlink()
     again = run_demo(out, SETTINGS).rows
-    assert (len(trained), len(evaluated)) == (2, len(run.RUNS) + 1)
+    assert (len(trained), len(evaluated)) == (2, len(world_demo.RUNS) + 1)
     assert "passages=gold" in str(evaluated[-1])
     assert [(row.mode, row.passages, row.em, row.f1) for row in again] == [
         (row.mode, row.passages, row.em, row.f1) for row in rows
@@ -199,16 +199,16 @@ def test_other_settings_are_refused_and_leave_the_folder_alone(demo):
 
 
 def test_training_that_fails_stops_the_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=2)))
+    monkeypatch.setattr(world_demo, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=2)))
     with pytest.raises(InputError, match="training the hypernetwork failed; its own message is above"):
-        run._train_hypernetwork(tmp_path, SETTINGS)
+        world_demo._train_hypernetwork(tmp_path, SETTINGS)
 
 
-@pytest.mark.parametrize(("mode", "passages"), run.RUNS)
+@pytest.mark.parametrize(("mode", "passages"), world_demo.RUNS)
 def test_the_command_is_one_that_lm_eval_takes(tmp_path, mode, passages):
     """As its own parser reads it, and with arguments that the model class takes."""
-    matrix = write_matrix(matrix_file(tmp_path), run._matrix(tmp_path, SETTINGS))
-    cell = table_cells(matrix, SETTINGS.seed)[run.RUNS.index((mode, passages))]
+    matrix = write_matrix(matrix_file(tmp_path), world_demo._matrix(tmp_path, SETTINGS))
+    cell = table_cells(matrix, SETTINGS.seed)[world_demo.RUNS.index((mode, passages))]
     with patch.object(sys, "argv", matrix.command(cell)):
         options: argparse.Namespace = lm_eval._cli.HarnessCLI().parse_args()
     assert (options.model, options.tasks, options.batch_size) == ("genpoe", ["genpoe_demo"], "48")
@@ -256,7 +256,7 @@ def test_the_p_value_is_that_of_the_questions_that_only_one_run_answered(result)
     splits = [abs(2 * sum(way) - n) >= abs(only_first - only_second) for way in product((0, 1), repeat=n)]
     assert shown.p_value == pytest.approx(sum(splits) / len(splits))
     matrix = read_matrix(matrix_file(out))
-    cell = table_cells(matrix, SETTINGS.seed)[run.RUNS.index(("genpoe", "retrieved"))]
+    cell = table_cells(matrix, SETTINGS.seed)[world_demo.RUNS.index(("genpoe", "retrieved"))]
     program, *words = matrix.command(cell)
     assert shlex.split(shown.command) == [program, "run", *words]
 
