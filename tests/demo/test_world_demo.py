@@ -200,7 +200,7 @@ def test_other_settings_are_refused_and_leave_the_folder_alone(demo):
 
 def test_training_that_fails_stops_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(world_demo, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=2)))
-    with pytest.raises(InputError, match="training the hypernetwork failed; its own message is above"):
+    with pytest.raises(InputError, match="training the hypernetwork failed; see its message above"):
         world_demo._train_hypernetwork(tmp_path, SETTINGS)
 
 
