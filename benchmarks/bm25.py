@@ -16,7 +16,7 @@ import Stemmer
 
 from benchmarks.child import run_child
 from benchmarks.options import Options, folder_of
-from benchmarks.retrieval import in_turns
+from benchmarks.retrieval import interleaved_times
 from benchmarks.row import Row
 from genpoe_plugin.retrieval.bm25 import FILES, BM25Retriever
 
@@ -58,7 +58,7 @@ def compare_with_bm25s(directory: Path) -> list[Row]:
     ours = [[entry.score for entry in found] for found in retriever.retrieve(questions, K)]
     if not all(np.allclose(mine, theirs) for mine, theirs in zip(ours, search(), strict=True)):
         raise RuntimeError("the same index has other scores for the same questions")
-    times = in_turns({"bm25s": search, "ours": lambda: retriever.retrieve(questions, K)}, ROUNDS)
+    times = interleaved_times({"bm25s": search, "ours": lambda: retriever.retrieve(questions, K)}, ROUNDS)
     return [
         Row("bm25.bm25s_search", 1000 * times["bm25s"] / QUESTIONS, "ms/question"),
         Row("bm25.search", 1000 * times["ours"] / QUESTIONS, "ms/question"),
