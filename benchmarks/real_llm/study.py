@@ -199,7 +199,7 @@ class Study:
         """Write the checkpoint of experts in all layers, unless it exists."""
         if self._checkpoint.is_dir():
             return
-        run_genpoe("experts", "create", "--llm", self.llm, "--preset", "attention", "--out", self._checkpoint)
+        run_genpoe("experts", "create", "--llm", self.llm, "--out", self._checkpoint)
 
     def finished(self, rows: Sequence[StudyRow] | None = None) -> list[StudyRow]:
         """The rows (by default of the whole study) with complete results.

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from genpoe_plugin.data.questions import read_header, read_questions
 from genpoe_plugin.data.trec import read_qrels, read_run
 from genpoe_plugin.files import file_digest
-from genpoe_plugin.selection.reranking import Reranker
+from genpoe_plugin.selection import rerankers
 from train_cli.main import main
 
 WORDS = ["fox", "dog", "opera", "lake", "tundra", "violin", "glacier", "harbour"]
@@ -36,7 +36,7 @@ class ByLength:
 @pytest.fixture
 def beir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set in BEIR's files, with an index of words; grades are drawn, and one query has none."""
-    monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name, **options: ByLength()))
+    monkeypatch.setattr(rerankers, "load_reranker", lambda name, **options: ByLength())
     rng = np.random.default_rng(0)
     folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)
