@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 
 from genpoe_plugin.data import hub_questions as hub
-from genpoe_plugin.data.answers import contains, exact_match, f1, first_line, popqa_accuracy, rouge_l
+from genpoe_plugin.data.answers import contains, exact_match, first_line, popqa_accuracy, rouge_l, token_scores
 from genpoe_plugin.data.questions import Question, read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import closed_book_prompt
@@ -39,7 +39,7 @@ HUB = {  # task: data set and split
 }
 _NATS = "_nats"  # suffix of tasks that score the likelihood of answers
 DEMO = "genpoe_demo"  # its questions exist only as a local file
-TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", DEMO)
+TASKS = (*HUB, *(f"{task}{_NATS}" for task in HUB), DEMO)
 Splits = dict[str, datasets.Dataset]
 
 
@@ -60,11 +60,14 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """EM, F1 and containment of an answer, for the first non-empty line of the generation."""
+    """EM, F1 with its precision and recall, and containment of an answer, for the first non-empty line."""
     prediction, answers = first_line(results[0]), doc["answers"]
+    scores = token_scores(prediction, answers)
     return {
         "em": exact_match(prediction, answers),
-        "f1": f1(prediction, answers),
+        "f1": scores.f1,
+        "token_precision": scores.precision,
+        "token_recall": scores.recall,
         "contains": contains(prediction, answers),
     }
 
@@ -91,8 +94,12 @@ def first_answer(doc: Mapping[str, Any]) -> str:
 
 
 def process_nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Negative log-likelihood of the first answer, summed over its tokens."""
-    return {"nats": -results[0][0]}
+    """Negative log-likelihood of the first answer, and the same per UTF-8 byte, with the space before the answer.
+
+    lm-eval gives tasks the sum over the answer's tokens, not their number, which depends on the tokenizer.
+    """
+    nats = -results[0][0]
+    return {"nats": nats, "nats_per_byte": nats / len(first_answer(doc).encode())}
 
 
 def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:

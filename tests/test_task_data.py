@@ -13,6 +13,7 @@ from tests.data_sets import EXPECTED, HUB_ROWS, WORDINGS, write_original, write_
 from tests.test_tasks import TASK_FOLDER, SetAnswers, as_prompted, run
 
 ORIGINALS = ("squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "popqa")
+COMMON = ["em", "f1", "token_precision", "token_recall", "contains"]
 METRICS = {"popqa": ["acc"], "narrativeqa": ["rouge_l"], "mquake": ["multihop_acc"]}
 
 
@@ -39,10 +40,19 @@ def test_from_the_hub(hub: Path, name: str) -> None:
     gold = [answers[-1] for _, answers, _ in EXPECTED[name]]
     scores, model = ask(name, None, gold)
     check_docs(name, model)
-    for metric in ["em", "f1", "contains", *METRICS.get(name, [])]:
+    for metric in [*COMMON, *METRICS.get(name, [])]:
         assert scores[f"{metric},none"] == pytest.approx(1.0), metric
     metrics = {key.split(",")[0] for key in scores if key.endswith(",none") and "stderr" not in key}
-    assert metrics == {"em", "f1", "contains", *METRICS.get(name, [])}
+    assert metrics == {*COMMON, *METRICS.get(name, [])}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_data_set_has_a_likelihood_task(hub: Path, name: str) -> None:
+    results, model = run([f"genpoe_{name}_nats"], None, {})
+    check_docs(name, model)
+    firsts = [f" {answers[0]}" for _, answers, _ in EXPECTED[name]]
+    assert [request.args[1] for request in model.requests] == firsts
+    assert results["results"][f"genpoe_{name}_nats"]["nats,none"] == pytest.approx(sum(map(len, firsts)) / len(firsts))
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -111,11 +121,11 @@ def test_the_readme_has_every_task() -> None:
     rows = {
         line.split("|")[1].strip(" `"): line
         for line in (TASK_FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| `")
+        if line.startswith("| `genpoe_")
     }
-    assert {*rows} == {*manager.all_subtasks}
     from tasks.open_qa import HUB
 
+    assert {*rows} | {f"{task}_nats" for task in HUB} == {*manager.all_subtasks}
     for task, (name, split) in HUB.items():
         assert f"[{name}](https://huggingface.co/datasets/{name})" in rows[task]
         assert f"| {split} " in rows[task]

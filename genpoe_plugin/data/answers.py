@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 
@@ -35,21 +35,38 @@ def exact_match(prediction: str, answers: Iterable[str]) -> float:
     return float(any(normalized == normalize_answer(answer) for answer in answers))
 
 
+class TokenScores(NamedTuple):
+    """F1, precision and recall of a prediction's normalised words against those of one answer, each in [0, 1]."""
+
+    f1: float
+    precision: float
+    recall: float
+
+
+def token_scores(prediction: str, answers: Iterable[str]) -> TokenScores:
+    """The scores against the answer with the highest F1, the first of several; zeros if no word is shared."""
+    words = normalize_answer(prediction).split()
+    scores = (_token_scores(words, normalize_answer(answer).split()) for answer in answers)
+    return max(scores, key=lambda score: score.f1, default=TokenScores(0.0, 0.0, 0.0))
+
+
+def _token_scores(predicted: list[str], gold: list[str]) -> TokenScores:
+    shared = (Counter(predicted) & Counter(gold)).total()
+    if not shared:
+        return TokenScores(0.0, 0.0, 0.0)
+    return TokenScores(2 * shared / (len(predicted) + len(gold)), shared / len(predicted), shared / len(gold))
+
+
 def f1(prediction: str, answers: Iterable[str]) -> float:
     """The highest F1 of normalised words over ``answers``, in [0, 1]."""
-    words = normalize_answer(prediction).split()
-    return max((_bag_f1(words, normalize_answer(answer).split()) for answer in answers), default=0.0)
-
-
-def _bag_f1(predicted: list[str], gold: list[str]) -> float:
-    shared = (Counter(predicted) & Counter(gold)).total()
-    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
+    return token_scores(prediction, answers).f1
 
 
 def contains(prediction: str, answers: Iterable[str]) -> float:
     """1.0 if ``prediction`` contains the words of any of ``answers`` in a row, after normalisation, else 0.0.
 
-    Answers without words after normalisation are ignored.
+    Answers without words after normalisation are ignored. FlashRAG's ``acc`` and BERGEN's ``Match`` are less strict: an
+    answer may also begin or end within a word ("cat" in "catalogue"), and an empty one is always contained.
     """
     words = f" {normalize_answer(prediction)} "
     return float(any(f" {normalized} " in words for answer in answers if (normalized := normalize_answer(answer))))
