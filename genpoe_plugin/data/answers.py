@@ -15,6 +15,13 @@ import regex
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORDS = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+ABSTENTIONS = (
+    *("unanswerable", "not answerable", "no answer", "cannot answer", "cannot be answered", "cannot be determined"),
+    *("unknown", "not known", "not sure", "I don't know", "I do not know", "no information", "not enough information"),
+    *("insufficient information", "not mentioned", "not stated", "not specified", "not given", "not provided"),
+    *("does not say", "doesn't say", "does not mention", "doesn't mention", "none", "N/A"),
+)
+"""Phrases of a prediction that abstains from an answer."""
 # Tokens contain no control character, so in texts joined by one, a substring is always a run of whole tokens.
 _SEPARATOR = "\n"
 
@@ -72,6 +79,12 @@ def contains(prediction: str, answers: Iterable[str]) -> float:
     return float(any(f" {normalized} " in words for answer in answers if (normalized := normalize_answer(answer))))
 
 
+def abstains(prediction: str) -> float:
+    """1.0 if ``prediction`` has no words or contains a phrase of `ABSTENTIONS`, both after normalisation, else 0.0."""
+    straight = prediction.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    return float(not normalize_answer(straight) or contains(straight, ABSTENTIONS))
+
+
 def popqa_accuracy(prediction: str, answers: Iterable[str]) -> float:
     """1.0 if any of ``answers`` is a substring of ``prediction``, else 0.0.
 
@@ -103,6 +116,36 @@ def has_answer(text: str, answers: Iterable[str]) -> bool:
         return False
     haystack = _tokens(text)
     return any(needle in haystack for needle in needles)
+
+
+def answer_spans(text: str, answers: Iterable[str]) -> list[tuple[int, int]]:
+    """Where ``text`` contains ``answers`` as runs of whole tokens, as `has_answer` compares them.
+
+    Spans do not overlap; at each place the longest answer is taken.
+
+    Returns:
+        First and last character of each span, the last one exclusive, from left to right.
+    """
+    wanted = {tuple(tokens) for answer in answers if (tokens := dpr_tokens(answer))}
+    lengths = sorted({len(tokens) for tokens in wanted}, reverse=True)
+    # Tokens of the text as it is, since NFD would move the characters.
+    found = [
+        (match.start(), match.end(), unicodedata.normalize("NFD", match[0]).lower()) for match in _WORDS.finditer(text)
+    ]
+    tokens = [token for _, _, token in found]
+    spans, at = [], 0
+    while at < len(found):
+        runs = (tuple(tokens[at : at + length]) for length in lengths)
+        length = next((len(run) for run in runs if run in wanted), 0)
+        if length:
+            spans.append((found[at][0], found[at + length - 1][1]))
+        at += length or 1
+    return spans
+
+
+def dpr_tokens(text: str) -> list[str]:
+    """The tokens that `has_answer` compares."""
+    return _tokens(text).split(_SEPARATOR)[1:-1]
 
 
 def _tokens(text: str) -> str:

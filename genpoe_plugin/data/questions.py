@@ -64,15 +64,17 @@ class Question:
         passages: its passages, best first.
         case: name that all wordings of one question share, or empty. The case counts as answered if one wording is
             answered.
+        original_answers: in a conflict set, the answers that its passages do not state any more; else empty.
     """
 
     question: str
     answers: tuple[str, ...]
     passages: tuple[RetrievedPassage, ...] = ()
     case: str = ""
+    original_answers: tuple[str, ...] = ()
 
 
-def read_questions(path: str | Path) -> Iterator[Question]:
+def read_questions(path: str | Path, *, unanswerable: bool = False) -> Iterator[Question]:
     """Read questions one by one, in file order, from any of these formats, each also as ``.gz``.
 
     - DPR results, as one JSON list or as JSON Lines: ``{"question", "answers", "ctxs": [...]}``;
@@ -83,26 +85,31 @@ def read_questions(path: str | Path) -> Iterator[Question]:
       "negative_ctxs": [...], "hard_negative_ctxs": [...]}``: positives first, then the hard negatives;
     - DPR's gold passages, ``{"data": [{"question", "short_answers", "example_id", "title", "context"}]}``; a question
       may have no passage (an empty ``context``), and questions without a short answer are skipped;
-    - the authors' files of SQuAD v1.1, HotpotQA, 2WikiMultihopQA and MQuAKE (JSON) and of PopQA (TSV), with their
-      passages, if any (`genpoe_plugin.data.question_forms`);
+    - the authors' files of SQuAD (v1.1, v2.0), HotpotQA, 2WikiMultihopQA and MQuAKE (JSON) and of PopQA (TSV), with
+      their passages, if any (`genpoe_plugin.data.question_forms`);
     - rows of the hub's data sets (`genpoe_plugin.data.hub_questions`), as JSON Lines or as a Parquet file;
     - the authors' folder of NarrativeQA (a clone of deepmind/narrativeqa): the test questions, with the summaries.
 
     The format is detected from the content. Questions are read one at a time.
 
+    Args:
+        path: the file or folder.
+        unanswerable: whether a question may have an empty list of answers.
+
     Raises:
         InputError: a line is malformed, a question has no text or no answers, or the file has another version.
     """
     for record, where in _records(path):
-        yield from questions_from_record(record, where)
+        yield from questions_from_record(record, where, unanswerable=unanswerable)
 
 
-def questions_from_record(record: Mapping[str, Any], where: str) -> Iterator[Question]:
+def questions_from_record(record: Mapping[str, Any], where: str, *, unanswerable: bool = False) -> Iterator[Question]:
     """The questions of one JSON object in any form of `read_questions`.
 
     Args:
         record: the JSON object.
         where: location of the object, for error messages.
+        unanswerable: whether a question may have an empty list of answers.
 
     Raises:
         InputError: a question has no text, no answers, or malformed passages.
@@ -114,9 +121,10 @@ def questions_from_record(record: Mapping[str, Any], where: str) -> Iterator[Que
         case = item.get("case")
         yield Question(
             _question(item.get("question"), where),
-            _answers(answers, where),
+            () if unanswerable and answers == [] else _answers(answers, where),
             passages_from_ctxs(_ctxs(item, where), where),
             case if isinstance(case, str) else "",
+            _answers(originals, where) if (originals := item.get("original_answers")) else (),
         )
 
 
@@ -320,5 +328,6 @@ def _record(question: Question) -> dict[str, Any]:
             "has_answer": retrieved.has_answer,
         }
         ctxs.append({key: value for key, value in ctx.items() if value is not None})
-    case = {"case": question.case} if question.case else {}
-    return {"question": question.question, "answers": list(question.answers), **case, "ctxs": ctxs}
+    more = {"case": question.case, "original_answers": list(question.original_answers)}
+    more = {key: value for key, value in more.items() if value}
+    return {"question": question.question, "answers": list(question.answers), **more, "ctxs": ctxs}

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genpoe_plugin.data.answers import (
+    ABSTENTIONS,
+    abstains,
     contains,
     exact_match,
     f1,
@@ -224,6 +226,35 @@ def test_contains_is_stricter_than_a_substring(prediction: str, answers: list[st
 def test_contains_differs_from_a_substring_within_words_and_for_empty_answers() -> None:
     assert not contains("the catalogue", ["cat"])
     assert not contains("anything", ["the"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "abstained"),
+    [
+        ("", True),
+        ("  \n", True),
+        ("The.", True),  # no word is left
+        ("Unanswerable", True),
+        ("The answer is unknown.", True),
+        ("I don't know", True),
+        ("I don\u2019t know.", True),
+        ("It is not mentioned in the passage.", True),
+        ("N/A", True),
+        ("None", True),
+        ("No answer", True),
+        ("no", False),
+        ("1066", False),
+        ("the unknowns", False),  # whole words
+        ("not in 1066, mentioned as 1067", False),  # in a row
+    ],
+)
+def test_abstains(prediction: str, abstained: bool) -> None:
+    assert abstains(prediction) == abstained
+
+
+@given(TEXTS, st.sampled_from(ABSTENTIONS), TEXTS)
+def test_every_phrase_abstains_anywhere(before: str, phrase: str, after: str) -> None:
+    assert abstains(f"{before} {phrase.upper()} {after}")
 
 
 @given(TEXTS, st.lists(TEXTS, max_size=3))
