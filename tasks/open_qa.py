@@ -8,12 +8,13 @@ tasks/README.md lists the data sets. Docs come from the hub, or from local files
 
 in any format of ``genpoe_plugin.data.questions``: the authors' own files, the hub's Parquet files, DPR result JSON or
 JSONL, qas TSV, nq_open JSONL; text also as .gz. A ``_nats`` task without a file of its own reads that of its base task.
+`genpoe_conflict`'s docs also have ``original_answers``, which the passages do not state any more.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,15 @@ from typing import Any
 import datasets
 
 from genpoe_plugin.data import hub_questions as hub
-from genpoe_plugin.data.answers import contains, exact_match, f1, first_line, popqa_accuracy, rouge_l
+from genpoe_plugin.data.answers import (
+    abstains,
+    contains,
+    exact_match,
+    first_line,
+    popqa_accuracy,
+    rouge_l,
+    token_scores,
+)
 from genpoe_plugin.data.questions import Question, read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import closed_book_prompt
@@ -36,10 +45,14 @@ HUB = {  # task: data set and split
     "genpoe_hotpotqa": (hub.HOTPOT_QA, "validation"),
     "genpoe_2wiki": (hub.TWO_WIKI, "validation"),
     "genpoe_mquake": (hub.MQUAKE, "CF3k"),
+    "genpoe_conflict": (hub.NQ_SWAP, "dev"),
+    "genpoe_unanswerable": (hub.SQUAD_2, "validation"),
 }
 _NATS = "_nats"  # suffix of tasks that score the likelihood of answers
 DEMO = "genpoe_demo"  # its questions exist only as a local file
-TASKS = (*HUB, f"genpoe_nq{_NATS}", f"genpoe_squad{_NATS}", DEMO)
+CONFLICT, UNANSWERABLE = "genpoe_conflict", "genpoe_unanswerable"
+NATS_TASKS = tuple(f"{task}{_NATS}" for task in HUB if task != UNANSWERABLE)
+TASKS = (*HUB, *NATS_TASKS, DEMO)
 Splits = dict[str, datasets.Dataset]
 
 
@@ -60,11 +73,14 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """EM, F1 and containment of an answer, for the first non-empty line of the generation."""
+    """EM, F1 with its precision and recall, and containment of an answer, for the first non-empty line."""
     prediction, answers = first_line(results[0]), doc["answers"]
+    scores = token_scores(prediction, answers)
     return {
         "em": exact_match(prediction, answers),
-        "f1": f1(prediction, answers),
+        "f1": scores.f1,
+        "token_precision": scores.precision,
+        "token_recall": scores.recall,
         "contains": contains(prediction, answers),
     }
 
@@ -85,14 +101,51 @@ def process_mquake(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, 
     return {**scores, "multihop_acc": [doc.get("case") or doc["question"], scores["em"]]}
 
 
+def process_conflict(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """EM and F1 of the passage's answer; whether it is contained (``follows``), and whether the original one is.
+
+    ``original`` is missing if the data does not have the original answers.
+    """
+    scores = process_results(doc, results)
+    followed = {"em": scores["em"], "f1": scores["f1"], "follows": scores["contains"]}
+    if "original_answers" not in doc:
+        return followed
+    return {**followed, "original": contains(first_line(results[0]), doc["original_answers"])}
+
+
+def process_unanswerable(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Whether the first non-empty line abstains from an answer."""
+    abstained = abstains(first_line(results[0]))
+    return {"abstains": abstained, "answers_anyway": 1 - abstained}
+
+
 def first_answer(doc: Mapping[str, Any]) -> str:
     """The continuation whose likelihood the ``_nats`` tasks score."""
     return f" {doc['answers'][0]}"
 
 
+def original_answer(doc: Mapping[str, Any]) -> str:
+    """The continuation whose likelihood ``genpoe_conflict_nats`` scores."""
+    return f" {doc['original_answers'][0]}"
+
+
 def process_nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Negative log-likelihood of the first answer, summed over its tokens."""
-    return {"nats": -results[0][0]}
+    """Scores of `first_answer`; see `_nats`."""
+    return _nats(first_answer(doc), results)
+
+
+def process_original_nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Scores of `original_answer`; see `_nats`."""
+    return _nats(original_answer(doc), results)
+
+
+def _nats(answer: str, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Negative log-likelihood of an answer, and the same per UTF-8 byte, with the space before the answer.
+
+    lm-eval gives tasks the sum over the answer's tokens, not their number, which depends on the tokenizer.
+    """
+    nats = -results[0][0]
+    return {"nats": nats, "nats_per_byte": nats / len(answer.encode())}
 
 
 def any_of_a_case(items: Sequence[tuple[str, float]]) -> float:
@@ -116,19 +169,38 @@ def _local(task: str, data: Any) -> Splits | None:
     if not isinstance(data, str | Path):
         raise InputError(f"genpoe_data: {data!r} is neither a file nor a mapping from task to file")
     path = Path(data).expanduser()
-    docs = [_doc(question) for question in read_questions(path)]
-    if not docs:
-        raise InputError(f"{path}: no questions")
-    return _splits(docs)
+    return _splits(_suitable(task, read_questions(path, need_answers=task != UNANSWERABLE), str(path)))
 
 
 def _hub(task: str) -> Splits:
+    name, split = HUB[task.removesuffix(_NATS)]
     try:
-        return _splits([_doc(question) for question in hub.read_hub_questions(*HUB[task.removesuffix(_NATS)])])
+        questions = hub.read_hub_questions(name, split, need_answers=task != UNANSWERABLE)
+        return _splits(_suitable(task, questions, name))
     except InputError as error:
         raise InputError(
             f"""{task}: {error}; to use a local file, give --metadata '{{"genpoe_data": {{"{task}": "FILE"}}}}'"""
         ) from error
+
+
+def _suitable(task: str, questions: Iterable[Question], source: str) -> list[Question]:
+    """The questions that a task asks."""
+    if task == UNANSWERABLE:
+        found = [question for question in questions if not question.answers]
+        if not found:
+            raise InputError(f"{source}: no questions without an answer (an empty list of answers)")
+        return found
+    found = list(questions)
+    if not found:
+        raise InputError(f"{source}: no questions")
+    if task.removesuffix(_NATS) == CONFLICT:
+        missing = sum(not question.original_answers for question in found)
+        if missing and (missing < len(found) or task != CONFLICT):
+            raise InputError(
+                f'{source}: {missing} of {len(found)} questions have no "original_answers"; `genpoe data conflicts` '
+                "makes sets with them"
+            )
+    return found
 
 
 def _doc(question: Question) -> dict[str, Any]:
@@ -136,12 +208,19 @@ def _doc(question: Question) -> dict[str, Any]:
     for retrieved in question.passages:
         fields = asdict(retrieved)
         ctxs.append(fields.pop("passage") | fields)
-    return {"question": question.question, "answers": list(question.answers), "case": question.case, "ctxs": ctxs}
+    return {
+        "question": question.question,
+        "answers": list(question.answers),
+        "original_answers": list(question.original_answers),
+        "case": question.case,
+        "ctxs": ctxs,
+    }
 
 
-def _splits(docs: list[dict[str, Any]]) -> Splits:
-    """One split of ``docs``, without fields that are empty in all docs."""
-    for field in ("case", "ctxs"):
+def _splits(questions: list[Question]) -> Splits:
+    """One split with a doc for each question, without fields that are empty in all docs."""
+    docs = [_doc(question) for question in questions]
+    for field in ("original_answers", "case", "ctxs"):
         if not any(doc[field] for doc in docs):
             for doc in docs:
                 del doc[field]

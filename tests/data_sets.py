@@ -99,6 +99,17 @@ EXPECTED: dict[str, list[Asked]] = {
     "nq": [("who wrote the hobbit", ["Tolkien"], [])],
     "tqa": [("Who wrote The Hobbit?", ["Tolkien", "J. R. R. Tolkien"], [])],
 }
+# Tasks with metrics of their own, outside the group genpoe_all.
+EXPECTED_OF_OTHERS: dict[str, list[Asked]] = {
+    "conflict": [
+        (
+            "who won super bowl 50",
+            ["Rome"],
+            [("", "Super Bowl 50 was won by Rome, who beat the Carolina Panthers.", True)],
+        )
+    ],
+    "unanswerable": [("Which NFL team lost Super Bowl 49?", [], [("Super Bowl 50", PARAGRAPH, False)])],
+}
 
 
 def _multi_hop(name: str, paragraphs: Sequence[tuple[str, list[str]]], supporting: Sequence[tuple[str, int]]) -> Any:
@@ -165,6 +176,20 @@ HUB_ROWS: dict[str, list[dict[str, Any]]] = {
             "split": {"1": ["test_edited"], "3000": ["test_edited"]},
         }
     ],
+    "conflict": [
+        {
+            "question": "who won super bowl 50",
+            **{"org_context": "Super Bowl 50 was won by the Denver Broncos, who beat the Carolina Panthers."},
+            **{"org_answer": ["Denver Broncos", "Broncos"], "sub_answer": ["Rome"]},
+            **{"sub_context": "Super Bowl 50 was won by Rome, who beat the Carolina Panthers."},
+        }
+    ],
+    "unanswerable": [
+        {
+            **{"id": "5ad3", "title": "Super_Bowl_50", "context": PARAGRAPH},
+            **{"question": "Which NFL team lost Super Bowl 49?", "answers": {"text": [], "answer_start": []}},
+        }
+    ],
     "popqa": [POPQA],
     "nq": [{"question": "who wrote the hobbit", "answer": ["Tolkien", "Tolkien"]}],
     "tqa": [
@@ -185,6 +210,8 @@ HUB_FILES: dict[str, tuple[str, str, dict[str, str]]] = {
     "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", {s: f"distractor/{s}" for s in ("train", "validation")}),
     "2wiki": ("framolfese/2WikiMultihopQA", "default", {s: f"data/{s}" for s in ("train", "validation", "test")}),
     "mquake": ("henryzhongsc/MQuAKE-Remastered", "default", {s: f"data/{s}" for s in ("CF3k", "CF9k", "CF6334", "T")}),
+    "conflict": ("pminervini/NQ-Swap", "default", {"dev": "data/dev"}),
+    "unanswerable": ("rajpurkar/squad_v2", "squad_v2", {s: f"squad_v2/{s}" for s in ("train", "validation")}),
     "popqa": ("akariasai/PopQA", "default", {"test": "test.tsv"}),
     "nq": ("google-research-datasets/nq_open", "nq_open", {s: f"nq_open/{s}" for s in ("train", "validation")}),
     "tqa": ("mandarjoshi/trivia_qa", "unfiltered.nocontext", {s: f"unfiltered/{s}" for s in ("train", "validation")}),
@@ -217,7 +244,7 @@ def write_hub(root: Path) -> None:
         if name == "popqa":
             write_popqa(folder / "test.tsv")
             continue
-        asked = {"narrativeqa": "test", "mquake": "CF3k"}.get(name, "validation")
+        asked = {"narrativeqa": "test", "mquake": "CF3k", "conflict": "dev"}.get(name, "validation")
         for split, file in files.items():
             rows = HUB_ROWS[name] if split == asked else [_renamed(row) for row in HUB_ROWS[name]]
             write_parquet(folder / f"{file}-00000-of-00001.parquet", rows)

@@ -9,24 +9,31 @@ from typing import Any
 import pytest
 from lm_eval.tasks import TaskManager
 
-from tests.data_sets import EXPECTED, HUB_ROWS, WORDINGS, write_original, write_parquet
+from genpoe_plugin.data.questions import Question, write_questions
+from genpoe_plugin.errors import InputError
+from tests.data_sets import EXPECTED, EXPECTED_OF_OTHERS, HUB_ROWS, WORDINGS, write_original, write_parquet
 from tests.test_tasks import TASK_FOLDER, SetAnswers, as_prompted, run
 
 ORIGINALS = ("squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "popqa")
-METRICS = {"popqa": ["acc"], "narrativeqa": ["rouge_l"], "mquake": ["multihop_acc"]}
+COMMON = ["em", "f1", "token_precision", "token_recall", "contains"]
+METRICS = {
+    **{"popqa": ["acc"], "narrativeqa": ["rouge_l"], "mquake": ["multihop_acc"]},
+    **{"conflict": ["follows", "original"], "unanswerable": ["abstains", "answers_anyway"]},
+}
+ALL = EXPECTED | EXPECTED_OF_OTHERS
 
 
 def ask(name: str, data: Any, generations: list[str]) -> tuple[dict[str, Any], SetAnswers]:
     """The task's scores, if its questions are answered so, and the model with what it was asked."""
-    asked = [as_prompted(question) for question, _, _ in EXPECTED[name]]
+    asked = [as_prompted(question) for question, _, _ in ALL[name]]
     results, model = run([f"genpoe_{name}"], data, dict(zip(asked, generations, strict=True)))
     return results["results"][f"genpoe_{name}"], model
 
 
 def check_docs(name: str, model: SetAnswers) -> None:
     docs = [request.doc for request in model.requests]
-    assert [(doc["question"], doc["answers"]) for doc in docs] == [asked[:2] for asked in EXPECTED[name]]
-    for doc, (_, _, passages) in zip(docs, EXPECTED[name], strict=True):
+    assert [(doc["question"], doc["answers"]) for doc in docs] == [asked[:2] for asked in ALL[name]]
+    for doc, (_, _, passages) in zip(docs, ALL[name], strict=True):
         assert [(ctx["title"], ctx["text"], ctx["has_answer"]) for ctx in doc.get("ctxs", [])] == passages
         assert all(isinstance(ctx["id"], str) and ctx["id"] for ctx in doc.get("ctxs", []))
         assert ("ctxs" in doc) == bool(passages)
@@ -39,10 +46,19 @@ def test_from_the_hub(hub: Path, name: str) -> None:
     gold = [answers[-1] for _, answers, _ in EXPECTED[name]]
     scores, model = ask(name, None, gold)
     check_docs(name, model)
-    for metric in ["em", "f1", "contains", *METRICS.get(name, [])]:
+    for metric in [*COMMON, *METRICS.get(name, [])]:
         assert scores[f"{metric},none"] == pytest.approx(1.0), metric
     metrics = {key.split(",")[0] for key in scores if key.endswith(",none") and "stderr" not in key}
-    assert metrics == {"em", "f1", "contains", *METRICS.get(name, [])}
+    assert metrics == {*COMMON, *METRICS.get(name, [])}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_data_set_has_a_likelihood_task(hub: Path, name: str) -> None:
+    results, model = run([f"genpoe_{name}_nats"], None, {})
+    check_docs(name, model)
+    firsts = [f" {answers[0]}" for _, answers, _ in EXPECTED[name]]
+    assert [request.args[1] for request in model.requests] == firsts
+    assert results["results"][f"genpoe_{name}_nats"]["nats,none"] == pytest.approx(sum(map(len, firsts)) / len(firsts))
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -89,6 +105,88 @@ def test_a_case_of_mquake_is_right_if_a_wording_is(tmp_path: Path) -> None:
     assert [sample["em"] for sample in results["samples"]["genpoe_mquake"]] == [0.0, 1.0, 0.0, 0.0, 1.0]
 
 
+CONFLICTS = [
+    (Question("who won", ("Rome",), original_answers=("Denver Broncos", "Broncos")), "Rome"),
+    (Question("who lost", ("Asti",), original_answers=("Carolina Panthers",)), "The Carolina Panthers, of course"),
+    (Question("who played", ("New York",), original_answers=("Oslo",)), "Old York"),
+    (Question("who sang", ("Como",), original_answers=("Lady Gaga",)), "It was Como, not Lady Gaga"),
+]
+
+
+def test_conflicts_are_followed_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "conflicts.jsonl"
+    write_questions(path, [question for question, _ in CONFLICTS])
+    answers = {as_prompted(question.question): answer for question, answer in CONFLICTS}
+    results, model = run(["genpoe_conflict"], str(path), answers, log_samples=True)
+    samples = results["samples"]["genpoe_conflict"]
+    assert [sample["follows"] for sample in samples] == [1, 0, 0, 1]
+    assert [sample["original"] for sample in samples] == [0, 1, 0, 1]
+    assert [sample["em"] for sample in samples] == [1, 0, 0, 0]
+    assert [sample["f1"] for sample in samples] == pytest.approx([1, 0, 2 / 4, 2 / 7])
+    assert [request.doc["original_answers"] for request in model.requests] == [
+        list(question.original_answers) for question, _ in CONFLICTS
+    ]
+    scores = results["results"]["genpoe_conflict"]
+    assert (scores["follows,none"], scores["original,none"]) == (0.5, 0.5)
+    assert results["higher_is_better"]["genpoe_conflict"]["original"] is False
+
+
+def test_conflicts_without_original_answers_have_no_such_metric(tmp_path: Path) -> None:
+    path = tmp_path / "conflicts.jsonl"
+    path.write_text(json.dumps({"question": "who won", "answers": ["Rome"], "counterfactual": True}))
+    results, _ = run(["genpoe_conflict"], str(path), {"Who won?": "Rome"})
+    assert results["results"]["genpoe_conflict"]["follows,none"] == 1.0
+    assert "original,none" not in results["results"]["genpoe_conflict"]
+
+
+def test_the_prior_is_that_of_the_original_answer(hub: Path) -> None:
+    results, model = run(["genpoe_conflict_nats"], None, {})
+    assert [request.args[1] for request in model.requests] == [" Denver Broncos"]
+    scores = results["results"]["genpoe_conflict_nats"]
+    assert (scores["nats,none"], scores["nats_per_byte,none"]) == (len(" Denver Broncos"), 1.0)
+
+
+@pytest.mark.parametrize(("name", "generations"), [("conflict", ["Rome"]), ("unanswerable", ["unanswerable"])])
+def test_the_other_tasks_from_the_hub(hub: Path, name: str, generations: list[str]) -> None:
+    scores, model = ask(name, None, generations)
+    check_docs(name, model)
+    first, second = METRICS[name]
+    assert (scores[f"{first},none"], scores[f"{second},none"]) == (1.0, 0.0)
+
+
+def test_answers_to_unanswerable_questions(tmp_path: Path) -> None:
+    """Questions with an answer, as SQuAD 2.0 has them, are not asked."""
+    (row,) = HUB_ROWS["unanswerable"]
+    answered = {**HUB_ROWS["squad"][0], "question": "Not asked?"}
+    generations = {"Q0?": "Unanswerable.", "Q1?": "the Panthers", "Q2?": "\n", "Q3?": "It is not mentioned"}
+    path = tmp_path / "squad2.jsonl"
+    rows = [answered, *({**row, "question": question} for question in generations)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results, _ = run(["genpoe_unanswerable"], {"genpoe_unanswerable": str(path)}, generations, log_samples=True)
+    samples = results["samples"]["genpoe_unanswerable"]
+    assert [sample["abstains"] for sample in samples] == [1, 0, 1, 1]
+    assert [sample["answers_anyway"] for sample in samples] == [0, 1, 0, 0]
+    assert results["results"]["genpoe_unanswerable"]["answers_anyway,none"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("task", "originals", "message"),
+    [
+        ("genpoe_unanswerable", [None], "no questions without an answer"),
+        ("genpoe_conflict_nats", [None, None], '2 of 2 questions have no "original_answers"; `genpoe data conflicts`'),
+        ("genpoe_conflict", [None, ["b"]], '1 of 2 questions have no "original_answers"; `genpoe data conflicts`'),
+    ],
+)
+def test_unsuitable_questions_are_one_line(tmp_path: Path, task: str, originals: list[Any], message: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": "q", "answers": ["a"], "original_answers": original} for original in originals]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as error:
+        run([task], str(path), {})
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(error.value)
+
+
 def test_all_tasks_at_once(hub: Path) -> None:
     """The group's EM is the plain mean of the tasks'."""
     right = {as_prompted(question): answers[0] for name in EXPECTED for question, answers, _ in EXPECTED[name]}
@@ -111,11 +209,12 @@ def test_the_readme_has_every_task() -> None:
     rows = {
         line.split("|")[1].strip(" `"): line
         for line in (TASK_FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| `")
+        if line.startswith("| `genpoe_")
     }
-    assert {*rows} == {*manager.all_subtasks}
     from tasks.open_qa import HUB
 
+    likelihoods = {f"{task}_nats" for task in HUB if task != "genpoe_unanswerable"}
+    assert {*rows} | likelihoods == {*manager.all_subtasks}
     for task, (name, split) in HUB.items():
         assert f"[{name}](https://huggingface.co/datasets/{name})" in rows[task]
         assert f"| {split} " in rows[task]

@@ -31,7 +31,10 @@ QUESTIONS = [
 ]
 EM = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
 F1 = [1.0, 1.0, 0.8, 1.0, 0.0, 0.0]
+PRECISION = [1.0, 1.0, 2 / 3, 1.0, 0.0, 0.0]
+RECALL = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 CONTAINS = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+SCORES = {"em": EM, "f1": F1, "token_precision": PRECISION, "token_recall": RECALL, "contains": CONTAINS}
 CTXS = [{"id": "7", "title": "Hobbit", "text": "By Tolkien.", "score": "81.5", "has_answer": True}]
 
 
@@ -101,12 +104,10 @@ def questions(tmp_path: Path) -> Path:
 def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, name: str) -> None:
     results, model = evaluate(["genpoe_nq"], str(write_questions(tmp_path / name)))
     scores = results["results"]["genpoe_nq"]
-    assert scores["em,none"] == pytest.approx(statistics.mean(EM))
-    assert scores["f1,none"] == pytest.approx(statistics.mean(F1))
-    assert scores["contains,none"] == pytest.approx(statistics.mean(CONTAINS))
-    # The standard error of a mean, in closed form.
-    assert scores["em_stderr,none"] == pytest.approx(statistics.stdev(EM) / len(EM) ** 0.5)
-    assert scores["f1_stderr,none"] == pytest.approx(statistics.stdev(F1) / len(F1) ** 0.5)
+    for metric, values in SCORES.items():
+        assert scores[f"{metric},none"] == pytest.approx(statistics.mean(values)), metric
+        # The standard error of a mean, in closed form.
+        assert scores[f"{metric}_stderr,none"] == pytest.approx(statistics.stdev(values) / len(values) ** 0.5), metric
     assert [request.doc["question"] for request in model.requests] == [question for question, _, _ in QUESTIONS]
 
 
@@ -146,17 +147,21 @@ def test_few_shot_examples_come_first_and_end_in_their_answer(questions: Path) -
 
 
 def test_the_group_is_the_plain_mean(tmp_path: Path) -> None:
+    """Its standard error is that of the mean of independent means."""
     nq = write_questions(tmp_path / "nq_open.jsonl")
     tqa = tmp_path / "tqa.jsonl"
-    tqa.write_text(json.dumps({"question": QUESTIONS[0][0], "answer": ["Tolkien", "JRR Tolkien"]}) + "\n")
+    rows = [{"question": QUESTIONS[0][0], "answer": answers} for answers in (["Tolkien", "JRR Tolkien"], ["x"])]
+    tqa.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results, _ = evaluate(["genpoe"], {"genpoe_nq": str(nq), "genpoe_tqa": str(tqa)})
-    assert results["results"]["genpoe_tqa"]["em,none"] == 1.0
-    assert results["groups"]["genpoe"]["em,none"] == pytest.approx((statistics.mean(EM) + 1) / 2)
-    assert results["groups"]["genpoe"]["f1,none"] == pytest.approx((statistics.mean(F1) + 1) / 2)
-    assert results["groups"]["genpoe"]["contains,none"] == pytest.approx((statistics.mean(CONTAINS) + 1) / 2)
+    assert results["results"]["genpoe_tqa"]["em,none"] == 0.5
+    group = results["groups"]["genpoe"]
+    for metric, values in SCORES.items():
+        variances = [statistics.variance(part) / len(part) for part in (values, [1.0, 0.0])]
+        assert group[f"{metric},none"] == pytest.approx((statistics.mean(values) + 0.5) / 2), metric
+        assert group[f"{metric}_stderr,none"] == pytest.approx(sum(variances) ** 0.5 / 2), metric
 
 
-@pytest.mark.parametrize("task", ["genpoe_nq", "genpoe_squad"])
+@pytest.mark.parametrize("task", ["genpoe_nq", "genpoe_tqa"])
 @pytest.mark.parametrize("named", [None, "task", "nats", "both"])
 def test_nats_are_those_of_the_first_answer(tmp_path: Path, task: str, named: str | None) -> None:
     """After the prompt that generates it, from the task's file, or one of their own."""
@@ -173,12 +178,20 @@ def test_nats_are_those_of_the_first_answer(tmp_path: Path, task: str, named: st
     scores = results["results"][f"{task}_nats"]
     assert scores["nats,none"] == pytest.approx(statistics.mean(lengths))
     assert scores["nats_stderr,none"] == pytest.approx(statistics.stdev(lengths) / len(lengths) ** 0.5)
-    assert results["higher_is_better"][f"{task}_nats"] == {"nats": False}
+    assert scores["nats_per_byte,none"] == pytest.approx(1.0)  # a nat for each character, all of them ASCII
+    assert results["higher_is_better"][f"{task}_nats"] == {"nats": False, "nats_per_byte": False}
     # What nats per token need, whatever the tokenizer.
     for sample, (_, answers, _), length in zip(results["samples"][f"{task}_nats"], QUESTIONS, lengths, strict=True):
         assert sample["target"] == sample["arguments"][0][1] == f" {answers[0]}"
         assert sample["filtered_resps"] == [(-length, False)]
         assert sample["nats"] == length
+
+
+def test_nats_per_byte_count_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "nq_open.jsonl"
+    path.write_text(json.dumps({"question": QUESTIONS[0][0], "answer": ["Zürich"]}))
+    results, _ = evaluate(["genpoe_nq_nats"], str(path))
+    assert results["results"]["genpoe_nq_nats"]["nats_per_byte,none"] == pytest.approx(7 / 8)
 
 
 def test_the_normalisation_is_named_in_the_results(questions: Path) -> None:
@@ -245,5 +258,5 @@ def test_the_real_nq_questions() -> None:
     assert len(docs) == 1800
     assert all(doc["ctxs"][0]["has_answer"] for doc in docs)
     gold = [task.process_results(doc, [f" {doc['answers'][0]}\n"]) for doc in docs]
-    assert all(scores == {"em": 1.0, "f1": 1.0, "contains": 1.0} for scores in gold if scores["f1"])
+    assert all(scores == dict.fromkeys(SCORES, 1.0) for scores in gold if scores["f1"])
     assert sum(scores["em"] for scores in gold) >= 1795  # a few answers have nothing but articles and punctuation

@@ -89,3 +89,20 @@ def reranker(
         f"({counts.without_positive:,} have no passage with an answer, "
         f"{counts.too_few_negatives:,} fewer than {least} without)"
     )
+
+
+@data.command()
+@click.option(
+    "--questions", required=True, type=click.Path(path_type=Path), help="Questions with passages, any format."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON lines for genpoe_conflict; .gz too.")
+@click.option("--seed", default=0, show_default=True, help="Random seed for the new answers.")
+def conflicts(questions: Path, out: Path, seed: int) -> None:
+    """Replace answers in passages by those of other questions, for the task genpoe_conflict."""
+    from genpoe_plugin.data.conflicts import write_conflicts
+
+    counts = write_conflicts(questions, out, seed=seed)
+    click.echo(
+        f"{out}: {counts.written:,} of {counts.questions:,} questions ({counts.without_answer:,} have no passage with "
+        f"an answer that can be replaced, {counts.without_replacement:,} no other answer of their type and popularity)"
+    )

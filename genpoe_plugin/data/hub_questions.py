@@ -11,6 +11,7 @@ from genpoe_plugin.errors import InputError
 
 NQ_OPEN, TRIVIA_QA = "google-research-datasets/nq_open", "mandarjoshi/trivia_qa"
 SQUAD, NARRATIVE_QA, POP_QA = "rajpurkar/squad", "deepmind/narrativeqa", "akariasai/PopQA"
+SQUAD_2, NQ_SWAP = "rajpurkar/squad_v2", "pminervini/NQ-Swap"
 HOTPOT_QA, TWO_WIKI = "hotpotqa/hotpot_qa", "framolfese/2WikiMultihopQA"
 MQUAKE = "henryzhongsc/MQuAKE-Remastered"
 
@@ -29,10 +30,12 @@ _SOURCES = {
     HOTPOT_QA: _Source("distractor"),
     TWO_WIKI: _Source(),
     MQUAKE: _Source(),
+    SQUAD_2: _Source(),
+    NQ_SWAP: _Source(),
 }
 
 
-def read_hub_questions(name: str, split: str) -> Iterator[Question]:
+def read_hub_questions(name: str, split: str, *, need_answers: bool = True) -> Iterator[Question]:
     """The questions of one split, with any passages in the data set, and without duplicate answers.
 
     The hub's cache serves later runs.
@@ -40,6 +43,7 @@ def read_hub_questions(name: str, split: str) -> Iterator[Question]:
     Args:
         name: a data set of `_SOURCES`.
         split: name of the split.
+        need_answers: whether a question without answers is an error.
 
     Raises:
         InputError: the data set is neither reachable nor in the cache, or has changed its form.
@@ -55,5 +59,5 @@ def read_hub_questions(name: str, split: str) -> Iterator[Question]:
         reason = str(error.__cause__ or error).split("\n", 1)[0]
         raise InputError(f"cannot load {name} from the hub ({reason})") from error
     for number, row in enumerate(rows, 1):
-        for question in questions_from_record(row, f"{name}, {split}, row {number}"):
+        for question in questions_from_record(row, f"{name}, {split}, row {number}", need_answers=need_answers):
             yield replace(question, answers=tuple(dict.fromkeys(question.answers)))

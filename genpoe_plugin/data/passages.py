@@ -19,8 +19,8 @@ RESULTS_FORMAT, RESULTS_VERSION = "genpoe-retrieval", 1
 
 # Names of the id field: in our and DPR's results, in BEIR, and in DPR's retriever data (NQ and the other data sets).
 _ID_FIELDS = ("id", "_id", "passage_id", "psg_id")
-# The beginning of a JSON list, bare or in the form of DPR's gold passages; other JSON files are JSON Lines.
-_LIST = re.compile(r'\[|\{\s*"data"\s*:\s*\[')
+# The beginning of a JSON list, bare or as DPR's gold passages and SQuAD have it; other JSON files are JSON Lines.
+_LIST = re.compile(r'\[|\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,8 @@ def read_tsv_rows(path: str | Path) -> Iterator[tuple[list[str], str]]:
 def read_json_objects(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The objects of a JSON Lines file, each with its ``file:line``, or of a JSON list, each with its position.
 
-    The list may also be the value of ``"data"``, as in ``{"data": [...]}``. Objects are read one at a time. The header
-    line of our own result files is checked and skipped.
+    The list may also be the value of ``"data"``, as in ``{"data": [...]}`` or ``{"version": "v2.0", "data": [...]}``.
+    Objects are read one at a time. The header line of our own result files is checked and skipped.
 
     Raises:
         InputError: the file is not JSON, an item is not an object, or a result file has another version.

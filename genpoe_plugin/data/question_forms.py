@@ -23,8 +23,8 @@ WORDS = 100  # words per passage of a longer text, as in DPR's passages of Wikip
 def to_dpr(record: Record, where: str) -> Iterator[Record]:
     """Convert one record to questions; a record of an unknown data set is returned unchanged.
 
-    Each question has ``question``, ``answers`` and ``ctxs``, ``case`` if several questions are wordings of one, and
-    maybe ``id``. The values are not checked here.
+    Each question has ``question``, ``answers`` and ``ctxs``, ``case`` if several questions are wordings of one, maybe
+    ``id``, and ``original_answers`` if the passages were changed to state others. The values are not checked here.
 
     Args:
         record: the record.
@@ -64,9 +64,9 @@ def _squad_row(record: Record) -> Iterator[Record]:
     yield _squad(record["question"], record["answers"]["text"], record["title"], record["context"])
 
 
-def _squad(question: str, answers: Iterable[str], title: str, context: str) -> Record:
-    # Titles are in the form of Wikipedia's URLs.
-    return _question(question, answers, [_passage(title.replace("_", " "), context)])
+def _squad(question: str, answers: list[str], title: str, context: str) -> Record:
+    # Titles are in the form of Wikipedia's URLs. The passage of a question without answers (SQuAD 2.0) supports none.
+    return _question(question, answers, [_passage(title.replace("_", " "), context, gold=bool(answers))])
 
 
 def _multi_hop(record: Record) -> Iterator[Record]:
@@ -115,6 +115,11 @@ def _popqa(record: Record) -> Iterator[Record]:
     yield _question(record["question"], json.loads(answers) if isinstance(answers, str) else answers)
 
 
+def _nq_swap(record: Record) -> Iterator[Record]:
+    question = _question(record["question"], record["sub_answer"], [_passage("", record["sub_context"])])
+    yield {**question, "original_answers": list(record["org_answer"])}
+
+
 def _triviaqa(record: Record) -> Iterator[Record]:
     """A record of TriviaQA; the accepted answers are the value and its aliases."""
     answer = record["answer"]
@@ -139,6 +144,7 @@ _FORMS = (
     _Form("NarrativeQA", lambda record: isinstance(record.get("question"), Mapping), _narrativeqa),
     _Form("MQuAKE", lambda record: "requested_rewrite" in record, _mquake),
     _Form("PopQA", lambda record: "possible_answers" in record and "answers" not in record, _popqa),
+    _Form("NQ-Swap", lambda record: "sub_context" in record, _nq_swap),
     _Form("TriviaQA", lambda record: isinstance(record.get("answer"), Mapping), _triviaqa),
 )
 

@@ -65,6 +65,7 @@ class Question:
         case: name that all wordings of one question share, or empty. The case counts as answered if one wording is
             answered.
         id: id in its file, or empty.
+        original_answers: in a conflict set, the answers that its passages do not state any more; else empty.
     """
 
     question: str
@@ -72,6 +73,7 @@ class Question:
     passages: tuple[RetrievedPassage, ...] = ()
     case: str = ""
     id: str = ""
+    original_answers: tuple[str, ...] = ()
 
 
 def read_questions(path: str | Path, *, need_answers: bool = True) -> Iterator[Question]:
@@ -85,8 +87,8 @@ def read_questions(path: str | Path, *, need_answers: bool = True) -> Iterator[Q
       "negative_ctxs": [...], "hard_negative_ctxs": [...]}``: positives first, then the hard negatives;
     - DPR's gold passages, ``{"data": [{"question", "short_answers", "example_id", "title", "context"}]}``; a question
       may have no passage (an empty ``context``), and questions without a short answer are skipped;
-    - the authors' files of SQuAD v1.1, HotpotQA, 2WikiMultihopQA and MQuAKE (JSON) and of PopQA (TSV), with their
-      passages, if any (`genpoe_plugin.data.question_forms`);
+    - the authors' files of SQuAD (v1.1, v2.0), HotpotQA, 2WikiMultihopQA and MQuAKE (JSON) and of PopQA (TSV), with
+      their passages, if any (`genpoe_plugin.data.question_forms`);
     - BEIR's ``queries.jsonl``: ``{"_id", "text"}``, which have no answers;
     - rows of the hub's data sets (`genpoe_plugin.data.hub_questions`), as JSON Lines or as a Parquet file;
     - the authors' folder of NarrativeQA (a clone of deepmind/narrativeqa): the test questions, with the summaries.
@@ -94,8 +96,8 @@ def read_questions(path: str | Path, *, need_answers: bool = True) -> Iterator[Q
     The format is detected from the content. Questions are read one at a time.
 
     Args:
-        path: the file.
-        need_answers: whether a question without answers is an error; retrieval does without.
+        path: the file or folder.
+        need_answers: whether a question without answers is an error.
 
     Raises:
         InputError: a line is malformed, a question has no text or no answers, or the file has another version.
@@ -126,6 +128,7 @@ def questions_from_record(record: Mapping[str, Any], where: str, *, need_answers
             passages_from_ctxs(_ctxs(item, where), where),
             case if isinstance(case, str) else "",
             str(identifier) if isinstance(identifier, str | int) else "",
+            _answers(originals, where) if (originals := item.get("original_answers")) else (),
         )
 
 
@@ -329,6 +332,7 @@ def _record(question: Question) -> dict[str, Any]:
             "has_answer": retrieved.has_answer,
         }
         ctxs.append({key: value for key, value in ctx.items() if value is not None})
-    case = {"case": question.case} if question.case else {}
+    more = {"case": question.case, "original_answers": list(question.original_answers)}
+    more = {key: value for key, value in more.items() if value}
     identifier = {"id": question.id} if question.id else {}
-    return {**identifier, "question": question.question, "answers": list(question.answers), **case, "ctxs": ctxs}
+    return {**identifier, "question": question.question, "answers": list(question.answers), **more, "ctxs": ctxs}

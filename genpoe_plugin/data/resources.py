@@ -12,8 +12,10 @@ from genpoe_plugin.data.hub_questions import (
     MQUAKE,
     NARRATIVE_QA,
     NQ_OPEN,
+    NQ_SWAP,
     POP_QA,
     SQUAD,
+    SQUAD_2,
     TRIVIA_QA,
     TWO_WIKI,
     read_hub_questions,
@@ -32,6 +34,8 @@ _LICENCES = {
     "TriviaQA": _TRIVIA,
     "TriviaQA unfiltered": _TRIVIA,
     "SQuAD v1.1": "CC BY-SA 4.0",
+    "SQuAD v2.0": "CC BY-SA 4.0",
+    "NQ-Swap": "MIT, text CC BY-SA 3.0",
     "WebQuestions": "see nlp.stanford.edu/software/sempre",
     "CuratedTREC": "see trec.nist.gov/data/qa.html",
     "PopQA": "MIT",
@@ -189,6 +193,8 @@ _HUB_SPLITS = (
 _HUB_SPLITS_WITH_PASSAGES = (
     ("hub.squad.train", f"{SQUAD}/train", "SQuAD v1.1, train"),
     ("hub.squad.validation", f"{SQUAD}/validation", "SQuAD v1.1, validation; what genpoe_squad asks"),
+    ("hub.squad_v2.validation", f"{SQUAD_2}/validation", "SQuAD v2.0, validation; what genpoe_unanswerable asks"),
+    ("hub.nq_swap.dev", f"{NQ_SWAP}/dev", "NQ-Swap, dev; what genpoe_conflict asks"),
     ("hub.narrativeqa.test", f"{NARRATIVE_QA}/test", "NarrativeQA, test, gigabytes; what genpoe_narrativeqa asks"),
     ("hub.hotpotqa.train", f"{HOTPOT_QA}/train", "HotpotQA, train"),
     ("hub.hotpotqa.validation", f"{HOTPOT_QA}/validation", "HotpotQA, validation; what genpoe_hotpotqa asks"),
@@ -282,5 +288,6 @@ def fetch(resource: Resource, folder: str | Path, *, progress: bool = False) -> 
     if path.exists():
         return path, False
     data_set, _, split = resource.address.removeprefix(_HUB).rpartition("/")
-    write_questions(path, read_hub_questions(data_set, split), source=resource.address)
+    questions = read_hub_questions(data_set, split, need_answers=data_set != SQUAD_2)
+    write_questions(path, questions, source=resource.address)
     return path, True

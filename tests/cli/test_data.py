@@ -141,3 +141,23 @@ def test_ctrl_c_says_how_to_go_on(served: HTTPFile, tmp_path: Path, monkeypatch:
     run = CliRunner().invoke(main, ["data", "download", "data.retriever.qas.nq-dev", "--out", str(tmp_path)])
     assert run.exit_code == 130
     assert "rerun the same command to resume" in run.stderr
+
+
+def test_conflicts_are_written_and_counted(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "conflicts.jsonl"
+    run = CliRunner().invoke(main, ["data", "conflicts", "--questions", str(results), "--out", str(out), "--seed", "4"])
+    assert run.exit_code == 0, run.output
+    assert "5 of 5 questions (0 have no passage with an answer that can be replaced, 0 no other" in run.output
+    header, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert header["seed"] == 4
+    for number, line in enumerate(lines):
+        assert line["original_answers"] == [f"a{number}"]
+        assert line["answers"] != line["original_answers"]
+        assert line["ctxs"][0]["text"] == f"says {line['answers'][0]}"
+
+
+def test_no_conflicts_are_one_line(results: Path, tmp_path: Path) -> None:
+    results.write_text(results.read_text().splitlines()[0])
+    run = CliRunner().invoke(main, ["data", "conflicts", "--questions", str(results), "--out", str(tmp_path / "out")])
+    assert run.exit_code == 2
+    assert "none of 1 questions can be changed" in run.stderr

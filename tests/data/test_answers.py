@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genpoe_plugin.data.answers import contains, exact_match, f1, has_answer, normalize_answer, popqa_accuracy, rouge_l
+from genpoe_plugin.data.answers import (
+    ABSTENTIONS,
+    abstains,
+    contains,
+    exact_match,
+    f1,
+    has_answer,
+    normalize_answer,
+    popqa_accuracy,
+    rouge_l,
+    token_scores,
+)
 
 SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad" / "squad-v1.1-part.json.gz"
 
@@ -199,6 +210,69 @@ def test_contains(prediction: str, answers: list[str], right: bool) -> None:
 def test_an_exact_match_contains_the_answer(prediction: str, answers: list[str]) -> None:
     if normalize_answer(prediction):
         assert contains(prediction, answers) >= exact_match(prediction, answers)
+
+
+@given(TEXTS, st.lists(TEXTS, max_size=3))
+def test_contains_is_stricter_than_a_substring(prediction: str, answers: list[str]) -> None:
+    """FlashRAG's ``acc`` and BERGEN's ``Match`` search the normalised answer in the normalised prediction."""
+    normalized = squad_normalize(prediction)
+    substring = any(squad_normalize(answer) in normalized for answer in answers)
+    words = normalized.split()
+    runs = [words[start:end] for start in range(len(words)) for end in range(start + 1, len(words) + 1)]
+    assert contains(prediction, answers) == any(squad_normalize(answer).split() in runs for answer in answers)
+    assert contains(prediction, answers) <= substring
+
+
+def test_contains_differs_from_a_substring_within_words_and_for_empty_answers() -> None:
+    assert not contains("the catalogue", ["cat"])
+    assert not contains("anything", ["the"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "abstained"),
+    [
+        ("", True),
+        ("  \n", True),
+        ("The.", True),  # no word is left
+        ("Unanswerable", True),
+        ("The answer is unknown.", True),
+        ("I don't know", True),
+        ("I don\u2019t know.", True),
+        ("It is not mentioned in the passage.", True),
+        ("N/A", True),
+        ("None", True),
+        ("No answer", True),
+        ("no", False),
+        ("1066", False),
+        ("the unknowns", False),  # whole words
+        ("not in 1066, mentioned as 1067", False),  # in a row
+    ],
+)
+def test_abstains(prediction: str, abstained: bool) -> None:
+    assert abstains(prediction) == abstained
+
+
+@given(TEXTS, st.sampled_from(ABSTENTIONS), TEXTS)
+def test_every_phrase_abstains_anywhere(before: str, phrase: str, after: str) -> None:
+    assert abstains(f"{before} {phrase.upper()} {after}")
+
+
+@given(TEXTS, st.lists(TEXTS, max_size=3))
+def test_precision_and_recall_are_those_of_the_best_answer(prediction: str, answers: list[str]) -> None:
+    words = squad_normalize(prediction).split()
+    best = (0.0, 0.0, 0.0)
+    for answer in answers:
+        gold, shared = squad_normalize(answer).split(), 0
+        for word in {*gold}:
+            shared += min(words.count(word), gold.count(word))
+        if shared and squad_f1(prediction, answer) > best[0] + 1e-9:
+            best = (squad_f1(prediction, answer), shared / len(words), shared / len(gold))
+    assert token_scores(prediction, answers) == pytest.approx(best)
+
+
+def test_precision_and_recall_are_not_the_best_of_several_answers() -> None:
+    # Against "a long answer here indeed" the recall is 1/4, and against "x y" the precision is 1/2.
+    assert token_scores("long x", ["long answer here indeed", "x y"]) == (0.5, 0.5, 0.5)
 
 
 SHORT = st.lists(st.sampled_from(["a", "bb", "ccc", "d4"]), max_size=8)  # words that stemming leaves alone

@@ -13,7 +13,15 @@ import pytest
 from genpoe_plugin.data.passages import read_passages
 from genpoe_plugin.data.questions import Question, read_questions, write_dpr_results, write_questions
 from genpoe_plugin.errors import InputError
-from tests.data_sets import EXPECTED, HUB_ROWS, TWO_WIKI_PARAGRAPHS, write_original, write_parquet
+from tests.data_sets import (
+    EXPECTED,
+    EXPECTED_OF_OTHERS,
+    HUB_ROWS,
+    PARAGRAPH,
+    TWO_WIKI_PARAGRAPHS,
+    write_original,
+    write_parquet,
+)
 
 DATA = Path(__file__).parents[3] / "shared/data"
 ORIGINALS = ("squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "popqa")
@@ -52,8 +60,38 @@ def test_compressed(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_rows_of_the_hub(tmp_path: Path, name: str) -> None:
-    assert plain(list(read_questions(write_jsonl(tmp_path / "rows.jsonl", HUB_ROWS[name])))) == EXPECTED[name]
-    assert plain(list(read_questions(write_parquet(tmp_path / "rows", HUB_ROWS[name])))) == EXPECTED[name]
+    expected, need_answers = (EXPECTED | EXPECTED_OF_OTHERS)[name], name != "unanswerable"
+    for path in (
+        write_jsonl(tmp_path / "rows.jsonl", HUB_ROWS[name]),
+        write_parquet(tmp_path / "rows", HUB_ROWS[name]),
+    ):
+        assert plain(list(read_questions(path, need_answers=need_answers))) == expected
+
+
+def test_the_authors_file_of_squad_2(tmp_path: Path) -> None:
+    """Questions without an answer are an error, unless they are asked for."""
+    answered = {"question": "Who won?", "id": "1", "answers": [{"text": "Denver Broncos"}], "is_impossible": False}
+    other = {
+        **{"question": "Who lost Super Bowl 49?", "id": "2", "answers": [], "is_impossible": True},
+        "plausible_answers": [{"text": "Carolina Panthers", "answer_start": 52}],
+    }
+    paragraph = {"context": PARAGRAPH, "qas": [answered, other]}
+    path = tmp_path / "dev-v2.0.json"
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "Super_Bowl_50", "paragraphs": [paragraph]}]}))
+    assert plain(list(read_questions(path, need_answers=False))) == [
+        ("Who won?", ["Denver Broncos"], [("Super Bowl 50", PARAGRAPH, True)]),
+        ("Who lost Super Bowl 49?", [], [("Super Bowl 50", PARAGRAPH, False)]),
+    ]
+    with pytest.raises(InputError, match="a question needs a list of answer strings"):
+        list(read_questions(path))
+
+
+def test_both_answers_of_a_conflict_are_kept(tmp_path: Path) -> None:
+    questions = list(read_questions(write_jsonl(tmp_path / "rows.jsonl", HUB_ROWS["conflict"])))
+    assert questions[0].original_answers == ("Denver Broncos", "Broncos")
+    for write in (write_questions, write_dpr_results):
+        write(tmp_path / "again", questions)
+        assert list(read_questions(tmp_path / "again")) == questions
 
 
 @pytest.mark.parametrize("name", ORIGINALS)

@@ -11,8 +11,9 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.tasks._index import TaskIndex
 
 from genpoe_plugin import registration
+from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.prompts import closed_book_prompt, cut_passages, rag_prompt
-from tests.data_sets import EXPECTED, write_original
+from tests.data_sets import EXPECTED, EXPECTED_OF_OTHERS, write_original
 
 ORIGINALS = ("squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "popqa")
 
@@ -68,6 +69,33 @@ def test_passages_of_the_data_answer(command, hub, hypernetwork_dir, by_hand, to
             assert marks == [gold for _, _, gold in passages[:2]]
     assert results["groups"]["genpoe_all"]["em,none"] == 0.0
     assert 0.0 <= results["results"]["genpoe_mquake"]["multihop_acc,none"] <= 1.0
+
+
+def test_conflicts_and_unanswerable_questions(command, hub, hypernetwork_dir, by_hand, tokenizer, tmp_path):
+    tasks = "genpoe_conflict,genpoe_unanswerable,genpoe_conflict_nats"
+    samples, results = command("genpoe", f",mode=genpoe,hypernetwork={hypernetwork_dir}", tasks)
+    for name, ((question, answers, ((title, text, _),)),) in EXPECTED_OF_OTHERS.items():
+        strings = cut_passages([f"{title}: {text}" if title else text], tokenizer)
+        expected, gap = by_hand.generate(closed_book_prompt(question), strings, [1.0], 0, tokens=6)
+        assert gap > 1e-4, f"{name}: a near tie; choose another question"
+        (sample,) = samples[f"genpoe_{name}"]
+        assert sample["resps"] == [[expected]]
+        assert sample["doc"]["answers"] == answers
+    (question, _, ((_, text, _),)) = EXPECTED_OF_OTHERS["conflict"][0]
+    likelihood = by_hand.score(
+        closed_book_prompt(question), " Denver Broncos", cut_passages([text], tokenizer), [1.0], 0
+    )
+    assert samples["genpoe_conflict_nats"][0]["nats"] == pytest.approx(-likelihood, abs=1e-3)
+    # `genpoe compare` reads all metrics.
+    runs, left_out = read_runs([tmp_path / "out"], QuestionBook())
+    assert not left_out
+    assert {run.task: {*run.scores} for run in runs} == {
+        "genpoe_conflict": {"follows", "original", "em", "f1"},
+        "genpoe_unanswerable": {"abstains", "answers_anyway"},
+        "genpoe_conflict_nats": {"nats", "nats_per_byte"},
+    }
+    assert not next(run for run in runs if run.task == "genpoe_unanswerable").higher_is_better("answers_anyway")
+    assert results["results"]["genpoe_conflict"]["follows,none"] == 0.0
 
 
 def test_gold_passages_of_the_authors_files(command, hypernetwork_dir, tmp_path):

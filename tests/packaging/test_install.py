@@ -22,9 +22,11 @@ pytestmark = pytest.mark.wheel
 
 REPOSITORY = Path(__file__).parents[2]
 GROUPS = {"genpoe", "genpoe_all"}
-TASKS = {
-    f"genpoe_{name}" for name in ("nq", "tqa", "popqa", "squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "demo")
-} | {"genpoe_nq_nats", "genpoe_squad_nats"}
+DATA_SETS = ("nq", "tqa", "popqa", "squad", "narrativeqa", "hotpotqa", "2wiki", "mquake", "conflict")
+TASKS = {f"genpoe_{name}{kind}" for name in DATA_SETS for kind in ("", "_nats")} | {
+    "genpoe_unanswerable",
+    "genpoe_demo",
+}
 Run = Callable[..., str]
 
 
