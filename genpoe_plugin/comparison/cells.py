@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from genpoe_plugin.comparison.breakdown import Estimate
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Cost, Pair, System
@@ -67,20 +66,6 @@ def memory(cost: Cost) -> str:
     return "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**30:.2f} GiB {cost.memory_of}"
 
 
-def reversed_pair(pair: Pair) -> Pair:
-    """The same comparison with first and second system exchanged."""
-    return replace(
-        pair,
-        first=pair.second,
-        second=pair.first,
-        difference=-pair.difference,
-        low=-pair.high,
-        high=-pair.low,
-        wins=pair.losses,
-        losses=pair.wins,
-    )
-
-
 def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
     """The number of the system that a row is compared with, and the comparison.
 
@@ -90,7 +75,7 @@ def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
     family = "controls" if control else "ranked"
     for pair in board.pairs:
         if pair.family == family and pair.metric == metric and pair.second == place and (control or pair.first == 0):
-            return f"{board.systems[pair.first].number}", reversed_pair(pair)
+            return f"{board.systems[pair.first].number}", pair.reversed()
     return None
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_rank, estimate, known
 from genpoe_plugin.comparison.comparability import Comparable, comparable, without_duplicates
+from genpoe_plugin.comparison.counterparts import control_of
 from genpoe_plugin.comparison.passages_used import PassagesUsed, passages_used
 from genpoe_plugin.comparison.runs import LeftOut, QuestionBook, Run, read_runs
-from genpoe_plugin.comparison.settings import Settings, deciding, key, labels, settings_of, without_seed
+from genpoe_plugin.comparison.settings import Settings, key, labels, settings_of, without_seed
 from genpoe_plugin.comparison.statistics import (
     DRAWS,
     Floats,
@@ -128,6 +129,19 @@ class Pair:
         """Whether the adjusted p-value is below 0.05."""
         return self.adjusted < SIGNIFICANT
 
+    def reversed(self) -> Pair:
+        """The same comparison with first and second system exchanged."""
+        return replace(
+            self,
+            first=self.second,
+            second=self.first,
+            difference=-self.difference,
+            low=-self.high,
+            high=-self.low,
+            wins=self.losses,
+            losses=self.wins,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Board:
@@ -156,6 +170,18 @@ class Board:
     def metric(self) -> str:
         """The metric that ranks."""
         return self.metrics[0]
+
+    @property
+    def sign(self) -> int:
+        """1 if higher values of the ranking metric are better, -1 if lower ones are."""
+        return 1 if self.group.runs[0].higher_is_better(self.metric) else -1
+
+    def pair(self, first: int, second: int) -> Pair | None:
+        """The comparison of two systems on the ranking metric, first minus second, by their positions."""
+        for pair in self.pairs:
+            if pair.metric == self.metric and (pair.first, pair.second) in ((first, second), (second, first)):
+                return pair if pair.first == first else pair.reversed()
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,10 +356,11 @@ def _all_pairs(systems: Sequence[System]) -> NDArray[np.intp]:
 
 
 def _with_controls(systems: Sequence[System]) -> NDArray[np.intp]:
+    settings = [system.settings for system in systems]
     pairs = [
         (first, second)
         for first, system in enumerate(systems)
-        for second in (_control_of(system, control, systems) for control in _controls(systems))
+        for second in (control_of(system.settings, control, settings) for control in _controls(systems))
         if system.control is None and second is not None
     ]
     return np.array(pairs, np.intp).reshape(-1, 2)
@@ -341,15 +368,6 @@ def _with_controls(systems: Sequence[System]) -> NDArray[np.intp]:
 
 def _controls(systems: Sequence[System]) -> list[str]:
     return list(dict.fromkeys(system.control for system in systems if system.control is not None))
-
-
-def _control_of(system: System, control: str, systems: Sequence[System]) -> int | None:
-    """The position of the system that differs from this one only in its passages."""
-    if system.settings.get("mode") in (None, "closed_book"):
-        return None
-    # "kind" and "dtype" are not arguments of the model; `deciding` keeps them unchanged.
-    target = key(without_seed(deciding(system.settings | {"passages": control})))
-    return next((place for place, other in enumerate(systems) if key(other.settings) == target), None)
 
 
 def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
@@ -368,10 +386,11 @@ def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign:
 
 def _checked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
     """Flag systems with experts whose shuffled control is not significantly worse."""
+    settings = [system.settings for system in systems]
     checked = []
     for place, system in enumerate(systems):
         if system.control is None and system.settings.get("mode") in EXPERT_MODES:
-            shuffled = _control_of(system, "shuffled", systems)
+            shuffled = control_of(system.settings, "shuffled", settings)
             if shuffled is None:
                 caution = "no shuffled control: it is not tested whether experts carry passage knowledge"
                 system = replace(system, caution=caution)

@@ -14,6 +14,7 @@ from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, System
 from genpoe_plugin.comparison.markdown import markdown
 from genpoe_plugin.comparison.origin import origin_of
+from genpoe_plugin.comparison.summary import summary
 from genpoe_plugin.files import atomic_file, writing
 
 FORMAT, VERSION = "genpoe-comparison", 1
@@ -71,6 +72,7 @@ def _board(board: Board, comparison: Comparison) -> dict[str, Any]:
         "task": board.task,
         "n": board.n,
         "metric": board.metric,
+        "summary": summary(board),
         "protocol": asdict(board.group.protocol),
         "differences": [asdict(entry) for entry in board.group.differences],
         "allowed": [asdict(entry) for entry in board.group.allowed],

@@ -19,7 +19,7 @@ LEVEL = 0.95
 DRAWS = 10_000
 MIN_COUNT = 10
 _BLOCK = 1 << 19  # resampled questions per block: few enough for a processor's cache
-_TIE = 1e-12  # differences below this are due to rounding
+TIE = 1e-12  # differences below this are due to rounding
 
 
 def wilson_interval(share: ArrayLike, n: ArrayLike, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -132,7 +132,7 @@ def paired_bootstrap(
         part = slice(start, start + block)
         drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
         observed = difference[part, None]
-        further = np.count_nonzero(wider * np.abs(drawn - observed) >= np.abs(observed) - _TIE, axis=1)
+        further = np.count_nonzero(wider * np.abs(drawn - observed) >= np.abs(observed) - TIE, axis=1)
         counted = (1 + further) / (1 + draws)
         with np.errstate(divide="ignore", invalid="ignore"):
             beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / (wider * drawn.std(1)))
@@ -147,8 +147,8 @@ def wins_and_losses(scores: Floats, pairs: NDArray[np.intp]) -> tuple[NDArray[np
     columns = np.ascontiguousarray(scores.T)
     for at, (first, second) in enumerate(pairs):
         difference = columns[first] - columns[second]
-        wins[at] = np.count_nonzero(difference > _TIE)
-        losses[at] = np.count_nonzero(difference < -_TIE)
+        wins[at] = np.count_nonzero(difference > TIE)
+        losses[at] = np.count_nonzero(difference < -TIE)
     return wins, losses
 
 
