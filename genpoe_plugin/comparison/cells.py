@@ -8,6 +8,7 @@ from genpoe_plugin.comparison.breakdown import Estimate
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Cost, Pair, System
 
 MINUS = "\u2212"
+RECOVERED = "recovered % [95 %]"
 
 
 def is_share(metric: str, board: Board) -> bool:
@@ -46,11 +47,19 @@ def difference(pair: Pair, share: bool = True) -> str:
 
 
 def rank(system: System) -> str:
-    """The possible ranks of a system, such as ``1`` or ``1-3``; "control" for a control."""
+    """The possible ranks of a system, such as ``1`` or ``1-3``; "oracle" for gold passages, "control" for others."""
     if system.rank is None:
-        return "control"
+        return "oracle" if system.control == "gold" else "control"
     best, worst = system.rank
     return str(best) if best == worst else f"{best}\u2013{worst}"
+
+
+def recovered(system: System) -> str:
+    """The recovered fraction in per cent with its interval, and the number of the RAG system; empty without one."""
+    part = system.recovered
+    if part is None:
+        return ""
+    return f"{number(part.fraction)} [{number(part.low)}, {number(part.high)}] of #{part.rag}"
 
 
 def seconds(cost: Cost) -> str:
@@ -84,7 +93,7 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
     share = {metric: is_share(metric, board) for metric in board.metrics}
     units = {metric: unit(metric, share[metric]) for metric in board.metrics}
     header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
-    header += [f"\u0394{units[board.metric]} [95 %]", "of #", "s/question", "peak memory"]
+    header += [f"\u0394{units[board.metric]} [95 %]", "of #", RECOVERED, "s/question", "peak memory"]
     several = any(system.seeds for system in board.systems)
     if several:
         header.insert(4, "seeds")
@@ -96,7 +105,7 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
         row += [interval(system.estimates[metric], share[metric]) for metric in board.metrics]
         compared = against(board, place, board.metric)
         row += [difference(compared[1], share[board.metric]), compared[0]] if compared else ["", ""]
-        rows.append([*row, seconds(system.cost), memory(system.cost)])
+        rows.append([*row, recovered(system), seconds(system.cost), memory(system.cost)])
     empty = {at for at in range(len(header)) if not any(row[at] for row in rows)}
     keep = [at for at in range(len(header)) if at not in empty]
     return [header[at] for at in keep], [[row[at] for at in keep] for row in rows]
@@ -115,6 +124,13 @@ def method(comparison: Comparison, board: Board) -> list[str]:
         f" correction ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
         "Rank: the range of ranks that the significant differences allow (adjusted p < 0.05).",
     ]
+    if any(system.recovered for system in board.systems):
+        lines.append(
+            "Recovered: the gain over closed-book answering, as a share of the gain of the RAG system named, of the"
+            " same LLM; paired bootstrap; not given if RAG's gain is not significant (bootstrap p < 0.05, uncorrected)."
+        )
+    if any(system.control == "gold" for system in board.systems):
+        lines.append("Oracle: only passages that are known to contain an answer (passages=gold).")
     if any(system.seeds for system in board.systems):
         lines.append("Several seeds: each question has its mean over seeds; intervals are over questions.")
     if any(system.cost.whole_command for system in board.systems):

@@ -141,6 +141,41 @@ def paired_bootstrap(
     return PairedBootstrap(difference, low, high, p)
 
 
+def recovered_fractions(
+    means: Floats, resampled: Floats, triples: NDArray[np.intp], n: int, level: float = LEVEL
+) -> tuple[Floats, Floats, Floats]:
+    """The share of the gain from a floor to a ceiling that a run reaches, with its expanded percentile interval.
+
+    The fraction is (run - floor) / (ceiling - floor). It is meaningful only if the gain of the ceiling is significant.
+    An end is infinite if too many draws have no gain.
+
+    Args:
+        means: means over questions, ``[runs]``.
+        resampled: result of `bootstrap_means`, ``[draws, runs]``.
+        triples: columns of run, floor and ceiling, ``[triples, 3]``; the means of floor and ceiling differ.
+        n: number of questions.
+        level: level of the interval.
+
+    Returns:
+        The fractions and the ends of their intervals, each ``[triples]``.
+    """
+    run, floor, ceiling = triples.T
+    gain = means[ceiling] - means[floor]
+    fraction = (means[run] - means[floor]) / gain
+    low, high = np.empty_like(fraction), np.empty_like(fraction)
+    tail = expanded_tail(n, level)
+    for at in range(len(triples)):
+        sign = np.sign(gain[at])
+        reached = sign * (resampled[:, run[at]] - resampled[:, floor[at]])
+        possible = sign * (resampled[:, ceiling[at]] - resampled[:, floor[at]])
+        # Without a gain in a draw, no fraction is large enough to reach what the run gained, or small enough.
+        drawn = np.where(reached > 0, np.inf, -np.inf)
+        np.divide(reached, possible, out=drawn, where=possible > TIE)
+        low[at] = np.quantile(drawn, tail, method="lower")
+        high[at] = np.quantile(drawn, 1 - tail, method="higher")
+    return fraction, low, high
+
+
 def wins_and_losses(scores: Floats, pairs: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The number of questions on which the first run of each pair scores higher, and the second."""
     wins, losses = (np.empty(len(pairs), np.int64) for _ in range(2))

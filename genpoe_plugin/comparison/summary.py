@@ -18,6 +18,9 @@ def summary(board: Board) -> str:
     """
     system = _subject(board)
     parts = [f"{_name(system, board)} {_score(system, board)}{_differences(system, board)}."]
+    if (part := system.recovered) is not None:
+        low, high = (cells.number(end) for end in (part.low, part.high))
+        parts.append(f"It reaches {cells.number(part.fraction)} % [{low}, {high}] of RAG's gain over closed-book.")
     if system.control is None and system.settings.get("mode") in EXPERT_MODES:
         parts.append(_shuffled(system, board))
     return " ".join(parts)
