@@ -66,8 +66,24 @@ def seconds(cost: Cost) -> str:
     """Time per question, with a star if it is that of the whole command; empty if unknown."""
     if cost.seconds is None:
         return ""
-    text = f"{1000 * cost.seconds:.3g} ms" if cost.seconds < 1 else f"{cost.seconds:.3g} s"
-    return f"{text}*" if cost.whole_command else text
+    return f"{_duration(cost.seconds)}*" if cost.whole_command else _duration(cost.seconds)
+
+
+def _duration(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def first_token(cost: Cost) -> str:
+    """Time to the first token; empty if unknown."""
+    return "" if cost.first_token is None else _duration(cost.first_token)
+
+
+def expert_size(cost: Cost) -> str:
+    """The size of the experts of a question; empty without experts, or if unknown."""
+    if cost.expert_bytes is None:
+        return ""
+    small = cost.expert_bytes < 2**20
+    return f"{cost.expert_bytes / 2**10:.3g} KiB" if small else f"{cost.expert_bytes / 2**20:,.1f} MiB"
 
 
 def memory(cost: Cost) -> str:
@@ -93,7 +109,8 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
     share = {metric: is_share(metric, board) for metric in board.metrics}
     units = {metric: unit(metric, share[metric]) for metric in board.metrics}
     header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
-    header += [f"\u0394{units[board.metric]} [95 %]", "of #", RECOVERED, "s/question", "peak memory"]
+    header += [f"\u0394{units[board.metric]} [95 %]", "of #", RECOVERED, "s/question", "first token"]
+    header += ["experts/question", "peak memory"]
     several = any(system.seeds for system in board.systems)
     if several:
         header.insert(4, "seeds")
@@ -105,7 +122,8 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
         row += [interval(system.estimates[metric], share[metric]) for metric in board.metrics]
         compared = against(board, place, board.metric)
         row += [difference(compared[1], share[board.metric]), compared[0]] if compared else ["", ""]
-        rows.append([*row, recovered(system), seconds(system.cost), memory(system.cost)])
+        costs = (seconds(system.cost), first_token(system.cost), expert_size(system.cost), memory(system.cost))
+        rows.append([*row, recovered(system), *costs])
     empty = {at for at in range(len(header)) if not any(row[at] for row in rows)}
     keep = [at for at in range(len(header)) if at not in empty]
     return [header[at] for at in keep], [[row[at] for at in keep] for row in rows]
@@ -133,6 +151,11 @@ def method(comparison: Comparison, board: Board) -> list[str]:
         lines.append("Oracle: only passages that are known to contain an answer (passages=gold).")
     if any(system.seeds for system in board.systems):
         lines.append("Several seeds: each question has its mean over seeds; intervals are over questions.")
+    if any(system.cost.first_token is not None for system in board.systems):
+        lines.append(
+            "First token: from the start of a batch, whose experts are made already, to its first new token; mean over"
+            " questions."
+        )
     if any(system.cost.whole_command for system in board.systems):
         lines.append("* time of the whole command, with loading: the model does not report the time of answering.")
     return lines

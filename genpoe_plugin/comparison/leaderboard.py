@@ -44,12 +44,16 @@ class Cost:
         whole_command: whether the time is that of the whole command, because the model does not report its own time.
         peak_bytes: peak memory in bytes; None if unknown.
         memory_of: where the memory was measured, such as "GPU" or "process".
+        first_token: seconds from the start of a batch to its first new token; None if unknown.
+        expert_bytes: bytes of the experts of a question; None without experts, or if unknown.
     """
 
     seconds: float | None
     whole_command: bool
     peak_bytes: float | None
     memory_of: str
+    first_token: float | None = None
+    expert_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,7 @@ def _range(scores: Sequence[Floats]) -> tuple[float, float]:
 
 def _cost(runs: Sequence[Run]) -> Cost:
     seconds, peaks, of, whole = [], [], "", False
+    first_tokens, expert_bytes = [], []
     for run in runs:
         genpoe = run.genpoe or {}
         questions = genpoe.get("questions")
@@ -332,7 +337,11 @@ def _cost(runs: Sequence[Run]) -> Cost:
         if memory := genpoe.get("peak_memory"):
             peaks.append(memory["bytes"])
             of = memory["of"]
-    return Cost(_mean(seconds), whole, _mean(peaks), of)
+        if genpoe.get("first_token_seconds") is not None:
+            first_tokens.append(genpoe["first_token_seconds"])
+        if genpoe.get("expert_bytes") is not None and questions:
+            expert_bytes.append(genpoe["expert_bytes"] / questions)
+    return Cost(_mean(seconds), whole, _mean(peaks), of, _mean(first_tokens), _mean(expert_bytes))
 
 
 def _mean(values: Sequence[float]) -> float | None:

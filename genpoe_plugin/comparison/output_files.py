@@ -113,7 +113,8 @@ def _rows(comparison: Comparison) -> Iterable[list[Any]]:
         *("board", "task", "number", "name", "system", "control", "rank_best", "rank_worst", "n", "seeds"),
         *(f"{metric}{part}" for metric in metrics for part in ("", "_low", "_high")),
         *("recovered", "recovered_low", "recovered_high"),
-        *("seconds_per_question", "whole_command", "peak_bytes", "memory_of", "flag", "caution", "results", "command"),
+        *("seconds_per_question", "whole_command", "peak_bytes", "memory_of"),
+        *("first_token_seconds", "expert_bytes_per_question", "flag", "caution", "results", "command"),
     ]
     for number, board in enumerate(comparison.boards, 1):
         for system in board.systems:
@@ -127,6 +128,7 @@ def _rows(comparison: Comparison) -> Iterable[list[Any]]:
                 *(value for part in estimates for value in ((part.mean, part.low, part.high) if part else ("",) * 3)),
                 *((fraction.fraction, fraction.low, fraction.high) if fraction else ("",) * 3),
                 *(system.cost.seconds, system.cost.whole_command, system.cost.peak_bytes, system.cost.memory_of),
+                *(system.cost.first_token, system.cost.expert_bytes),
                 *(system.flag or "", system.caution or ""),
                 *(" ".join(origin.results for origin in origins), "\n".join(origin.command for origin in origins)),
             ]

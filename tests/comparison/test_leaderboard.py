@@ -13,6 +13,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.synthetic_results import documents, genpoe_facts, write_run
+from genpoe_plugin.comparison.cells import table
 from genpoe_plugin.comparison.leaderboard import NO_KNOWLEDGE, Board, System, compare
 from genpoe_plugin.comparison.markdown import markdown
 from genpoe_plugin.comparison.output_files import write
@@ -285,6 +286,23 @@ def test_costs_are_of_answering_where_that_is_known(tmp_path: Path) -> None:
     ours, theirs = (system.cost for system in board_of(tmp_path).systems)
     assert (ours.seconds, ours.whole_command, ours.peak_bytes) == (pytest.approx(0.01), False, 1 << 30)
     assert (theirs.seconds, theirs.whole_command, theirs.peak_bytes) == (pytest.approx(12.5 / N), True, None)
+
+
+def test_costs_of_experts_and_of_the_first_token(tmp_path: Path) -> None:
+    """Means over seeds; cells without a number stay empty."""
+    for seed, first in enumerate((0.02, 0.04)):
+        own = genpoe_facts("genpoe", "shuffled", 4, seed, first_token_seconds=first, expert_bytes=100 * 3 * 2**20)
+        write_run(tmp_path / f"{seed}", scores(0.5), docs=DOCS, genpoe=own)
+    own = genpoe_facts("rag", first_token_seconds=0.5, expert_bytes=None)
+    write_run(tmp_path / "rag", scores(0.4), docs=DOCS, genpoe=own)
+    write_run(tmp_path / "hf", scores(0.3), docs=DOCS)
+    board = board_of(tmp_path)
+    costs = {system.label: system.cost for system in board.systems}
+    assert costs["genpoe shuffled K=4"].first_token == pytest.approx(0.03)
+    header, rows = table(board)
+    cells = {row[header.index("system")]: dict(zip(header, row, strict=True)) for row in rows}
+    shown = {name: (row["first token"], row["experts/question"]) for name, row in cells.items()}
+    assert shown == {"genpoe shuffled K=4": ("30 ms", "3.0 MiB"), "rag K=4": ("500 ms", ""), "hf llm": ("", "")}
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are(tmp_path: Path) -> None:
