@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from benchmarks.row import Row
 from genpoe_plugin.comparison.statistics import (
@@ -13,6 +14,7 @@ from genpoe_plugin.comparison.statistics import (
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    recovered_fractions,
     wilson_interval,
 )
 
@@ -22,6 +24,9 @@ EM = ((480, 0.0375), (480, 0.5), (100, 0.927), (60, 0.2))
 """Number of questions, and true share of correct answers."""
 F1 = {"good": (0.8, 0.15, 0.5), "bad": (0.06, 0.06, 0.5), "even": (0.4, 0.3, 0.6), "smooth": (0.0, 1.0, 0.3)}
 """Share of answers with F1 1, share of partial answers, and mean F1 of the partial ones."""
+
+FRACTIONS = {"half": (0.3, 0.1, 0.5), "most": (0.45, 0.15, 0.5), "more": (0.6, 0.1, 0.5), "nothing": (0.1, 0.1, 0.4)}
+"""True shares of correct answers of a run, of closed-book answering and of RAG."""
 
 
 def rows(draws: int = DRAWS) -> list[Row]:
@@ -35,6 +40,7 @@ def rows(draws: int = DRAWS) -> list[Row]:
     }
     bootstrap = [paired_coverage(rng, kind, draws) for kind in ("good", "even")]
     covered["differences (paired bootstrap)"] = [coverage for coverage, _ in bootstrap]
+    covered["recovered fractions"] = [fraction_coverage(rng, kind, max(200, draws // 10)) for kind in FRACTIONS]
     alarms = {
         "McNemar's mid-p": mcnemar_alarms(rng, draws),
         "paired bootstrap": max(alarm for _, alarm in bootstrap),
@@ -101,6 +107,23 @@ def paired_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 10
         covering += np.count_nonzero((found.low <= 0) & (found.high >= 0))
         alarms += np.count_nonzero(found.p < SIGNIFICANT)
     return covering / draws, alarms / draws
+
+
+def fraction_coverage(rng: np.random.Generator, kind: str, draws: int, n: int = 200) -> float:
+    """Coverage of recovered fractions over ``n`` questions; hard questions are hard for all three runs."""
+    shares = np.array(FRACTIONS[kind])
+    run, floor, ceiling = shares
+    true = (run - floor) / (ceiling - floor)
+    covering, board = 0, 100
+    for seed, start in enumerate(range(0, draws, board)):
+        count = min(board, draws - start)
+        luck = rng.normal(size=(n, count, 1)) + rng.normal(size=(n, count, 3))
+        scores = (luck < np.sqrt(2) * ndtri(shares)).reshape(n, 3 * count).astype(float)
+        triples: NDArray[np.intp] = np.arange(3 * count).reshape(count, 3)
+        resampled = bootstrap_means(scores, draws=4_000, seed=seed)
+        _, low, high = recovered_fractions(scores.mean(0), resampled, triples, n)
+        covering += np.count_nonzero((low <= true) & (true <= high))
+    return covering / draws
 
 
 def family_alarms(rng: np.random.Generator, tables: int, n: int = 300, corrected: bool = True) -> float:

@@ -162,7 +162,8 @@ def _trace(
             }
             for entry in passages_from_ctxs(doc["ctxs"], "")
         ]
-        used = [dict(ctx, title=f"Title {number}", gate=0.25) for ctx in retrieved[: facts["num_passages"]]]
+        kept = zip(retrieved[: facts["num_passages"]], texts, strict=True)
+        used = [dict(ctx, title=f"Title {number}", words=len(text.split()), gate=0.25) for ctx, text in kept]
         yield {
             "task": task,
             "doc_id": number,

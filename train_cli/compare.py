@@ -18,6 +18,13 @@ WIDTH = 200  # characters per line of a table that is not printed to a terminal
 @click.command()
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for page, Markdown, CSV, JSON.")
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="FILE.tex: LaTeX tables. FILE.md: lm_eval's tables. A folder: Every Eval Ever's JSON. Repeatable.",
+)
 @click.option("--run", "config", type=click.Path(path_type=Path), help="Run this matrix (YAML) first, then compare it.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="--run: lm_eval runs at a time.")
 @click.option("--metric", help="Metric to rank by.  [default: em, or the main metric of tasks without em]")
@@ -26,6 +33,7 @@ WIDTH = 200  # characters per line of a table that is not printed to a terminal
 def compare(
     results: tuple[Path, ...],
     out: Path | None,
+    exports: tuple[Path, ...],
     config: Path | None,
     jobs: int,
     metric: str | None,
@@ -44,6 +52,11 @@ def compare(
 
     if unknown := [aspect for aspect in allow if aspect not in ALLOWABLE]:
         raise InputError(f"--allow {unknown[0]}: not one of {', '.join(ALLOWABLE)}")
+    if exports:
+        from genpoe_plugin.comparison.exports import check_target
+
+        for path in exports:
+            check_target(path)
     folders = list(results)
     if config is not None:
         from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
@@ -62,6 +75,12 @@ def compare(
 
         for path in write(comparison, out):
             click.echo(path)
+    if exports:
+        from genpoe_plugin.comparison.exports import export
+
+        for target in exports:
+            for path in export(comparison, target):
+                click.echo(path)
 
 
 def show_in_terminal(comparison: Comparison) -> None:

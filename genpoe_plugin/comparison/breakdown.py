@@ -1,4 +1,4 @@
-"""Break scores down by whether the LLM was given the answer, and by the rank of the passage with the answer."""
+"""Break scores down by what a question is like: its passages, and whether the LLM can answer it without any."""
 
 from __future__ import annotations
 
@@ -60,9 +60,34 @@ def by_rank(scores: Floats, ranks: NDArray[np.int64]) -> dict[str, Estimate]:
     return _estimates(groups)
 
 
-def known(ranks: NDArray[np.int64] | None) -> bool:
-    """Whether any of the ranks is known."""
-    return ranks is not None and bool((ranks != UNKNOWN).any())
+def by_known(scores: Floats, closed_book: Floats) -> dict[str, Estimate]:
+    """Scores of questions that closed-book answering gets right (``known``) and of the others (``unknown``).
+
+    Empty unless each closed-book score is 0 or 1.
+    """
+    if not ((closed_book == 0) | (closed_book == 1)).all():
+        return {}
+    return _estimates({"known": scores[closed_book == 1], "unknown": scores[closed_book == 0]})
+
+
+def by_length(scores: Floats, lengths: NDArray[np.int64]) -> dict[str, Estimate]:
+    """Scores by the length of the best passage in words, in three groups of about as many questions."""
+    measured = lengths[lengths != UNKNOWN]
+    if not len(measured):
+        return {}
+    last = np.unique(np.quantile(measured, [1 / 3, 2 / 3, 1], method="inverted_cdf")).tolist()
+    groups: dict[str, Floats] = {}
+    first = int(measured.min())
+    for end in last:
+        name = f"{first}\u2013{end}" if first < end else f"{end}"
+        groups[name] = scores[(lengths >= first) & (lengths <= end)]
+        first = end + 1
+    return _estimates(groups)
+
+
+def known(values: NDArray[np.int64]) -> bool:
+    """Whether any of the ranks or lengths is known."""
+    return bool((values != UNKNOWN).any())
 
 
 def differing_questions(scores: Sequence[Floats], pairs: Iterable[tuple[int, int]], most: int) -> list[int]:

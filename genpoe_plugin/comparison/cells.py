@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from genpoe_plugin.comparison.breakdown import Estimate
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Cost, Pair, System
 
 MINUS = "\u2212"
+RECOVERED = "recovered % [95 %]"
 
 
 def is_share(metric: str, board: Board) -> bool:
@@ -47,38 +47,48 @@ def difference(pair: Pair, share: bool = True) -> str:
 
 
 def rank(system: System) -> str:
-    """The possible ranks of a system, such as ``1`` or ``1-3``; "control" for a control."""
+    """The possible ranks of a system, such as ``1`` or ``1-3``; "oracle" for gold passages, "control" for others."""
     if system.rank is None:
-        return "control"
+        return "oracle" if system.control == "gold" else "control"
     best, worst = system.rank
     return str(best) if best == worst else f"{best}\u2013{worst}"
+
+
+def recovered(system: System) -> str:
+    """The recovered fraction in per cent with its interval, and the number of the RAG system; empty without one."""
+    part = system.recovered
+    if part is None:
+        return ""
+    return f"{number(part.fraction)} [{number(part.low)}, {number(part.high)}] of #{part.rag}"
 
 
 def seconds(cost: Cost) -> str:
     """Time per question, with a star if it is that of the whole command; empty if unknown."""
     if cost.seconds is None:
         return ""
-    text = f"{1000 * cost.seconds:.3g} ms" if cost.seconds < 1 else f"{cost.seconds:.3g} s"
-    return f"{text}*" if cost.whole_command else text
+    return f"{_duration(cost.seconds)}*" if cost.whole_command else _duration(cost.seconds)
+
+
+def _duration(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def first_token(cost: Cost) -> str:
+    """Time to the first token; empty if unknown."""
+    return "" if cost.first_token is None else _duration(cost.first_token)
+
+
+def expert_size(cost: Cost) -> str:
+    """The size of the experts of a question; empty without experts, or if unknown."""
+    if cost.expert_bytes is None:
+        return ""
+    small = cost.expert_bytes < 2**20
+    return f"{cost.expert_bytes / 2**10:.3g} KiB" if small else f"{cost.expert_bytes / 2**20:,.1f} MiB"
 
 
 def memory(cost: Cost) -> str:
     """Peak memory, with what it was measured on; empty if unknown."""
     return "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**30:.2f} GiB {cost.memory_of}"
-
-
-def reversed_pair(pair: Pair) -> Pair:
-    """The same comparison with first and second system exchanged."""
-    return replace(
-        pair,
-        first=pair.second,
-        second=pair.first,
-        difference=-pair.difference,
-        low=-pair.high,
-        high=-pair.low,
-        wins=pair.losses,
-        losses=pair.wins,
-    )
 
 
 def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
@@ -90,7 +100,7 @@ def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
     family = "controls" if control else "ranked"
     for pair in board.pairs:
         if pair.family == family and pair.metric == metric and pair.second == place and (control or pair.first == 0):
-            return f"{board.systems[pair.first].number}", reversed_pair(pair)
+            return f"{board.systems[pair.first].number}", pair.reversed()
     return None
 
 
@@ -99,7 +109,8 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
     share = {metric: is_share(metric, board) for metric in board.metrics}
     units = {metric: unit(metric, share[metric]) for metric in board.metrics}
     header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
-    header += [f"\u0394{units[board.metric]} [95 %]", "of #", "s/question", "peak memory"]
+    header += [f"\u0394{units[board.metric]} [95 %]", "of #", RECOVERED, "s/question", "first token"]
+    header += ["experts/question", "peak memory"]
     several = any(system.seeds for system in board.systems)
     if several:
         header.insert(4, "seeds")
@@ -111,7 +122,8 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
         row += [interval(system.estimates[metric], share[metric]) for metric in board.metrics]
         compared = against(board, place, board.metric)
         row += [difference(compared[1], share[board.metric]), compared[0]] if compared else ["", ""]
-        rows.append([*row, seconds(system.cost), memory(system.cost)])
+        costs = (seconds(system.cost), first_token(system.cost), expert_size(system.cost), memory(system.cost))
+        rows.append([*row, recovered(system), *costs])
     empty = {at for at in range(len(header)) if not any(row[at] for row in rows)}
     keep = [at for at in range(len(header)) if at not in empty]
     return [header[at] for at in keep], [[row[at] for at in keep] for row in rows]
@@ -130,8 +142,20 @@ def method(comparison: Comparison, board: Board) -> list[str]:
         f" correction ({families['ranked']:,} pairs of ranked systems, {families['controls']:,} with their controls).",
         "Rank: the range of ranks that the significant differences allow (adjusted p < 0.05).",
     ]
+    if any(system.recovered for system in board.systems):
+        lines.append(
+            "Recovered: the gain over closed-book answering, as a share of the gain of the RAG system named, of the"
+            " same LLM; paired bootstrap; not given if RAG's gain is not significant (bootstrap p < 0.05, uncorrected)."
+        )
+    if any(system.control == "gold" for system in board.systems):
+        lines.append("Oracle: only passages that are known to contain an answer (passages=gold).")
     if any(system.seeds for system in board.systems):
         lines.append("Several seeds: each question has its mean over seeds; intervals are over questions.")
+    if any(system.cost.first_token is not None for system in board.systems):
+        lines.append(
+            "First token: from the start of a batch, whose experts are made already, to its first new token; mean over"
+            " questions."
+        )
     if any(system.cost.whole_command for system in board.systems):
         lines.append("* time of the whole command, with loading: the model does not report the time of answering.")
     return lines

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_rank, estimate, known
+from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_known, by_length, by_rank, estimate, known
 from genpoe_plugin.comparison.comparability import Comparable, comparable, without_duplicates
+from genpoe_plugin.comparison.counterparts import closed_book_of, control_of, rag_of
 from genpoe_plugin.comparison.passages_used import PassagesUsed, passages_used
 from genpoe_plugin.comparison.runs import LeftOut, QuestionBook, Run, read_runs
-from genpoe_plugin.comparison.settings import Settings, deciding, key, labels, settings_of, without_seed
+from genpoe_plugin.comparison.settings import Settings, key, labels, settings_of, without_seed
 from genpoe_plugin.comparison.statistics import (
     DRAWS,
     Floats,
@@ -22,6 +24,7 @@ from genpoe_plugin.comparison.statistics import (
     holm,
     mcnemar,
     paired_bootstrap,
+    recovered_fractions,
     wins_and_losses,
 )
 from genpoe_plugin.errors import InputError
@@ -41,12 +44,32 @@ class Cost:
         whole_command: whether the time is that of the whole command, because the model does not report its own time.
         peak_bytes: peak memory in bytes; None if unknown.
         memory_of: where the memory was measured, such as "GPU" or "process".
+        first_token: seconds from the start of a batch to its first new token; None if unknown.
+        expert_bytes: bytes of the experts of a question; None without experts, or if unknown.
     """
 
     seconds: float | None
     whole_command: bool
     peak_bytes: float | None
     memory_of: str
+    first_token: float | None = None
+    expert_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The gain of a system over closed-book answering, as a fraction of the gain of RAG with the same LLM.
+
+    Attributes:
+        fraction, low, high: the fraction, with its 95 % interval.
+        closed_book, rag: numbers of the two systems.
+    """
+
+    fraction: float
+    low: float
+    high: float
+    closed_book: int
+    rag: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +90,10 @@ class System:
         flag: a problem with its result.
         caution: a missing check of its result.
         used: the passages of the first run, if there is a trace.
-        by_given, by_rank: the first run's scores on the board's first metric, broken down (see `breakdown`).
+        recovered: for a system with experts, the recovered fraction on the board's first metric; None if RAG's own gain
+            is not significant.
+        by_given, by_rank, by_length, by_known: the first run's scores on the board's first metric, broken down (see
+            `breakdown`).
     """
 
     number: int
@@ -83,8 +109,11 @@ class System:
     flag: str | None = None
     caution: str | None = None
     used: PassagesUsed | None = None
+    recovered: Recovered | None = None
     by_given: dict[str, Estimate] = field(default_factory=dict)
     by_rank: dict[str, Estimate] = field(default_factory=dict)
+    by_length: dict[str, Estimate] = field(default_factory=dict)
+    by_known: dict[str, Estimate] = field(default_factory=dict)
 
     @property
     def control(self) -> str | None:
@@ -128,6 +157,19 @@ class Pair:
         """Whether the adjusted p-value is below 0.05."""
         return self.adjusted < SIGNIFICANT
 
+    def reversed(self) -> Pair:
+        """The same comparison with first and second system exchanged."""
+        return replace(
+            self,
+            first=self.second,
+            second=self.first,
+            difference=-self.difference,
+            low=-self.high,
+            high=-self.low,
+            wins=self.losses,
+            losses=self.wins,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Board:
@@ -156,6 +198,18 @@ class Board:
     def metric(self) -> str:
         """The metric that ranks."""
         return self.metrics[0]
+
+    @property
+    def sign(self) -> int:
+        """1 if higher values of the ranking metric are better, -1 if lower ones are."""
+        return 1 if self.group.runs[0].higher_is_better(self.metric) else -1
+
+    def pair(self, first: int, second: int) -> Pair | None:
+        """The comparison of two systems on the ranking metric, first minus second, by their positions."""
+        for pair in self.pairs:
+            if pair.metric == self.metric and (pair.first, pair.second) in ((first, second), (second, first)):
+                return pair if pair.first == first else pair.reversed()
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,9 +299,11 @@ def _board(group: Comparable, metric: str | None, used: Mapping[int, PassagesUse
         systems.append(system)
     systems.sort(key=lambda system: system.control is not None)
     systems = [replace(system, number=number) for number, system in enumerate(systems, 1)]
-    pairs = _pairs(systems, metrics, draws)
+    resampled = _Resampled(systems, metrics, draws)
+    pairs = _pairs(systems, metrics, resampled)
     systems = _ranked(systems, pairs, metrics[0], sign)
     systems = _checked(systems, pairs, metrics[0], sign)
+    systems = _recovering(systems, resampled, sign)
     systems = _broken_down(systems, metrics[0])
     return Board(group.task, metrics, tuple(systems), tuple(pairs), group)
 
@@ -268,6 +324,7 @@ def _range(scores: Sequence[Floats]) -> tuple[float, float]:
 
 def _cost(runs: Sequence[Run]) -> Cost:
     seconds, peaks, of, whole = [], [], "", False
+    first_tokens, expert_bytes = [], []
     for run in runs:
         genpoe = run.genpoe or {}
         questions = genpoe.get("questions")
@@ -280,25 +337,45 @@ def _cost(runs: Sequence[Run]) -> Cost:
         if memory := genpoe.get("peak_memory"):
             peaks.append(memory["bytes"])
             of = memory["of"]
-    return Cost(_mean(seconds), whole, _mean(peaks), of)
+        if genpoe.get("first_token_seconds") is not None:
+            first_tokens.append(genpoe["first_token_seconds"])
+        if genpoe.get("expert_bytes") is not None and questions:
+            expert_bytes.append(genpoe["expert_bytes"] / questions)
+    return Cost(_mean(seconds), whole, _mean(peaks), of, _mean(first_tokens), _mean(expert_bytes))
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _pairs(systems: Sequence[System], metrics: Sequence[str], draws: int) -> list[Pair]:
+class _Resampled:
+    """The scores of all systems on all metrics, and their means over resampled questions.
+
+    Attributes:
+        scores: ``[questions, metrics * systems]``, the systems of the first metric first.
+        means: means over questions, ``[metrics * systems]``.
+    """
+
+    def __init__(self, systems: Sequence[System], metrics: Sequence[str], draws: int) -> None:
+        self.scores = np.stack([system.scores[metric] for metric in metrics for system in systems], 1)
+        self.means = self.scores.mean(0)
+        self._draws = draws
+
+    @cached_property
+    def resampled(self) -> Floats:
+        """The means of `bootstrap_means`, ``[draws, metrics * systems]``."""
+        return bootstrap_means(self.scores, self._draws)
+
+
+def _pairs(systems: Sequence[System], metrics: Sequence[str], resampled: _Resampled) -> list[Pair]:
     families = {"ranked": _all_pairs(systems), "controls": _with_controls(systems)}
     families = {name: pairs for name, pairs in families.items() if len(pairs)}
-    if not families:
-        return []
-    scores = np.stack([system.scores[metric] for metric in metrics for system in systems], 1)
-    resampled = bootstrap_means(scores, draws)
+    scores = resampled.scores
     comparisons: list[Pair] = []
     for family, places in families.items():
         for number, metric in enumerate(metrics):
             columns = places + number * len(systems)
-            boot = paired_bootstrap(scores.mean(0), resampled, columns, len(scores))
+            boot = paired_bootstrap(resampled.means, resampled.resampled, columns, len(scores))
             wins, losses = wins_and_losses(scores, columns)
             exact, mid = mcnemar(wins, losses)
             right_or_wrong = np.all(((scores == 0) | (scores == 1))[:, columns], axis=(0, 2))
@@ -330,10 +407,11 @@ def _all_pairs(systems: Sequence[System]) -> NDArray[np.intp]:
 
 
 def _with_controls(systems: Sequence[System]) -> NDArray[np.intp]:
+    settings = [system.settings for system in systems]
     pairs = [
         (first, second)
         for first, system in enumerate(systems)
-        for second in (_control_of(system, control, systems) for control in _controls(systems))
+        for second in (control_of(system.settings, control, settings) for control in _controls(systems))
         if system.control is None and second is not None
     ]
     return np.array(pairs, np.intp).reshape(-1, 2)
@@ -341,15 +419,6 @@ def _with_controls(systems: Sequence[System]) -> NDArray[np.intp]:
 
 def _controls(systems: Sequence[System]) -> list[str]:
     return list(dict.fromkeys(system.control for system in systems if system.control is not None))
-
-
-def _control_of(system: System, control: str, systems: Sequence[System]) -> int | None:
-    """The position of the system that differs from this one only in its passages."""
-    if system.settings.get("mode") in (None, "closed_book"):
-        return None
-    # "kind" and "dtype" are not arguments of the model; `deciding` keeps them unchanged.
-    target = key(without_seed(deciding(system.settings | {"passages": control})))
-    return next((place for place, other in enumerate(systems) if key(other.settings) == target), None)
 
 
 def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
@@ -368,10 +437,11 @@ def _ranked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign:
 
 def _checked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign: int) -> list[System]:
     """Flag systems with experts whose shuffled control is not significantly worse."""
+    settings = [system.settings for system in systems]
     checked = []
     for place, system in enumerate(systems):
         if system.control is None and system.settings.get("mode") in EXPERT_MODES:
-            shuffled = _control_of(system, "shuffled", systems)
+            shuffled = control_of(system.settings, "shuffled", settings)
             if shuffled is None:
                 caution = "no shuffled control: it is not tested whether experts carry passage knowledge"
                 system = replace(system, caution=caution)
@@ -387,15 +457,47 @@ def _checked(systems: Sequence[System], pairs: Sequence[Pair], metric: str, sign
     return checked
 
 
+def _recovering(systems: Sequence[System], resampled: _Resampled, sign: int) -> list[System]:
+    """Add the recovered fraction to systems with experts of retrieved or of gold passages."""
+    settings = [system.settings for system in systems]
+    found: dict[int, tuple[int, int]] = {}
+    for place, system in enumerate(systems):
+        if system.settings.get("mode") in EXPERT_MODES and system.control in (None, "gold"):
+            closed_book, rag = closed_book_of(system.settings, settings), rag_of(system.settings, settings)
+            if closed_book is not None and rag is not None:
+                found[place] = closed_book, rag
+    if not found:
+        return list(systems)
+    n, means, draws = len(resampled.scores), resampled.means, resampled.resampled
+    gains = np.array([(rag, closed_book) for closed_book, rag in found.values()], np.intp)
+    gain = paired_bootstrap(means, draws, gains, n)
+    gained = (gain.p < SIGNIFICANT) & (sign * gain.difference > 0)
+    triples = np.array([(place, *others) for place, others in found.items()], np.intp)[gained]
+    columns = zip(*recovered_fractions(means, draws, triples, n), strict=True)
+    recovered = {
+        int(place): Recovered(float(fraction), float(low), float(high), closed_book + 1, rag + 1)
+        for (place, closed_book, rag), (fraction, low, high) in zip(triples.tolist(), columns, strict=True)
+        if np.isfinite([low, high]).all()
+    }
+    return [replace(system, recovered=recovered.get(place)) for place, system in enumerate(systems)]
+
+
 def _broken_down(systems: Sequence[System], metric: str) -> list[System]:
-    retrieved = next((s.used.ranks for s in systems if s.used and s.control is None and known(s.used.ranks)), None)
-    if retrieved is None:
-        retrieved = next((run.ranks for system in systems for run in system.runs if known(run.ranks)), None)
-    return [
-        replace(
-            system,
-            by_given=by_given(system.runs[0].scores[metric], system.used.answer_given) if system.used else {},
-            by_rank=by_rank(system.runs[0].scores[metric], retrieved) if retrieved is not None else {},
-        )
-        for system in systems
-    ]
+    traced = [system.used for system in systems if system.used and system.control is None]
+    ranks = [used.ranks for used in traced] + [run.ranks for system in systems for run in system.runs]
+    retrieved = next(filter(known, ranks), None)
+    lengths = next(filter(known, (used.lengths for used in traced)), None)
+    settings = [system.settings for system in systems]
+    broken_down = []
+    for place, system in enumerate(systems):
+        scores = system.runs[0].scores[metric]
+        closed_book = closed_book_of(system.settings, settings)
+        closed_book = None if closed_book == place else closed_book
+        parts = {
+            "by_given": by_given(scores, system.used.answer_given) if system.used else {},
+            "by_rank": by_rank(scores, retrieved) if retrieved is not None else {},
+            "by_length": by_length(scores, lengths) if lengths is not None else {},
+            "by_known": {} if closed_book is None else by_known(scores, systems[closed_book].scores[metric]),
+        }
+        broken_down.append(replace(system, **parts))
+    return broken_down

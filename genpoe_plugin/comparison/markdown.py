@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Comparison
 from genpoe_plugin.comparison.origin import origin_of
+from genpoe_plugin.comparison.summary import summary
 
 
 def markdown(comparison: Comparison) -> str:
@@ -14,6 +15,7 @@ def markdown(comparison: Comparison) -> str:
     parts = ["# Leaderboard\n"]
     for board in comparison.boards:
         parts.append(f"## {_text(cells.title(board, comparison.boards))}\n")
+        parts.append(f"{_text(summary(board))}\n")
         if board.group.differences:
             parts.append("Not ranked together with the first board of this task; the differences:\n")
             parts.append("".join(f"- {_text(line)}\n" for line in cells.differences(board)))

@@ -14,6 +14,7 @@ from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, System
 from genpoe_plugin.comparison.markdown import markdown
 from genpoe_plugin.comparison.origin import origin_of
+from genpoe_plugin.comparison.summary import summary
 from genpoe_plugin.files import atomic_file, writing
 
 FORMAT, VERSION = "genpoe-comparison", 1
@@ -71,6 +72,7 @@ def _board(board: Board, comparison: Comparison) -> dict[str, Any]:
         "task": board.task,
         "n": board.n,
         "metric": board.metric,
+        "summary": summary(board),
         "protocol": asdict(board.group.protocol),
         "differences": [asdict(entry) for entry in board.group.differences],
         "allowed": [asdict(entry) for entry in board.group.allowed],
@@ -96,8 +98,11 @@ def _system(system: System) -> dict[str, Any]:
         "scores": {metric: asdict(estimate) for metric, estimate in system.estimates.items()},
         "seeds": system.seeds,
         "cost": asdict(system.cost),
-        "by_given": {name: asdict(part) for name, part in system.by_given.items()},
-        "by_rank": {name: asdict(part) for name, part in system.by_rank.items()},
+        "recovered": system.recovered and asdict(system.recovered),
+        **{
+            part: {name: asdict(estimate) for name, estimate in getattr(system, part).items()}
+            for part in ("by_given", "by_rank", "by_length", "by_known")
+        },
         "runs": [asdict(origin_of(run)) for run in system.runs],
     }
 
@@ -107,10 +112,13 @@ def _rows(comparison: Comparison) -> Iterable[list[Any]]:
     yield [
         *("board", "task", "number", "name", "system", "control", "rank_best", "rank_worst", "n", "seeds"),
         *(f"{metric}{part}" for metric in metrics for part in ("", "_low", "_high")),
-        *("seconds_per_question", "whole_command", "peak_bytes", "memory_of", "flag", "caution", "results", "command"),
+        *("recovered", "recovered_low", "recovered_high"),
+        *("seconds_per_question", "whole_command", "peak_bytes", "memory_of"),
+        *("first_token_seconds", "expert_bytes_per_question", "flag", "caution", "results", "command"),
     ]
     for number, board in enumerate(comparison.boards, 1):
         for system in board.systems:
+            fraction = system.recovered
             estimates = [system.estimates.get(metric) for metric in metrics]
             origins = [origin_of(run) for run in system.runs]
             yield [
@@ -118,7 +126,9 @@ def _rows(comparison: Comparison) -> Iterable[list[Any]]:
                 *(system.rank or ("", "")),
                 *(board.n, len(system.runs)),
                 *(value for part in estimates for value in ((part.mean, part.low, part.high) if part else ("",) * 3)),
+                *((fraction.fraction, fraction.low, fraction.high) if fraction else ("",) * 3),
                 *(system.cost.seconds, system.cost.whole_command, system.cost.peak_bytes, system.cost.memory_of),
+                *(system.cost.first_token, system.cost.expert_bytes),
                 *(system.flag or "", system.caution or ""),
                 *(" ".join(origin.results for origin in origins), "\n".join(origin.command for origin in origins)),
             ]

@@ -17,6 +17,7 @@ from genpoe_plugin.comparison.comparability import ASPECTS, describe
 from genpoe_plugin.comparison.leaderboard import Board, Comparison, Pair, System
 from genpoe_plugin.comparison.origin import origin_of
 from genpoe_plugin.comparison.plots import plots
+from genpoe_plugin.comparison.summary import summary
 from genpoe_plugin.data.questions import passages_from_ctxs
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.prompts import PROMPT_MODES
@@ -50,6 +51,7 @@ def _board(board: Board, comparison: Comparison, number: int) -> dict[str, Any]:
         "id": f"board{number}",
         "title": cells.title(board, comparison.boards),
         "n": board.n,
+        "summary": summary(board),
         "metric": cells.unit(board.metric, False),
         "header": header,
         "rows": list(zip(board.systems, rows, strict=True)),
@@ -84,7 +86,7 @@ def _matrix(board: Board) -> dict[str, Any] | None:
     entries: dict[tuple[int, int], dict[str, Any]] = {}
     for pair in board.pairs:
         if pair.family == "ranked" and pair.metric == board.metric:
-            for entry in (pair, cells.reversed_pair(pair)):
+            for entry in (pair, pair.reversed()):
                 entries[entry.first, entry.second] = {
                     "difference": cells.number(entry.difference, share, signed=True),
                     "wins": f"{entry.wins:,}\u2009:\u2009{entry.losses:,}",

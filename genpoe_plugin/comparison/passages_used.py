@@ -24,12 +24,14 @@ class PassagesUsed:
         trace: path of the trace.
         answer_given: 1 if a passage that the LLM was given has an answer, 0 if none has, -1 if unknown.
         ranks: best rank of a retrieved passage with an answer; 0 if none has one, -1 if unknown.
+        lengths: number of words of the first passage that the LLM was given; -1 if unknown.
         offsets: byte offset of each question's line in the trace.
     """
 
     trace: Path
     answer_given: NDArray[np.int64]
     ranks: NDArray[np.int64]
+    lengths: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
     def line(self, place: int) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def passages_used(run: Run) -> PassagesUsed | None:
         facts["settings"] = genpoe["settings"]
     place_of = _SamplePlaces(run)
     answer_given = np.full(len(run.doc_ids), UNKNOWN, np.int64)
-    ranks, offsets = answer_given.copy(), answer_given.copy()
+    ranks, lengths, offsets = (answer_given.copy() for _ in range(3))
     for offset, line in read_lines(trace):
         try:
             if line["task"] != run.task:
@@ -75,12 +77,13 @@ def passages_used(run: Run) -> PassagesUsed | None:
             offsets[place] = offset
             answer_given[place] = _any_has_answer(line["passages"])
             ranks[place] = _rank(line["retrieved"])
+            lengths[place] = line["passages"][0].get("words", UNKNOWN) if line["passages"] else UNKNOWN
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{trace}: not a trace ({type(error).__name__}: {error})") from error
     if (offsets < 0).any():
         missing = int(np.count_nonzero(offsets < 0))
         raise InputError(f"{trace}: {missing:,} questions of {run.results} are not in it; run it again")
-    return PassagesUsed(trace, answer_given, ranks, offsets)
+    return PassagesUsed(trace, answer_given, ranks, lengths, offsets)
 
 
 class _SamplePlaces:

@@ -21,6 +21,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.breakdown import Estimate
 from genpoe_plugin.comparison.leaderboard import Board, System
+from genpoe_plugin.comparison.settings import key
 
 COLOURS = {
     "closed_book": "#4d4d4d",
@@ -82,7 +83,10 @@ def plots(board: Board, prefix: str) -> list[Plot]:
         plot
         for plot in (
             _given(board, f"{prefix}-given"),
+            _known(board, f"{prefix}-known"),
             _ranks(board, f"{prefix}-ranks"),
+            _lengths(board, f"{prefix}-lengths"),
+            _numbers(board, f"{prefix}-numbers"),
             _cost(board, f"{prefix}-seconds", memory=False),
             _cost(board, f"{prefix}-memory", memory=True),
         )
@@ -180,81 +184,183 @@ def _estimates(board: Board, metric: str, prefix: str) -> Plot:
     return _both(f"{cells.unit(metric, False)} with 95 % intervals", note, draw, prefix)
 
 
+@dataclass(frozen=True)
+class _Halves:
+    """A division of the questions into two groups.
+
+    Attributes:
+        part: the attribute of a system with the scores of both groups.
+        filled, hollow: the names of the groups in it; the first has filled markers.
+        counted: what the numbers beside the rows count.
+    """
+
+    part: str
+    filled: str
+    hollow: str
+    counted: str
+
+
 def _given(board: Board, prefix: str) -> Plot | None:
     systems = [s for s in board.systems if s.by_given and s.settings.get("passages") != "none"]
+    note = (
+        "Filled: questions with the answer in a passage that the LLM was given; hollow: without it. "
+        "n: number of questions in each of the two groups; intervals are 95 %."
+    )
+    halves = _Halves("by_given", "present", "absent", "answer given / not given")
+    return _two_groups(board, systems, halves, "By whether the answer was retrieved", note, prefix)
+
+
+def _known(board: Board, prefix: str) -> Plot | None:
+    systems = [system for system in board.systems if len(system.by_known) == 2]
+    note = (
+        "Filled: questions that the same LLM answers without passages; hollow: the others. "
+        "n: number of questions in each of the two groups; intervals are 95 %."
+    )
+    halves = _Halves("by_known", "known", "unknown", "known / not known")
+    return _two_groups(board, systems, halves, "By whether closed-book answering is right", note, prefix)
+
+
+def _two_groups(
+    board: Board, systems: Sequence[System], halves: _Halves, title: str, note: str, prefix: str
+) -> Plot | None:
+    """A row per system, with the scores of both groups of questions."""
     if not systems:
         return None
     scale, unit = _scale(board, board.metric)
+    groups = (halves.filled, halves.hollow)
+    parts: list[dict[str, Estimate]] = [getattr(system, halves.part) for system in systems]
 
     def draw(narrow: bool) -> Figure:
         figure, axes = _figure(narrow, _height(systems, narrow) + 0.3)
-        for place, system in enumerate(systems):
-            for name, filled in (("present", True), ("absent", False)):
-                if name not in system.by_given:
+        for place, (system, part) in enumerate(zip(systems, parts, strict=True)):
+            for name in groups:
+                if name not in part:
                     continue
-                value = system.by_given[name]
+                value, filled = part[name], name == halves.filled
                 at = place + (-0.1 if filled else 0.1) + (0.1 if narrow else 0)
                 look = _look(system) | {"markerfacecolor": COLOURS[_mode(system)] if filled else "white"}
                 axes.errorbar(scale * value.mean, at, xerr=_bar(value, scale), capsize=2, linewidth=1.2, **look)
         axes.set_xlim(*_pad(0, 100 if scale == 100 else 1, board, board.metric))
         _rows(axes, systems, narrow, beside=True)
-        counts = [
-            " / ".join(f"{s.by_given[name].n:,}" if name in s.by_given else "0" for name in ("present", "absent"))
-            for s in systems
-        ]
-        for place, text in enumerate(counts):
+        for place, part in enumerate(parts):
+            text = " / ".join(f"{part[name].n:,}" if name in part else "0" for name in groups)
             if narrow:
                 where: Any = {"y": place - 0.22, "ha": "right", "va": "bottom", "x": 1.0}
             else:
                 where = {"y": place, "ha": "left", "va": "center", "x": 1.01}
             axes.text(s=f"n = {text}", transform=axes.get_yaxis_transform(), fontsize=8, color="#444444", **where)
         axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 10, steps=[1, 2, 2.5, 5, 10]))
-        axes.set_xlabel(f"{unit}; n: answer given / not given")
+        axes.set_xlabel(f"{unit}; n: {halves.counted}")
         return figure
 
-    note = (
-        "Filled: questions with the answer in a passage that the LLM was given; hollow: without it. "
-        "n: number of questions in each of the two groups; intervals are 95 %."
-    )
-    return _both("By whether the answer was retrieved", note, draw, prefix)
+    return _both(title, note, draw, prefix)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a plot.
+
+    Attributes:
+        system: the system whose look the line has.
+        name: name in the legend.
+        values: the points, by position on the x-axis.
+    """
+
+    system: System
+    name: str
+    values: dict[int, Estimate]
 
 
 def _ranks(board: Board, prefix: str) -> Plot | None:
-    ranked = [system for system in board.systems if system.control is None and len(system.by_rank) > 1]
+    title = "By the rank of the passage with the answer"
+    label = "best rank of a retrieved passage with the answer"
+    return _groups(board, "by_rank", title, "by the rank of the answer", label, prefix)
+
+
+def _lengths(board: Board, prefix: str) -> Plot | None:
+    title, label = "By the length of the passage", "words of the first passage"
+    return _groups(board, "by_length", title, "by the length of the first passage", label, prefix)
+
+
+def _groups(board: Board, part: str, title: str, by: str, label: str, prefix: str) -> Plot | None:
+    """A line per system over groups of questions, which are the same for all systems."""
+    ranked = [system for system in board.systems if system.control is None and len(getattr(system, part)) > 1]
     if not ranked:
         return None
     systems = _most_different(ranked)
+    groups: dict[str, Estimate] = getattr(systems[0], part)
+    lines = [_Line(s, _name(s, 36), dict(enumerate(getattr(s, part).values()))) for s in systems]
+    note = f"The same questions for all systems, {by}; intervals are 95 %; n = {board.n:,}."
+    if len(ranked) > len(systems):
+        note += f" {len(systems)} of {len(ranked)} ranked systems: the best of every mode, then the next best."
+    ticks = [f"{name}\nn={group.n:,}" for name, group in groups.items()]
+    return _lines(board, lines, ticks, label, title, note, prefix)
+
+
+def _numbers(board: Board, prefix: str) -> Plot | None:
+    """A line per series of systems that differ only in the number of passages."""
+    series: dict[str, list[System]] = {}
+    for system in board.systems:
+        if "num_passages" in system.settings:
+            others = {name: value for name, value in system.settings.items() if name != "num_passages"}
+            series.setdefault(key(others), []).append(system)
+    several = [systems for systems in series.values() if len(systems) > 1]
+    if not several:
+        return None
+    shown = several[:MOST_LINES]
+    numbers = sorted({int(system.settings["num_passages"]) for systems in shown for system in systems})
+    lines = [
+        _Line(
+            systems[0],
+            f"{', '.join(f'{system.number}' for system in systems)}  {_without_number(systems[0])}",
+            {
+                numbers.index(int(system.settings["num_passages"])): system.estimates[board.metric]
+                for system in sorted(systems, key=lambda system: int(system.settings["num_passages"]))
+            },
+        )
+        for systems in shown
+    ]
+    note = f"Systems that differ only in the number of passages; intervals are 95 %; n = {board.n:,}."
+    if len(several) > len(shown):
+        note += f" {len(shown)} of {len(several)} such series."
+    label = f"number of passages (K); n = {board.n:,} questions"
+    unit = cells.unit(board.metric, False)
+    return _lines(board, lines, [f"{k}" for k in numbers], label, f"{unit} by the number of passages", note, prefix)
+
+
+def _without_number(system: System) -> str:
+    """A system's label without its number of passages, cut to fit a legend."""
+    label = " ".join(word for word in system.label.split(" ") if not word.startswith("K="))
+    return label if len(label) <= 30 else f"{label[:29]}\u2026"
+
+
+def _lines(
+    board: Board, lines: Sequence[_Line], ticks: Sequence[str], label: str, title: str, note: str, prefix: str
+) -> Plot:
     scale, unit = _scale(board, board.metric)
-    groups = list(systems[0].by_rank)
 
     def draw(narrow: bool) -> Figure:
-        lines = len(systems) if narrow else (len(systems) + 2) // 3
-        figure, axes = _figure(narrow, 3.1 + 0.2 * lines)
-        for number, system in enumerate(systems):
-            shift = (0.09 if narrow else 0.045) * (number - (len(systems) - 1) / 2)
-            values = [system.by_rank[group] for group in groups]
+        rows = len(lines) if narrow else (len(lines) + 2) // 3
+        figure, axes = _figure(narrow, 3.1 + 0.2 * rows)
+        for number, line in enumerate(lines):
+            shift = (0.09 if narrow else 0.045) * (number - (len(lines) - 1) / 2)
+            values = line.values.values()
             bars = [[scale * (v.mean - v.low) for v in values], [scale * (v.high - v.mean) for v in values]]
-            places = [place + shift for place in range(len(groups))]
+            places = [place + shift for place in line.values]
             means = [scale * value.mean for value in values]
-            style = _LINES[sum(_mode(other) == _mode(system) for other in systems[:number]) % len(_LINES)]
-            name = _name(system, 36)
-            look = _look(system) | {"markersize": 5}
-            axes.errorbar(
-                places, means, yerr=bars, capsize=2, linewidth=1.2, elinewidth=1, linestyle=style, label=name, **look
-            )
-        counts = [f"{group}\nn={systems[0].by_rank[group].n:,}" for group in groups]
-        axes.set_xticks(range(len(groups)), counts, fontsize=7.5 if narrow else 9)
-        axes.set_xlim(-0.5, len(groups) - 0.5)
+            mode = _mode(line.system)
+            style = _LINES[sum(_mode(other.system) == mode for other in lines[:number]) % len(_LINES)]
+            look = _look(line.system) | {"markersize": 5, "linewidth": 1.2, "linestyle": style}
+            axes.errorbar(places, means, yerr=bars, capsize=2, elinewidth=1, label=line.name, **look)
+        axes.set_xticks(range(len(ticks)), ticks, fontsize=7.5 if narrow else 9)
+        axes.set_xlim(-0.5, len(ticks) - 0.5)
         axes.set_ylabel(unit)
-        axes.set_xlabel("best rank of a retrieved passage with the answer")
+        axes.set_xlabel(label)
         axes.grid(False, axis="x")
         figure.legend(loc="outside upper left", ncols=1 if narrow else 3, frameon=False, fontsize=8.5)
         return figure
 
-    note = f"The same questions for all systems, by the rank of the answer; intervals are 95 %; n = {board.n:,}."
-    if len(ranked) > len(systems):
-        note += f" {len(systems)} of {len(ranked)} ranked systems: the best of every mode, then the next best."
-    return _both("By the rank of the passage with the answer", note, draw, prefix)
+    return _both(title, note, draw, prefix)
 
 
 def _most_different(systems: Sequence[System]) -> list[System]:

@@ -19,7 +19,7 @@ LEVEL = 0.95
 DRAWS = 10_000
 MIN_COUNT = 10
 _BLOCK = 1 << 19  # resampled questions per block: few enough for a processor's cache
-_TIE = 1e-12  # differences below this are due to rounding
+TIE = 1e-12  # differences below this are due to rounding
 
 
 def wilson_interval(share: ArrayLike, n: ArrayLike, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -132,7 +132,7 @@ def paired_bootstrap(
         part = slice(start, start + block)
         drawn = columns[pairs[part, 0]] - columns[pairs[part, 1]]
         observed = difference[part, None]
-        further = np.count_nonzero(wider * np.abs(drawn - observed) >= np.abs(observed) - _TIE, axis=1)
+        further = np.count_nonzero(wider * np.abs(drawn - observed) >= np.abs(observed) - TIE, axis=1)
         counted = (1 + further) / (1 + draws)
         with np.errstate(divide="ignore", invalid="ignore"):
             beyond = 2 * stdtr(max(1, n - 1), -np.abs(difference[part]) / (wider * drawn.std(1)))
@@ -141,14 +141,49 @@ def paired_bootstrap(
     return PairedBootstrap(difference, low, high, p)
 
 
+def recovered_fractions(
+    means: Floats, resampled: Floats, triples: NDArray[np.intp], n: int, level: float = LEVEL
+) -> tuple[Floats, Floats, Floats]:
+    """The share of the gain from a floor to a ceiling that a run reaches, with its expanded percentile interval.
+
+    The fraction is (run - floor) / (ceiling - floor). It is meaningful only if the gain of the ceiling is significant.
+    An end is infinite if too many draws have no gain.
+
+    Args:
+        means: means over questions, ``[runs]``.
+        resampled: result of `bootstrap_means`, ``[draws, runs]``.
+        triples: columns of run, floor and ceiling, ``[triples, 3]``; the means of floor and ceiling differ.
+        n: number of questions.
+        level: level of the interval.
+
+    Returns:
+        The fractions and the ends of their intervals, each ``[triples]``.
+    """
+    run, floor, ceiling = triples.T
+    gain = means[ceiling] - means[floor]
+    fraction = (means[run] - means[floor]) / gain
+    low, high = np.empty_like(fraction), np.empty_like(fraction)
+    tail = expanded_tail(n, level)
+    for at in range(len(triples)):
+        sign = np.sign(gain[at])
+        reached = sign * (resampled[:, run[at]] - resampled[:, floor[at]])
+        possible = sign * (resampled[:, ceiling[at]] - resampled[:, floor[at]])
+        # Without a gain in a draw, no fraction is large enough to reach what the run gained, or small enough.
+        drawn = np.where(reached > 0, np.inf, -np.inf)
+        np.divide(reached, possible, out=drawn, where=possible > TIE)
+        low[at] = np.quantile(drawn, tail, method="lower")
+        high[at] = np.quantile(drawn, 1 - tail, method="higher")
+    return fraction, low, high
+
+
 def wins_and_losses(scores: Floats, pairs: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The number of questions on which the first run of each pair scores higher, and the second."""
     wins, losses = (np.empty(len(pairs), np.int64) for _ in range(2))
     columns = np.ascontiguousarray(scores.T)
     for at, (first, second) in enumerate(pairs):
         difference = columns[first] - columns[second]
-        wins[at] = np.count_nonzero(difference > _TIE)
-        losses[at] = np.count_nonzero(difference < -_TIE)
+        wins[at] = np.count_nonzero(difference > TIE)
+        losses[at] = np.count_nonzero(difference < -TIE)
     return wins, losses
 
 

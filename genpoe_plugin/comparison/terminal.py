@@ -10,11 +10,13 @@ from rich.table import Table
 
 from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Comparison, System
+from genpoe_plugin.comparison.summary import summary
 
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print every board with its warnings, and the results that were left out."""
     for board in comparison.boards:
+        console.print(escape(summary(board)), highlight=False)
         header, rows = cells.table(board)
         table = Table(title=escape(cells.title(board, comparison.boards)), title_justify="left")
         for name in header:

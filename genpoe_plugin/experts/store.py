@@ -72,6 +72,7 @@ class ExpertStore:
             assert isinstance(self._form, AttentionExperts)
             self._form = Int8Experts.of(self._form)
             unit_bytes = self._form.unit_bytes
+        self._unit_bytes = unit_bytes
         form = self._form.weights
         min_units = MAX_EXPERT_UNITS if config.head == "attention" else 1
         self._units: dict[str, int] = {}
@@ -155,6 +156,10 @@ class ExpertStore:
         if new := [passage for passage in passages if passage not in self._units]:
             self._units.update(zip(new, self._generator.units(new), strict=True))
         return [self._units[passage] for passage in passages]
+
+    def nbytes(self, passages: Sequence[str]) -> int:
+        """The bytes of the experts of ``passages``, as stored; shared tensors are not counted."""
+        return self._unit_bytes * sum(self.units(passages))
 
     def _that_fit(self, passages: Sequence[str]) -> list[str]:
         """The longest prefix of ``passages`` whose experts fit the budget."""

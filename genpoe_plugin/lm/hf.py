@@ -15,11 +15,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.hub import commit_of
 from genpoe_plugin.llm.gguf_files import begin_as_stored, check_gguf, gguf_path
+from genpoe_plugin.lm.first_token import FirstTokenClock
 from genpoe_plugin.lm.requests import PassageRequests, options
 from genpoe_plugin.lm.side_channels import BatchExperts
 from genpoe_plugin.provenance import peak_memory
@@ -60,6 +61,7 @@ class GenPoELM(PassageRequests, HFLM):
         if self.arguments.mode == "genpoe_rag" and self.truncation:
             raise InputError("truncation=True may cut the question off a prompt; leave it out with mode=genpoe_rag")
 
+        self._clock = FirstTokenClock()
         self._batch: BatchExperts | None = None
         if self.arguments.uses_experts:
             network = self._checkpoint.load(self.model, self.tokenizer)
@@ -108,6 +110,9 @@ class GenPoELM(PassageRequests, HFLM):
     def _peak_memory(self) -> dict[str, Any]:
         return peak_memory(self.device)
 
+    def _first_token_seconds(self) -> float | None:
+        return self._clock.mean
+
     def _llm_facts(self, hf_arguments: dict[str, Any]) -> dict[str, Any]:
         commit = commit_of(self.pretrained, self.revision) if isinstance(self.pretrained, str) else None
         return {
@@ -131,6 +136,7 @@ class GenPoELM(PassageRequests, HFLM):
 
     def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode prompts as HFLM does, and prepare their experts; HFLM generates from these prompts next."""
+        self._clock.start()
         ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
         if self._batch is not None:
             lengths = mask.sum(1).tolist()
@@ -147,7 +153,8 @@ class GenPoELM(PassageRequests, HFLM):
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._injected(context):
-            return super()._model_generate(context, *args, **kwargs)
+            processors = LogitsProcessorList([self._clock])
+            return super()._model_generate(context, *args, logits_processor=processors, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._injected(inps):

@@ -102,7 +102,7 @@ class PassageRequests(TemplateLM):
         self.pipeline = self._load_pipeline(device)
         self.fingerprint = self._fingerprint(llm_facts)
         self.seconds = {"experts": 0.0, "generate": 0.0}
-        self._questions: set[tuple[Any, ...]] = set()
+        self._expert_bytes: dict[tuple[Any, ...], int] = {}  # of every question, by task and doc
         self._documents = DocumentDigests()
         self._trace = Trace(self.arguments.trace, self.rank)
         save_traces()
@@ -125,6 +125,10 @@ class PassageRequests(TemplateLM):
     def _peak_memory(self) -> dict[str, Any] | None:
         """The peak memory of the run, as in `genpoe_plugin.provenance`; None if it is unknown."""
         raise NotImplementedError
+
+    def _first_token_seconds(self) -> float | None:
+        """Mean seconds from the start of a batch, with its experts made, to its first new token; None if unknown."""
+        return None
 
     def _from_others(self, own_items: list[Any]) -> list[Any]:
         """Exchange items with the other processes of a data-parallel run; all of them must call this together.
@@ -222,7 +226,7 @@ class PassageRequests(TemplateLM):
         The entry ``genpoe`` contains the arguments, fingerprint, provenance and costs of the run. With data
         parallelism, the numbers of questions and seconds are those of this process.
         """
-        seconds = self.pipeline.seconds | self.seconds
+        seconds, questions = self.pipeline.seconds | self.seconds, len(self._expert_bytes)
         busy = seconds["experts"] + seconds["generate"]
         # lm-eval's vLLM class has no such method.
         llm: dict[str, Any] = getattr(super(), "get_model_info", dict)()
@@ -233,9 +237,11 @@ class PassageRequests(TemplateLM):
             "documents": self._documents.by_task(),
             "provenance": provenance(),
             "peak_memory": self._peak_memory(),
-            "questions": len(self._questions),
+            "questions": questions,
             "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-            "questions_per_second": round(len(self._questions) / busy, 3) if busy else None,
+            "questions_per_second": round(questions / busy, 3) if busy else None,
+            "first_token_seconds": self._first_token_seconds(),
+            "expert_bytes": sum(self._expert_bytes.values()) if self.store is not None else None,
         }
         return llm | {"genpoe": RunFacts(facts, None if self.arguments.trace else self._trace)}
 
@@ -323,12 +329,14 @@ class PassageRequests(TemplateLM):
                 self.cache_hook.dbdict, method, requests, questions, self.arguments.num_retrieved
             )
         selections = self.pipeline.select([request.task_name or "" for request in requests], questions)
-        self._questions.update(self._sample_key(request)[:2] for request in requests)
         self._documents.add(requests)
         if self.store is not None:
             with timed(self.seconds, "experts"):
                 strings = (string for selection in selections for string in selection.strings)
                 self.store.prepare(strings, progress=self.rank == 0)
+        for request, selection in zip(requests, selections, strict=True):
+            size = 0 if self.store is None else self.store.nbytes(selection.strings)
+            self._expert_bytes[self._sample_key(request)[:2]] = size
         return selections
 
     def _trace_requests(

@@ -49,7 +49,12 @@ class Trace:
             **facts,
             "retrieved": [_scores(passage) for passage in selection.retrieved],
             "passages": [
-                {**_scores(passage), "title": passage.passage.title, "gate": gate}
+                {
+                    **_scores(passage),
+                    "title": passage.passage.title,
+                    "words": len(passage.passage.text.split()),
+                    "gate": gate,
+                }
                 for passage, gate in zip(selection.passages, selection.gates, strict=True)
             ],
         }

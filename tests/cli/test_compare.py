@@ -46,6 +46,17 @@ def test_a_table_what_is_wrong_and_what_is_left_out(results: Path, tmp_path: Pat
     ]
 
 
+def test_exports(results: Path, tmp_path: Path) -> None:
+    result = run(
+        results, "--export", tmp_path / "a" / "table.tex", "--export", tmp_path / "b.md", "--export", tmp_path / "c"
+    )
+    assert result.exit_code == 0, result.output
+    assert r"\begin{tabular}" in (tmp_path / "a" / "table.tex").read_text()
+    assert "|Tasks|" in (tmp_path / "b.md").read_text()
+    assert len(list((tmp_path / "c").rglob("*.json"))) == 3
+    assert str(tmp_path / "b.md") in result.output.splitlines()
+
+
 def test_the_command_of_a_row(results: Path) -> None:
     result = run(results, "--reproduce", "t, board 1 of 2:2")
     assert result.exit_code == 0, result.output
@@ -65,6 +76,7 @@ def test_the_command_of_a_row(results: Path) -> None:
         (("nothing",), "nothing: no such file or folder"),
         (("RESULTS", "--metric", "rouge"), "metric rouge: no run has it"),
         (("RESULTS", "--allow", "questions"), "--allow questions: not one of version"),
+        (("RESULTS", "--export", "table.xlsx"), "--export table.xlsx: give FILE.tex (LaTeX)"),
         (("RESULTS", "--reproduce", "7"), "--reproduce 7: no such row; there are t, board 1 of 2:1 to 2"),
         (("RESULTS", "--reproduce", "1"), "--reproduce 1: in several tables; give the name of one"),
         (("--run", "nothing.yaml"), "nothing.yaml: no such file"),

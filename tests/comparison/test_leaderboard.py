@@ -13,6 +13,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.synthetic_results import documents, genpoe_facts, write_run
+from genpoe_plugin.comparison.cells import table
 from genpoe_plugin.comparison.leaderboard import NO_KNOWLEDGE, Board, System, compare
 from genpoe_plugin.comparison.markdown import markdown
 from genpoe_plugin.comparison.output_files import write
@@ -194,12 +195,114 @@ def test_less_is_better_where_the_task_says_so(tmp_path: Path) -> None:
     assert [(system.label, system.rank) for system in board.systems] == [("hf b", (1, 1)), ("hf a", (2, 2))]
 
 
+def test_recovered_fractions_are_of_the_same_llm_and_passages(tmp_path: Path) -> None:
+    """Also of gold passages, whose ceiling is RAG with gold passages; not of controls without knowledge."""
+    shares = {
+        "closed_book": 0.1,
+        "rag": 0.6,
+        "genpoe": 0.4,
+        "rag gold": 0.9,
+        "genpoe gold": 0.5,
+        "genpoe shuffled": 0.1,
+    }
+    for number, (llm, shift) in enumerate({"a": 0.0, "b": 0.1}.items()):
+        for seed, (which, share) in enumerate(shares.items()):
+            own = {"model_args": {"pretrained": llm}, **facts(*which.split())}
+            write_run(tmp_path / f"{llm}{which}", scores(share + shift, 10 * number + seed), docs=DOCS, **own)
+    board = board_of(tmp_path)
+    found = {
+        (system.settings["pretrained"], system.settings["mode"], system.control): system.recovered
+        for system in board.systems
+        if system.recovered
+    }
+    assert set(found) == {(llm, "genpoe", control) for llm in "ab" for control in (None, "gold")}
+    for (llm, _, control), recovered in found.items():
+        means = {}
+        for name, number in (("closed_book", recovered.closed_book), ("rag", recovered.rag)):
+            system = board.systems[number - 1]
+            assert (system.settings["pretrained"], system.settings["mode"]) == (llm, name)
+            assert name == "closed_book" or system.control == control
+            means[name] = system.scores["em"].mean()
+        run = 0.5 if control else 0.4
+        shift = 0.1 if llm == "b" else 0.0
+        fraction = (run + shift - means["closed_book"]) / (means["rag"] - means["closed_book"])
+        assert recovered.fraction == pytest.approx(fraction, abs=0.02)
+        assert recovered.low < recovered.fraction < recovered.high
+    text = markdown(compare([tmp_path], draws=200))
+    assert f"{100 * found['a', 'genpoe', None].fraction:.1f} \\[" in text and "| oracle |" in text
+
+
+@pytest.mark.parametrize(("rag", "given"), [(0.1, False), (0.13, False), (0.05, False), (0.5, True)])
+def test_no_fraction_of_a_gain_that_is_not_significant(tmp_path: Path, rag: float, given: bool) -> None:
+    for seed, (mode, share) in enumerate({"closed_book": 0.1, "rag": rag, "genpoe": 0.4}.items()):
+        write_run(tmp_path / mode, scores(share, seed), docs=DOCS, **facts(mode))
+    board = board_of(tmp_path)
+    assert [bool(system.recovered) for system in board.systems if system.settings["mode"] == "genpoe"] == [given]
+    assert ("recovered" in markdown(compare([tmp_path], draws=200))) == given
+
+
+def test_recovered_fractions_where_less_is_better(tmp_path: Path) -> None:
+    stated = [{"metric": "em", "aggregation": "mean", "higher_is_better": False}]
+    for seed, (mode, share) in enumerate({"closed_book": 0.9, "rag": 0.1, "genpoe": 0.5}.items()):
+        write_run(tmp_path / mode, scores(share, seed), docs=DOCS, metric_list=stated, **facts(mode))
+    (recovered,) = [system.recovered for system in board_of(tmp_path).systems if system.recovered]
+    assert recovered.fraction == pytest.approx(0.5) and 0.2 < recovered.low < 0.5 < recovered.high < 0.8
+
+
+def test_scores_by_what_closed_book_knows(tmp_path: Path) -> None:
+    values = {
+        mode: scores(share, seed)["em"] for seed, (mode, share) in enumerate({"closed_book": 0.4, "rag": 0.7}.items())
+    }
+    for mode, em in values.items():
+        write_run(tmp_path / mode, {"em": em}, docs=DOCS, **facts(mode))
+    write_run(tmp_path / "b", scores(0.6, 5), docs=DOCS, model_args={"pretrained": "other"}, **facts("rag"))
+    parts = {(s.settings["pretrained"], s.settings["mode"]): s.by_known for s in board_of(tmp_path).systems}
+    assert parts["llm", "closed_book"] == parts["other", "rag"] == {}
+    for name, right in (("known", 1.0), ("unknown", 0.0)):
+        group = [rag for rag, own in zip(values["rag"], values["closed_book"], strict=True) if own == right]
+        part = parts["llm", "rag"][name]
+        assert (part.n, part.mean) == (len(group), pytest.approx(sum(group) / len(group)))
+
+
+def test_scores_by_the_length_of_the_first_passage(tmp_path: Path) -> None:
+    docs = documents(N, passages=2)
+    lengths = [3 + (7 * n) % 45 for n in range(N)]
+    for doc, length in zip(docs, lengths, strict=True):
+        doc["ctxs"][0]["text"] = "word " * (length - 1) + "end"
+    em = scores(0.6)["em"]
+    write_run(tmp_path / "a", {"em": em}, docs=docs, **facts())
+    (system,) = board_of(tmp_path).systems
+    assert sum(part.n for part in system.by_length.values()) == N and len(system.by_length) == 3
+    for name, part in system.by_length.items():
+        first, last = map(int, name.split("\u2013"))
+        group = [right for right, length in zip(em, lengths, strict=True) if first <= length <= last]
+        assert (part.n, part.mean) == (len(group), pytest.approx(sum(group) / len(group)))
+        assert 15 <= part.n <= 25
+
+
 def test_costs_are_of_answering_where_that_is_known(tmp_path: Path) -> None:
     write_run(tmp_path / "a", scores(0.9), docs=DOCS, **facts())
     write_run(tmp_path / "b", scores(0.5), docs=DOCS)
     ours, theirs = (system.cost for system in board_of(tmp_path).systems)
     assert (ours.seconds, ours.whole_command, ours.peak_bytes) == (pytest.approx(0.01), False, 1 << 30)
     assert (theirs.seconds, theirs.whole_command, theirs.peak_bytes) == (pytest.approx(12.5 / N), True, None)
+
+
+def test_costs_of_experts_and_of_the_first_token(tmp_path: Path) -> None:
+    """Means over seeds; cells without a number stay empty."""
+    for seed, first in enumerate((0.02, 0.04)):
+        own = genpoe_facts("genpoe", "shuffled", 4, seed, first_token_seconds=first, expert_bytes=100 * 3 * 2**20)
+        write_run(tmp_path / f"{seed}", scores(0.5), docs=DOCS, genpoe=own)
+    own = genpoe_facts("rag", first_token_seconds=0.5, expert_bytes=None)
+    write_run(tmp_path / "rag", scores(0.4), docs=DOCS, genpoe=own)
+    write_run(tmp_path / "hf", scores(0.3), docs=DOCS)
+    board = board_of(tmp_path)
+    costs = {system.label: system.cost for system in board.systems}
+    assert costs["genpoe shuffled K=4"].first_token == pytest.approx(0.03)
+    header, rows = table(board)
+    cells = {row[header.index("system")]: dict(zip(header, row, strict=True)) for row in rows}
+    shown = {name: (row["first token"], row["experts/question"]) for name, row in cells.items()}
+    assert shown == {"genpoe shuffled K=4": ("30 ms", "3.0 MiB"), "rag K=4": ("500 ms", ""), "hf llm": ("", "")}
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are(tmp_path: Path) -> None:

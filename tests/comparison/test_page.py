@@ -165,6 +165,7 @@ def test_every_plot_has_axes_units_and_n(comparison: Comparison) -> None:
         "EM with 95 % intervals",
         "F1 with 95 % intervals",
         "By whether the answer was retrieved",
+        "By whether closed-book answering is right",
         "By the rank of the passage with the answer",
         "EM against latency",
         "EM against memory",
@@ -176,11 +177,32 @@ def test_every_plot_has_axes_units_and_n(comparison: Comparison) -> None:
             assert re.search(r"n ?= ?[\d,]+", words), plot.title
             assert re.search(r"\b(0|20|50|100)\b", words), plot.title
             assert len(set(re.findall(r'\bid="([^"]+)"', svg))) == len(re.findall(r'\bid="', svg))
-    assert "time per question (ms" in found[4].wide and "peak memory of the process (GiB)" in found[5].wide
-    wide = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", found[3].wide))
+    assert "time per question (ms" in found[5].wide and "peak memory of the process (GiB)" in found[6].wide
+    wide = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", found[4].wide))
     counts = {name: part.n for name, part in board.systems[0].by_rank.items()}
     assert counts == {"1": 18, "2": 18, "3": 18, "not found": 36}
     assert all(f"n={n}" in wide for n in counts.values())
+
+
+def test_curves_over_the_number_and_the_length_of_passages(tmp_path: Path) -> None:
+    docs = documents(N, passages=4)
+    for n, doc in enumerate(docs):
+        doc["ctxs"][0]["text"] = "word " * (n % 9 + 1)
+    for mode in ("genpoe", "rag"):
+        for number in (1, 2, 4):
+            em = [float(n < 10 * number) for n in range(N)]
+            own = genpoe_facts(mode, "retrieved", number)
+            write_run(tmp_path / f"{mode}{number}", {"em": em}, docs=docs, genpoe=own, trace=True)
+    write_run(tmp_path / "closed_book", {"em": em}, docs=docs, genpoe=genpoe_facts("closed_book"))
+    (board,) = compare([tmp_path], draws=20).boards
+    found = {plot.title: plot for plot in plots(board, "x")}
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", found["EM by the number of passages"].wide)
+    assert {"1", "2", "4", "number of passages (K); n = 90 questions"} <= set(words)
+    for mode in ("genpoe", "rag"):
+        numbers = [system.number for system in board.systems if system.settings["mode"] == mode]
+        assert f"{', '.join(map(str, numbers))}  {mode}" in words
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", found["By the length of the passage"].wide)
+    assert {"1\u20133", "4\u20136", "7\u20139", "n=30"} <= set(words)
 
 
 # Machado, Oliveira and Fernandes (2009), at full severity, on linear RGB.

@@ -59,7 +59,7 @@ def test_names_addresses_and_places_are_those_of_dpr(name: str, file: str, path:
 
 
 def test_every_resource_is_one_file_that_is_no_pickle() -> None:
-    assert len({*NAMES}) == len(NAMES) == 48
+    assert len({*NAMES}) == len(NAMES) == 50
     assert len({resource.address for resource in RESOURCES}) == len(NAMES)
     assert len({resource.path("x") for resource in RESOURCES}) == len(NAMES)
     for resource in RESOURCES:

@@ -217,6 +217,21 @@ def test_a_directory_as_users_give_it(llm_dir, hypernetwork_dir, docs, generatio
     assert info["fingerprint"]["hypernetwork"]
 
 
+@pytest.mark.parametrize("mode", ["genpoe", "rag"])
+def test_bytes_of_experts_and_the_time_to_the_first_token_are_reported(make_lm, docs, generation, expected_row, mode):
+    lm = make_lm(mode)
+    assert lm.get_model_info()["genpoe"]["first_token_seconds"] is None
+    lm.generate_until(generation(docs))
+    info = lm.get_model_info()["genpoe"]
+    assert 0 < info["first_token_seconds"] < info["seconds"]["generate"]
+    if mode == "rag":
+        assert info["expert_bytes"] is None
+    else:
+        held = [lm.store.experts([expected_row(doc)[0]])[0].weights for doc in docs if doc["ctxs"]]
+        numbers = sum(weight.numel() for weights in held for weight in weights)
+        assert info["expert_bytes"] == 4 * numbers > 0
+
+
 def test_nothing_to_do(make_lm):
     assert make_lm().generate_until([]) == []
     assert make_lm().loglikelihood([]) == []

@@ -32,7 +32,7 @@ def test_a_line_says_all(tmp_path):
         "mode": "genpoe",
         "hypernetwork": "abc",
         "retrieved": [kept, other],
-        "passages": [{**kept, "title": "Zürich", "gate": 1.0}],
+        "passages": [{**kept, "title": "Zürich", "words": 1, "gate": 1.0}],
     }
 
 
