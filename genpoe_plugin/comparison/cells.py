@@ -161,10 +161,19 @@ def method(comparison: Comparison, board: Board) -> list[str]:
     return lines
 
 
-def warnings(board: Board) -> list[tuple[System, str, bool]]:
-    """Flags and cautions of a board's systems, as (system, text, whether it is a flag)."""
-    flags = [(system, system.flag, True) for system in board.systems if system.flag]
-    return flags + [(system, system.caution, False) for system in board.systems if system.caution]
+def warnings(board: Board) -> list[tuple[str, bool]]:
+    """Flags and cautions of a board's systems, as (line, whether it is a flag); equal ones are one line."""
+    lines: list[tuple[str, bool]] = []
+    for wrong in (True, False):
+        texts: dict[str, list[System]] = {}
+        for system in board.systems:
+            if text := system.flag if wrong else system.caution:
+                texts.setdefault(text, []).append(system)
+        for text, systems in texts.items():
+            first = systems[0]
+            names = ", ".join(f"#{system.number}" for system in systems)
+            lines.append((f"{names if systems[1:] else f'#{first.number} {first.label}'}: {text}", wrong))
+    return lines
 
 
 def differences(board: Board) -> list[str]:

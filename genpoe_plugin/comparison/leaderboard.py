@@ -493,11 +493,12 @@ def _broken_down(systems: Sequence[System], metric: str) -> list[System]:
         scores = system.runs[0].scores[metric]
         closed_book = closed_book_of(system.settings, settings)
         closed_book = None if closed_book == place else closed_book
-        parts = {
-            "by_given": by_given(scores, system.used.answer_given) if system.used else {},
-            "by_rank": by_rank(scores, retrieved) if retrieved is not None else {},
-            "by_length": by_length(scores, lengths) if lengths is not None else {},
-            "by_known": {} if closed_book is None else by_known(scores, systems[closed_book].scores[metric]),
-        }
-        broken_down.append(replace(system, **parts))
+        added = replace(
+            system,
+            by_given=by_given(scores, system.used.answer_given) if system.used else {},
+            by_rank=by_rank(scores, retrieved) if retrieved is not None else {},
+            by_length=by_length(scores, lengths) if lengths is not None else {},
+            by_known={} if closed_book is None else by_known(scores, systems[closed_book].scores[metric]),
+        )
+        broken_down.append(added)
     return broken_down

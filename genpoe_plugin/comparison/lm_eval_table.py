@@ -25,7 +25,7 @@ def lm_eval_tables(comparison: Comparison) -> str:
 def _rows(board: Board, system: System) -> list[list[str]]:
     """A row per metric, in lm_eval's order; the standard error of a mean over seeds is that of its questions."""
     run, n = system.runs[0], board.n
-    rows = []
+    rows: list[list[str]] = []
     for metric in sorted(board.metrics):
         scores = system.scores[metric]
         error = f"{scores.std(ddof=1) / math.sqrt(n):.4f}" if n > 1 else "N/A"

@@ -21,9 +21,8 @@ def markdown(comparison: Comparison) -> str:
             parts.append("".join(f"- {_text(line)}\n" for line in cells.differences(board)))
         for line in cells.allowed(board):
             parts.append(f"**{_text(line)}**\n")
-        for system, text, wrong in cells.warnings(board):
-            line = f"{'⚠ ' if wrong else ''}#{system.number} {system.label}: {text}"
-            parts.append(f"**{_text(line)}**\n" if wrong else f"{_text(line)}\n")
+        for line, wrong in cells.warnings(board):
+            parts.append(f"**⚠ {_text(line)}**\n" if wrong else f"{_text(line)}\n")
         parts.append(_table(*cells.table(board)))
         parts.append("".join(f"- {_text(line)}\n" for line in cells.method(comparison, board)))
         parts.append("The commands:\n")

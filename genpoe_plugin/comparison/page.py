@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -38,11 +39,34 @@ def page(comparison: Comparison) -> str:
     boards = [_board(board, comparison, number) for number, board in enumerate(comparison.boards, 1)]
     return environment.from_string(source).render(
         boards=boards,
+        filters=_filters(comparison),
         left_out=comparison.left_out,
         notes=comparison.notes,
         version=__version__,
         most_questions=QUESTIONS,
     )
+
+
+def _filters(comparison: Comparison) -> dict[str, list[str]]:
+    """What the rows of all tables can be filtered by: only what differs between them."""
+    systems = [system for board in comparison.boards for system in board.systems]
+    values = {
+        "task": [board.task for board in comparison.boards],
+        "model": [_model(system) for system in systems],
+        "mode": [_mode(system) for system in systems],
+    }
+    distinct = {name: list(dict.fromkeys(given)) for name, given in values.items()}
+    return {name: given for name, given in distinct.items() if len(given) > 1}
+
+
+def _model(system: System) -> str:
+    """The LLM's name, without the folders before it."""
+    settings = system.settings
+    return Path(str(next((settings[name] for name in ("pretrained", "model", "path") if name in settings), ""))).name
+
+
+def _mode(system: System) -> str:
+    return str(system.settings.get("mode") or system.settings.get("kind"))
 
 
 def _board(board: Board, comparison: Comparison, number: int) -> dict[str, Any]:
@@ -54,7 +78,8 @@ def _board(board: Board, comparison: Comparison, number: int) -> dict[str, Any]:
         "summary": summary(board),
         "metric": cells.unit(board.metric, False),
         "header": header,
-        "rows": list(zip(board.systems, rows, strict=True)),
+        "task": board.task,
+        "rows": [(s, row, _model(s), _mode(s)) for s, row in zip(board.systems, rows, strict=True)],
         "warnings": cells.warnings(board),
         "differences": cells.differences(board),
         "allowed": cells.allowed(board),

@@ -25,9 +25,8 @@ def show(comparison: Comparison, console: Console) -> None:
             style = "bold red" if system.flag else "dim" if system.control else ""
             table.add_row(*map(escape, row), style=style, end_section=_last_ranked(board.systems, system))
         console.print(table)
-        for system, text, wrong in cells.warnings(board):
-            style = "bold red" if wrong else "yellow"
-            console.print(escape(f"#{system.number} {system.label}: {text}"), style=style, highlight=False)
+        for line, wrong in cells.warnings(board):
+            console.print(escape(line), style="bold red" if wrong else "yellow", highlight=False)
         if board.group.differences:
             console.print("Not ranked together with the first board of this task; the differences:", style="yellow")
         for line in cells.differences(board):

@@ -43,11 +43,25 @@ SCRIPT = """() => {
   entry.open = true;
   entry.dispatchEvent(new Event("toggle"));
   for (const prompt of entry.querySelectorAll(".prompt")) prompt.open = true;
+  const marks = [...entry.querySelectorAll("mark")].map(mark => mark.textContent);
+  const filters = document.querySelectorAll("#filters select"), rows = {};
+  const visible = () => [...document.querySelectorAll("table.board tbody tr")].filter(row => row.offsetParent !== null);
+  for (const [name, value] of [["", ""], ["mode", "rag"], ["task", "u"], ["model", "llm"]]) {
+    for (const select of filters) select.value = select.dataset.filter === name ? value : "";
+    document.getElementById("filters").dispatchEvent(new Event("change"));
+    rows[name] = visible().map(row => row.querySelector("th").textContent);
+  }
+  for (const select of filters) select.value = "";
+  document.getElementById("filters").dispatchEvent(new Event("change"));
+  const named = box => box.labels?.length || box.getAttribute("aria-label") || box.getAttribute("aria-labelledby");
+  const boxes_with_roles = document.querySelectorAll("select, [role=region], [role=group], section");
+  const nameless = [...boxes_with_roles].filter(box => !named(box));
   const boxes = [...document.querySelectorAll("main *")].filter(element =>
     !element.closest(".scroll, svg") && element.clientWidth && getComputedStyle(element).display !== "inline");
   const wide = boxes.filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.outerHTML.slice(0, 90));
   return {
     scroll: document.documentElement.scrollWidth, client: document.documentElement.clientWidth, wide, inside, small,
+    marks, rows, nameless: nameless.map(element => element.outerHTML.slice(0, 90)),
     shown, opened: entry.innerText, asked: performance.getEntriesByType("resource").map(entry => entry.name),
     svgs: [...document.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width).length,
     red: [...document.querySelectorAll("tr.wrong td")].map(cell => getComputedStyle(cell).color)[0],
@@ -100,9 +114,39 @@ def test_in_a_browser_at_all_widths(comparison: Comparison, tmp_path: Path) -> N
         lost = [columns[0][numbers[question]] - columns[1][numbers[question]] for question in told["shown"]["1"]]
         assert won and min(won) > 0 and lost and max(lost) < 0
         assert len(told["shown"]["2"]) >= len(won) + len(lost)
+        everyone = [system.label for each in comparison.boards for system in each.systems]
+        modes = [system.settings.get("mode") for each in comparison.boards for system in each.systems]
+        assert told["rows"][""] == everyone and told["nameless"] == []
+        assert told["rows"]["mode"] == [name for name, mode in zip(everyone, modes, strict=True) if mode == "rag"]
+        assert told["rows"]["task"] == [system.label for system in comparison.boards[1].systems]
+        assert 0 < len(told["rows"]["model"]) < len(everyone)
+        assert told["marks"] == []  # both systems answered the same, from the same passages
         assert "gate 0.25" in told["opened"] and "Passage 0 about number" in told["opened"]
         read = ["Knowledge:\nPassage 0" in told["opened"], "Question: " in told["opened"]]
         assert read == [any(system.settings["mode"] in PROMPT_MODES for system in board.systems[:2]), True]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_words_that_differ_are_marked(tmp_path: Path) -> None:
+    """Of answers, against the other answer; of passages, against all of the other system's passages."""
+    docs = documents(20, passages=2)
+    for mode, right, kept in (("rag", 20, 2), ("genpoe", 10, 1)):
+        em = {"em": [float(n < right) for n in range(20)]}
+        file = write_run(tmp_path / mode, em, docs=docs, genpoe=genpoe_facts(mode, "retrieved", kept), trace=True)
+        samples = file.with_name(file.name.replace("results_", "samples_t_").replace(".json", ".jsonl"))
+        samples.write_text(samples.read_text().replace('[" response', f'[" The {mode} response'))
+    path = tmp_path / "index.html"
+    path.write_text(page(compare([tmp_path], draws=20)), encoding="utf-8")
+    script = """() => {
+      const entry = document.querySelector(".explorer details");
+      entry.open = true;
+      entry.dispatchEvent(new Event("toggle"));
+      const sides = [...entry.querySelectorAll(".two > div")];
+      return {sides: sides.map(side => [...side.querySelectorAll("mark")].map(mark => mark.textContent))};
+    }"""
+    (told,) = look(path, [1000], script).values()
+    assert told["errors"] == []
+    assert told["sides"] == [["rag", "1"], ["genpoe"]]  # "Passage 1 about number 10." is read by RAG alone
 
 
 def test_the_prompts_are_those_that_the_llms_read(comparison: Comparison) -> None:
