@@ -1,1 +1,1 @@
-"""Dense retrieval: bi-encoders, the passage index on disk, and the retriever that combines them."""
+"""Retrieval: the passage index on disk, bi-encoders, and dense, BM25 and hybrid retrievers."""
