@@ -79,9 +79,9 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     return {
         "em": exact_match(prediction, answers),
         "f1": scores.f1,
+        "contains": contains(prediction, answers),
         "token_precision": scores.precision,
         "token_recall": scores.recall,
-        "contains": contains(prediction, answers),
     }
 
 

@@ -104,11 +104,17 @@ def against(board: Board, place: int, metric: str) -> tuple[str, Pair] | None:
     return None
 
 
-def table(board: Board) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a board, without empty columns."""
-    share = {metric: is_share(metric, board) for metric in board.metrics}
-    units = {metric: unit(metric, share[metric]) for metric in board.metrics}
-    header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in board.metrics)]
+def table(board: Board, max_metrics: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a board, without empty columns.
+
+    Args:
+        board: the board.
+        max_metrics: maximum number of metrics, from the first on; all by default.
+    """
+    metrics = board.metrics[:max_metrics]
+    share = {metric: is_share(metric, board) for metric in metrics}
+    units = {metric: unit(metric, share[metric]) for metric in metrics}
+    header = ["#", "rank", "system", "n", *(f"{units[metric]} [95 %]" for metric in metrics)]
     header += [f"\u0394{units[board.metric]} [95 %]", "of #", RECOVERED, "s/question", "first token"]
     header += ["experts/question", "peak memory"]
     several = any(system.seeds for system in board.systems)
@@ -119,7 +125,7 @@ def table(board: Board) -> tuple[list[str], list[list[str]]]:
         row = [str(system.number), rank(system), system.label, f"{board.n:,}"]
         if several:
             row.append(str(len(system.runs)))
-        row += [interval(system.estimates[metric], share[metric]) for metric in board.metrics]
+        row += [interval(system.estimates[metric], share[metric]) for metric in metrics]
         compared = against(board, place, board.metric)
         row += [difference(compared[1], share[board.metric]), compared[0]] if compared else ["", ""]
         costs = (seconds(system.cost), first_token(system.cost), expert_size(system.cost), memory(system.cost))

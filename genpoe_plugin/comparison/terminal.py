@@ -12,12 +12,14 @@ from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Comparison, System
 from genpoe_plugin.comparison.summary import summary
 
+MAX_METRICS = 3  # a terminal has no room for more columns
+
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print every board with its warnings, and the results that were left out."""
     for board in comparison.boards:
         console.print(escape(summary(board)), highlight=False)
-        header, rows = cells.table(board)
+        header, rows = cells.table(board, MAX_METRICS)
         table = Table(title=escape(cells.title(board, comparison.boards)), title_justify="left")
         for name in header:
             table.add_column(name, justify="left" if name in ("rank", "system") else "right", overflow="fold")
@@ -33,6 +35,8 @@ def show(comparison: Comparison, console: Console) -> None:
             console.print(escape(f"  {line}"), highlight=False)
         for line in cells.allowed(board):
             console.print(escape(line), style="yellow", highlight=False)
+        if more := board.metrics[MAX_METRICS:]:
+            console.print(f"More metrics, written with --out: {escape(', '.join(more))}", highlight=False)
         for line in cells.method(comparison, board):
             console.print(escape(line), style="dim", highlight=False)
         console.print()

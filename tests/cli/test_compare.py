@@ -46,6 +46,16 @@ def test_a_table_what_is_wrong_and_what_is_left_out(results: Path, tmp_path: Pat
     ]
 
 
+def test_a_terminal_shows_the_first_metrics_and_names_the_others(tmp_path: Path) -> None:
+    right = [float(n < 10) for n in range(40)]
+    write_run(tmp_path / "run", {name: right for name in ("em", "f1", "third", "fourth", "fifth")}, docs=DOCS)
+    result = run(tmp_path / "run", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "third" in result.output and "More metrics, written with --out: fourth, fifth" in result.output
+    assert result.output.count("fourth") == 1
+    assert r"fifth % \[95 %]" in (tmp_path / "out" / "leaderboard.md").read_text()
+
+
 def test_exports(results: Path, tmp_path: Path) -> None:
     result = run(
         results, "--export", tmp_path / "a" / "table.tex", "--export", tmp_path / "b.md", "--export", tmp_path / "c"
