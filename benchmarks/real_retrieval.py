@@ -1,7 +1,8 @@
 """Retrieval of real passages for real questions: BM25, a dense encoder, both, and a reranker over their results.
 
-The corpus consists of the passages of all questions. Questions are split by title: half of the titles are the test set,
-the others are for training, so a reranker trained on them has seen no question or passage of the test set:
+The corpus consists of the passages of all questions of both data sets. Questions are split by title: half of the titles
+are the test set, the others are for training, so a reranker trained on them has seen no question or passage of the test
+set:
 
     python -m benchmarks real-retrieval --data DATA --out FOLDER
     genpoe data reranker FOLDER/nq.train.jsonl --out FOLDER/reranker.jsonl --min-negatives 8
@@ -38,7 +39,8 @@ from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
 from genpoe_plugin.retrieval.hybrid import HybridRetriever
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.measures import Judged, mean_reciprocal_rank, quality_table, recall_at
-from genpoe_plugin.selection.reranking import Reranker, rerank
+from genpoe_plugin.selection.rerankers import load_reranker
+from genpoe_plugin.selection.reranking import rerank
 from genpoe_plugin.selection.result_files import retrieve_all
 
 NQ, SQUAD = "nq-open-gold-passages*.jsonl*", "squad-v1.1*.json*"
@@ -49,20 +51,20 @@ RECALL_AT = (1, 5, 20)
 
 
 def measure(options: Options) -> list[Row]:
-    """Recall and MRR of each ranking, for each data set in the folder."""
+    """Recall and MRR of each ranking, for all questions and for each data set in the folder."""
     if options.data is None:
         raise InputError("real-retrieval: no data; give --data FOLDER with NQ gold passages or SQuAD")
-    rows: list[Row] = []
+    sets: dict[str, list[Question]] = {}
     for name, pattern in (("nq", NQ), ("squad", SQUAD)):
         for path in sorted(options.data.rglob(pattern))[:1]:
             questions = list(squad_questions(path) if name == "squad" else read_questions(path))
             if options.quick:
                 questions = questions[:: max(1, len(questions) // QUICK)]
-            with folder_of(options) as folder:
-                rows += _measure(name, questions, folder, options.reranker)
-    if not rows:
+            sets[name] = [question for question in questions if question.passages]
+    if not sets:
         raise InputError(f"{options.data}: neither {NQ} nor {SQUAD} in it")
-    return rows
+    with folder_of(options) as folder:
+        return _measure(sets, folder, options.reranker)
 
 
 def squad_questions(path: Path) -> Iterator[Question]:
@@ -112,35 +114,45 @@ class BM25:
         return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, return_ids=False, show_progress=False)
 
 
-def _measure(name: str, questions: Sequence[Question], folder: Path, reranker: str | None) -> list[Row]:
-    questions = [question for question in questions if question.passages]
-    corpus = list({entry.passage.string: entry.passage for q in questions for entry in q.passages}.values())
-    test = [question for question in questions if is_test(question)]
-    train = [question for question in questions if not is_test(question)]
-    if not test:
-        raise InputError(f"{name}: no test question; real-retrieval needs questions of several titles")
+def _measure(sets: Mapping[str, Sequence[Question]], folder: Path, reranker: str | None) -> list[Row]:
+    everything = [question for questions in sets.values() for question in questions]
+    corpus = list({entry.passage.string: entry.passage for q in everything for entry in q.passages}.values())
     encoder = load_encoder(encoder_name())
-    dense = DenseRetriever(index_of(corpus, encoder, folder / f"{name}.index"), encoder)
-    words = build_bm25(corpus, folder / f"{name}.bm25")
-    write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
+    dense = DenseRetriever(index_of(corpus, encoder, folder / "index"), encoder)
+    words = build_bm25(corpus, folder / "bm25")
     retrievers = {"bm25": words, "dense": dense, "hybrid": HybridRetriever([dense, words])}
-    rankings = {title: list(retrieve_all(test, retriever, RETRIEVED)) for title, retriever in retrievers.items()}
-    if reranker:
-        rankings["reranked"] = rerank(rankings["dense"], Reranker.load(reranker), progress=True)
-    write_questions(folder / f"{name}.test.jsonl", next(reversed(rankings.values())))
-    prefix = f"real_retrieval.{name}"
-    rows = [Row(f"{prefix}.passages", len(corpus), ""), Row(f"{prefix}.questions", len(test), "")]
-    for title, kind, ranks in (
-        ("a passage with an answer", "", _ranks_of_answers(rankings)),
-        ("the question's own passage", "own_passage_", _ranks_of_own(rankings, test)),
-    ):
-        print(f"\n{name}: {title}, among {len(corpus):,}\n{quality_table(ranks, RETRIEVED)}")
-        for ranking, places in ranks.items():
-            measures = {f"recall_at_{k}": recall_at(k, places) for k in RECALL_AT}
-            measures["mrr"] = mean_reciprocal_rank(places)
-            measures["mrr_at_10"] = mean_reciprocal_rank([first(10, ranking) for ranking in places])
-            rows += [Row(f"{prefix}.{ranking}.{kind}{key}", value, "") for key, value in measures.items()]
-    return rows
+    scorer = load_reranker(reranker) if reranker else None
+    rows = [Row("real_retrieval.passages", len(corpus), "")]
+    answers: dict[str, list[Judged]] = {}
+    for name, questions in sets.items():
+        test = [question for question in questions if is_test(question)]
+        if not test:
+            raise InputError(f"{name}: no test question; real-retrieval needs questions of several titles")
+        train = [question for question in questions if not is_test(question)]
+        write_questions(folder / f"{name}.train.jsonl", retrieve_all(train, dense, RETRIEVED_TRAINING))
+        rankings = {title: list(retrieve_all(test, retriever, RETRIEVED)) for title, retriever in retrievers.items()}
+        if scorer:
+            rankings["reranked"] = rerank(rankings["hybrid"], scorer, progress=True)
+        write_questions(folder / f"{name}.test.jsonl", next(reversed(rankings.values())))
+        prefix = f"real_retrieval.{name}"
+        rows.append(Row(f"{prefix}.questions", len(test), ""))
+        for title, kind, ranks in (
+            ("a passage with an answer", "", _ranks_of_answers(rankings)),
+            ("the question's own passage", "own_passage_", _ranks_of_own(rankings, test)),
+        ):
+            print(f"\n{name}: {title}, among {len(corpus):,}\n{quality_table(ranks, RETRIEVED)}")
+            for ranking, places in ranks.items():
+                rows += _rows(f"{prefix}.{ranking}.{kind}", places)
+                if not kind:
+                    answers.setdefault(ranking, []).extend(places)
+    return [*rows, *(row for ranking, places in answers.items() for row in _rows(f"real_retrieval.{ranking}.", places))]
+
+
+def _rows(prefix: str, places: Sequence[Judged]) -> list[Row]:
+    measures = {f"recall{k}": recall_at(k, places) for k in RECALL_AT}
+    measures["mrr"] = mean_reciprocal_rank(places)
+    measures["mrr10"] = mean_reciprocal_rank([first(10, ranking) for ranking in places])
+    return [Row(f"{prefix}{key}", value, "") for key, value in measures.items()]
 
 
 def encoder_name() -> str:

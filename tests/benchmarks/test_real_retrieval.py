@@ -17,7 +17,6 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import read_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.encoder_options import EncoderOptions
-from genpoe_plugin.selection.reranking import Reranker
 
 TOPICS = ["opera", "radium", "fox", "canberra", "volcano", "violin", "glacier", "harbour"]
 
@@ -71,23 +70,27 @@ def data(tmp_path: Path) -> Path:
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_retrieval, "encoder_name", lambda: "letters")
     monkeypatch.setattr(real_retrieval, "load_encoder", lambda name: Letters())
-    monkeypatch.setattr(Reranker, "load", classmethod(lambda cls, name: ByTitle()))
+    monkeypatch.setattr(real_retrieval, "load_reranker", lambda name: ByTitle())
 
 
 def test_rows_of_both_data_sets(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     rows = {row.name: row.value for row in real_retrieval.measure(Options(data=data, out=out, reranker="r"))}
     rankings = ("bm25", "dense", "hybrid", "reranked")
-    measures = ("recall_at_1", "recall_at_5", "recall_at_20", "mrr", "mrr_at_10")
+    measures = ("recall1", "recall5", "recall20", "mrr", "mrr10")
     assert {name.split(".", 2)[2] for name in rows if name.startswith("real_retrieval.nq.")} == {
         *(f"{ranking}.{kind}{key}" for ranking in rankings for kind in ("", "own_passage_") for key in measures),
-        *("passages", "questions"),
+        "questions",
     }
-    assert rows["real_retrieval.nq.passages"] == rows["real_retrieval.squad.passages"] == 8
+    assert rows["real_retrieval.passages"] == 8  # the same passages in both data sets
+    for ranking in rankings:
+        for key in measures:  # one question of NQ to two of SQuAD, in every topic
+            nq, squad = (rows[f"real_retrieval.{name}.{ranking}.{key}"] for name in ("nq", "squad"))
+            assert rows[f"real_retrieval.{ranking}.{key}"] == pytest.approx((nq + 2 * squad) / 3)
     # Only one passage has the year; the reranker knows which one.
-    assert rows["real_retrieval.nq.reranked.recall_at_1"] == rows["real_retrieval.nq.bm25.recall_at_1"] == 1
+    assert rows["real_retrieval.nq.reranked.recall1"] == rows["real_retrieval.nq.bm25.recall1"] == 1
     # Every passage of SQuAD's has the people, but only one is the question's.
-    assert rows["real_retrieval.squad.dense.recall_at_1"] == 1
+    assert rows["real_retrieval.squad.dense.recall1"] == 1
     for name, questions in {"nq": 1, "squad": 2}.items():
         topics = [topic for topic in TOPICS if real_retrieval.zlib.crc32(topic.encode()) % 2]
         assert rows[f"real_retrieval.{name}.questions"] == questions * len(topics) and 0 < len(topics) < 8
