@@ -39,6 +39,7 @@ from genpoe_plugin.retrieval.encoder import Encoder, load_encoder
 from genpoe_plugin.retrieval.hybrid import HybridRetriever
 from genpoe_plugin.retrieval.index import PassageIndex
 from genpoe_plugin.retrieval.measures import Judged, mean_reciprocal_rank, quality_table, recall_at
+from genpoe_plugin.retrieval.retriever import Retriever
 from genpoe_plugin.selection.rerankers import load_reranker
 from genpoe_plugin.selection.reranking import rerank
 from genpoe_plugin.selection.result_files import retrieve_all
@@ -120,7 +121,7 @@ def _measure(sets: Mapping[str, Sequence[Question]], folder: Path, reranker: str
     encoder = load_encoder(encoder_name())
     dense = DenseRetriever(index_of(corpus, encoder, folder / "index"), encoder)
     words = build_bm25(corpus, folder / "bm25")
-    retrievers = {"bm25": words, "dense": dense, "hybrid": HybridRetriever([dense, words])}
+    retrievers: dict[str, Retriever] = {"bm25": words, "dense": dense, "hybrid": HybridRetriever([dense, words])}
     scorer = load_reranker(reranker) if reranker else None
     rows = [Row("real_retrieval.passages", len(corpus), "")]
     answers: dict[str, list[Judged]] = {}
