@@ -77,12 +77,12 @@ def score_in_order(reranker: Reranker, pairs: Pairs) -> np.ndarray:
     """The scores, in batches of the given order, each as wide as its longest pair."""
     scores = []
     for start in range(0, len(pairs), BATCH):
-        rows = reranker.encode(pairs[start : start + BATCH])
+        rows = [row.ids for row in reranker.encode(pairs[start : start + BATCH])]
         inputs = reranker.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
         # Every row has another number of positions, so they are counted from its first token.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         logits = reranker.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-        (yes,) = reranker.tokenizer(reranker.format.yes, add_special_tokens=False)["input_ids"][:1]
+        (yes,) = reranker.tokenizer("Yes", add_special_tokens=False)["input_ids"][:1]
         scores.append(logits[:, yes].numpy())
     return np.concatenate(scores)
 

@@ -17,6 +17,11 @@ from train_cli.training_options import card_options, describe, digests, report, 
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for the trained reranker.")
 @click.option("--validation", help="Held-out data; it decides which weights are written.")
 @click.option("--estimate", is_flag=True, help="Print a memory estimate and exit.")
+@click.option(
+    "--reranker-format",
+    help="How the LLM reads a pair: bge, qwen3, likelihood or a template file.  "
+    "[default: that of a known reranker, else bge]",
+)
 @click.option("--max-length", default=512, show_default=True, help="Maximum tokens of query and passage together.")
 @training_options(RerankerTraining)
 @card_options
@@ -35,6 +40,7 @@ def reranker(
     out: Path,
     validation: str | None,
     estimate: bool,
+    reranker_format: str | None,
     max_length: int,
     licence: str | None,
     datasets: tuple[str, ...],
@@ -47,6 +53,8 @@ def reranker(
     from genpoe_plugin.checkpoints.card import DataFile
     from genpoe_plugin.llm.empty_model import empty_model, weight_bytes
     from genpoe_plugin.llm.language_model import load_tokenizer
+    from genpoe_plugin.selection.recognition import format_to_train
+    from genpoe_plugin.selection.reranker_format import BGE
     from genpoe_plugin.selection.reranking import Reranker
     from genpoe_plugin.training.devices import accelerator_on
     from genpoe_plugin.training.reranker import train_reranker
@@ -55,7 +63,9 @@ def reranker(
     from genpoe_plugin.training.trials import RerankerTrial
 
     arguments = RerankerTraining(**options)
+    form = format_to_train(model, reranker_format)
     examples = read_examples(data)
+    prompt = examples[0].prompt if form == BGE else form.prompt  # the data has BGE's prompts
     files = [DataFile.read("training", data, len(examples))]
     held_out = read_examples(validation) if validation else []
     if validation:
@@ -69,6 +79,8 @@ def reranker(
         examples=examples,
         model=empty,
         tokenizer=load_tokenizer(model, trust_remote_code=trust_remote_code),
+        format=form,
+        prompt=prompt,
         max_length=max_length,
         llm_bytes=weight_bytes(model, empty),
         device=accelerator.device,
@@ -81,23 +93,25 @@ def reranker(
         model,
         device=device or str(accelerator.device),
         dtype=dtype,
-        format="bge",
-        prompt=examples[0].prompt,
+        format=reranker_format or (None if form != BGE else "bge"),
+        prompt=prompt,
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
     identity: dict[str, Any] = {"model": model, "dtype": dtype, "max_length": max_length, **digests(files)}
+    if form != BGE:  # so that trainings from before there were formats go on
+        identity["format"] = form.saved
     progress = train_reranker(
         initial, arguments, examples, out, identity=identity, held_out=held_out, accelerator=accelerator
     )
     if accelerator.is_main_process:
         report(progress, out, finished_before)
-        form = {"format": initial.format.name, "prompt": examples[0].prompt, "max_length": max_length}
+        settings = {"format": form.saved, "prompt": prompt, "max_length": max_length}
         describe(
             "reranker",
             model,
             out,
-            form,
+            settings,
             files,
             arguments,
             progress,

@@ -71,8 +71,22 @@ def recognise(name: str, format_name: str | None = None) -> Recognised:
         return Recognised(None)
     raise InputError(
         f"{name}: a reranker of unknown format ({checkpoint.architecture}); give the one that it was trained with as "
-        f"reranker_format (--reranker-format): {CHOICES}"
+        f"reranker_format (--reranker-format): {CHOICES}; likelihood is for any LLM"
     )
+
+
+def format_to_train(name: str, format_name: str | None = None) -> RerankerFormat:
+    """The format to train a decoder LLM in: ``format_name``, else that of a known reranker, else BGE's.
+
+    Raises:
+        InputError: there is no format ``format_name``.
+    """
+    if format_name is not None:
+        return read_format(format_name)
+    try:
+        return recognise(name).format or BGE
+    except InputError:  # an LLM that is no reranker yet
+        return BGE
 
 
 class _Checkpoint:

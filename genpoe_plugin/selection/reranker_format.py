@@ -1,4 +1,4 @@
-"""The format of a decoder-LLM reranker: how the LLM reads a (query, passage) pair, and which logits are the score."""
+"""The format of a decoder-LLM reranker: how the LLM reads a (query, passage) pair, and what the score is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLACES = re.compile(r"\{(query|passage|prompt)\}")
 
 @dataclass(frozen=True)
 class RerankerFormat:
-    """How a decoder LLM reads a pair, and which logits at the last position are the score.
+    """How a decoder LLM reads a pair, and what the score is: logits at the last position, or the query's likelihood.
 
     Each piece is tokenised separately, so no token spans two pieces. The piece with the passage is cut at its end to
     fit ``max_length``; the pieces after it are never cut.
@@ -24,7 +24,8 @@ class RerankerFormat:
     Attributes:
         pieces: the pieces of the input. They may contain ``{query}``, ``{passage}`` and ``{prompt}``; one of them ends
             in ``{passage}``.
-        yes: text whose first token's logit is the score.
+        yes: text whose first token's logit is the score. Without it, the score is the log-likelihood (in nats) of the
+            tokens of the last piece, which contains ``{query}``, after all pieces before it.
         no: text whose first token's logit is subtracted from the score, if any.
         prompt: what ``{prompt}`` stands for.
         max_length: largest number of tokens of the input.
@@ -34,7 +35,7 @@ class RerankerFormat:
     """
 
     pieces: tuple[str, ...]
-    yes: str
+    yes: str | None = None
     no: str | None = None
     prompt: str = ""
     max_length: int = 512
@@ -87,12 +88,15 @@ QWEN3 = RerankerFormat(
     bos=False,
     name="qwen3",
 )
-FORMATS = {"bge": BGE, "qwen3": QWEN3}
+# Query likelihood (Sachan et al. 2022, "Improving passage retrieval with zero-shot question generation"). Since the
+# score is log P(query | passage), a softmax over passages is the posterior of the passages under a uniform prior.
+LIKELIHOOD = RerankerFormat(pieces=("{passage}", "\n\n", "Question:", " {query}"), name="likelihood")
+FORMATS = {"bge": BGE, "qwen3": QWEN3, "likelihood": LIKELIHOOD}
 """The built-in formats, by name."""
 CHOICES = f"{', '.join(FORMATS)} or a template file (JSON)"
 TEMPLATE: dict[str, Any] = {
     "pieces": (list, tuple),
-    "yes": str,
+    "yes": (str, type(None)),
     "no": (str, type(None)),
     "max_length": int,
     "bos": bool,
@@ -103,7 +107,7 @@ TEMPLATE: dict[str, Any] = {
 def read_format(name: str) -> RerankerFormat:
     """A built-in format by its name, or that of a template file.
 
-    A template file is a JSON object with the keys ``pieces`` and ``yes``, and if they differ from the defaults ``no``,
+    A template file is a JSON object with the key ``pieces``, and if they differ from the defaults ``yes``, ``no``,
     ``max_length`` and ``bos``, with the meaning that they have in `RerankerFormat`.
 
     Raises:
@@ -128,8 +132,8 @@ def format_from(saved: Any, path: Path) -> RerankerFormat:
     """
     if isinstance(saved, str) and saved in FORMATS:
         return FORMATS[saved]
-    if not isinstance(saved, dict) or not {"pieces", "yes"} <= saved.keys() <= TEMPLATE.keys():
-        raise InputError(f"{path}: a reranker format has the keys pieces and yes, and if needed no, max_length, bos")
+    if not isinstance(saved, dict) or not {"pieces"} <= saved.keys() <= TEMPLATE.keys():
+        raise InputError(f"{path}: a reranker format has the key pieces, and if needed yes, no, max_length, bos")
     wrong = [name for name, value in saved.items() if not isinstance(value, TEMPLATE[name]) or value == ""]
     pieces = saved["pieces"]
     if wrong or not pieces or not all(isinstance(piece, str) for piece in pieces):
@@ -140,4 +144,9 @@ def format_from(saved: Any, path: Path) -> RerankerFormat:
     whole = "\0".join(pieces)
     if whole.count(PASSAGE) != 1 or not any(piece.endswith(PASSAGE) for piece in pieces) or QUERY not in whole:
         raise InputError(f"{path}: pieces must contain {QUERY}, and {PASSAGE} once, at the end of a piece")
+    if saved.get("yes") is None and (QUERY not in pieces[-1] or PASSAGE in pieces[-1] or saved.get("no") is not None):
+        raise InputError(
+            f"{path}: without yes, the score is the likelihood of the last piece, which must contain {QUERY} but not "
+            f"{PASSAGE}, and there is no no"
+        )
     return RerankerFormat(**{**saved, "pieces": tuple(pieces)})

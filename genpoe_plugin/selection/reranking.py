@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -52,10 +53,23 @@ class Scorer(Protocol):
         """The score of every (query, passage string) pair, float32 ``[n]``; higher is more relevant."""
 
 
-class Reranker:
-    """Scores (query, passage) pairs by logits of a decoder LLM at the last position.
+@dataclass(frozen=True)
+class EncodedPair:
+    """The input of a (query, passage) pair.
 
-    A `RerankerFormat` says how a pair is read and which logits are the score. A query in a piece of its own is cut at
+    Attributes:
+        ids: its token ids, unpadded.
+        scored: number of tokens at its end whose log-likelihood is the score; 0 if logits are the score.
+    """
+
+    ids: list[int]
+    scored: int
+
+
+class Reranker:
+    """Scores (query, passage) pairs by a decoder LLM: by logits at the last position, or by the query's likelihood.
+
+    A `RerankerFormat` says how a pair is read and what the score is. A query in a piece of its own is cut at
     3/4 of the tokens that a query and a passage have together, so that some of the passage is always read. There is no
     BOS if the tokenizer has none or uses it for padding. In the format ``bge`` these are FlagEmbedding's rules, and in
     ``qwen3`` those of the model cards, so their rerankers keep their scores.
@@ -74,7 +88,7 @@ class Reranker:
 
     Raises:
         InputError: both tokens of the score are the same, the fixed pieces are longer than ``max_length``, or the
-            classification head has several labels.
+            classification head has several labels or cannot have the format's score.
     """
 
     def __init__(
@@ -102,9 +116,13 @@ class Reranker:
         if self._classifies:
             if model.config.num_labels != 1:
                 raise InputError(f"{model.name_or_path}: {model.config.num_labels} scores of each pair instead of one")
+            if format.yes is None:
+                raise InputError(
+                    f"{model.name_or_path}: a classification head; a query's likelihood needs a language model"
+                )
             if model.config.pad_token_id is None:
                 model.config.pad_token_id = 0  # such models read the last token that is not padding
-        else:
+        elif format.yes is not None:
             texts = [format.yes] if format.no is None else [format.yes, format.no]
             self._score_tokens = [ids[0] for ids in self._tokenise(texts)]
             if len(texts) != len(set(self._score_tokens)):
@@ -198,8 +216,8 @@ class Reranker:
         settings = {"format": self.format.saved, "prompt": self.prompt, "max_length": self.max_length}
         (Path(directory) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """The input ids of every (query, passage) pair, unpadded; each distinct text is tokenised once."""
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
+        """The input of every (query, passage) pair; each distinct text is tokenised once."""
         pieces = [
             self._tokenise_each([self.format.fill(piece, query, passage, self.prompt) for query, passage in pairs])
             for piece in self.format.pieces
@@ -213,10 +231,12 @@ class Reranker:
             head = self._bos + [token for part in parts[:at] for token in part]
             tail = [token for part in parts[at + 1 :] for token in part]
             room = self.max_length - len(head) - (len(tail) if self.format.counts_suffix else 0)
-            rows.append(head + parts[at][: max(room, 0)] + tail)
+            ids = head + parts[at][: max(room, 0)] + tail
+            # Nothing predicts the first token.
+            rows.append(EncodedPair(ids, min(len(parts[-1]), len(ids) - 1) if self.format.yes is None else 0))
         return rows
 
-    def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def score_rows(self, rows: Sequence[EncodedPair]) -> Tensor:
         """The scores, float32 ``[n]`` on the model's device, of rows from :meth:`encode`; differentiable."""
         batches = list(self._batches(rows))
         order = torch.tensor([index for batch in batches for index in batch])
@@ -253,25 +273,33 @@ class Reranker:
         ids = dict(zip(distinct, self._tokenise(distinct), strict=True))
         return [ids[text] for text in texts]
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    def _batches(self, rows: Sequence[EncodedPair]) -> Iterator[list[int]]:
         """Indices of ``rows`` in batches of similar length, the longest first, so that memory errors occur at once."""
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
-    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    def _forward(self, rows: Sequence[EncodedPair]) -> Tensor:
+        width = max(len(row.ids) for row in rows)
+        ids = torch.tensor([[0] * (width - len(row.ids)) + row.ids for row in rows])
+        mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
         if self._classifies:
             return self.model(**inputs, use_cache=False).logits[:, 0].float()
-        # Logits of the last position only: with Gemma's vocabulary, those of all positions would exceed the model.
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self._score_tokens].float()
-        return logits[:, 0] if self.format.no is None else logits[:, 0] - logits[:, 1]
+        # Logits of the last positions only: with Gemma's vocabulary, those of all positions would exceed the model.
+        scored = max(row.scored for row in rows)
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=scored + 1).logits.float()
+        if self.format.yes is None:
+            targets = inputs["input_ids"][:, width - scored :]
+            counts = torch.tensor([row.scored for row in rows], device=self.device)
+            belongs = torch.arange(scored, 0, -1, device=self.device) <= counts[:, None]
+            losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+            return -(losses * belongs).sum(dim=1)
+        values = logits[:, -1, self._score_tokens]
+        return values[:, 0] if self.format.no is None else values[:, 0] - values[:, 1]
 
 
 def fingerprint_of(

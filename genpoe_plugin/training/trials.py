@@ -17,6 +17,7 @@ from genpoe_plugin.experts.expert import Experts
 from genpoe_plugin.experts.generator import ExpertGenerator
 from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 from genpoe_plugin.selection.gates import uniform
+from genpoe_plugin.selection.reranker_format import RerankerFormat
 from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.examples import DrawnExample, PassageExample
 from genpoe_plugin.training.hypernetwork import Examples, HypernetworkLearner
@@ -168,18 +169,24 @@ class RerankerTrial(_Trial):
 
     Attributes:
         examples: training data.
+        format: how the LLM reads a pair.
+        prompt: the prompt in the format.
         max_length: largest number of tokens of query and passage together.
     """
 
     arguments: RerankerTraining
     examples: Sequence[RerankerExample]
+    format: RerankerFormat
+    prompt: str
     max_length: int
 
     def measure(self) -> MemoryEstimate:
         """See `Trial.measure`."""
         model, group = copy.deepcopy(self.model), self.longest_group()
         with torch.device("meta"):
-            reranker = Reranker(model, self.tokenizer, prompt=self.examples[0].prompt, max_length=self.max_length)
+            reranker = Reranker(
+                model, self.tokenizer, format=self.format, prompt=self.prompt, max_length=self.max_length
+            )
             learner = RerankerLearner(reranker, self.arguments, self.examples)
         learner.module.train()
         rows = reranker.encode(group * self.rows)

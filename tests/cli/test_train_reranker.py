@@ -7,12 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from genpoe_plugin.selection.reranker_format import LIKELIHOOD
 from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.training_arguments import RerankerTraining
+from tests.selection.test_reranking import likelihood_by_hand
 from train_cli.main import main
 from train_cli.train_reranker import reranker as command
 
@@ -71,6 +74,21 @@ def test_bad_input_is_one_line(llm_dir: Path, data: Path, tmp_path: Path) -> Non
         assert run.exit_code == 2
         assert run.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in run.stderr
         assert not out.exists()
+
+
+def test_the_format_of_a_training_is_that_of_its_reranker(llm_dir: Path, data: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--max-steps", "1", "--max-length", "64", "--batch-size", "2"]
+    arguments = ["train", "reranker", "--data", str(data), *options]
+    for model, out, more in ((llm_dir, first, ["--reranker-format", "likelihood"]), (first, second, [])):
+        run = CliRunner().invoke(main, [*arguments, "--model", str(model), "--out", str(out), *more])
+        assert run.exit_code == 0, run.output
+        reranker = Reranker.load(out)
+        assert reranker.format == LIKELIHOOD and reranker.max_length == 64
+        assert json.loads((out / "reranker.json").read_text())["format"] == "likelihood"
+    pairs = [("where?", "radium and polonium"), ("where?", "an opera")]
+    expected = likelihood_by_hand(reranker.model, reranker.tokenizer, pairs)
+    np.testing.assert_allclose(reranker.score(pairs), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_device_that_is_not_there(llm_dir: Path, data: Path, tmp_path: Path) -> None:

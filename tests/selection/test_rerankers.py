@@ -85,7 +85,7 @@ def test_qwen3_question_mark_and_line_break_are_one_token(qwen_tokenizer: PreTra
 
 def test_of_a_qwen3_pair_only_the_document_is_cut(qwen_dir: Path) -> None:
     reranker = Reranker.load(qwen_dir, max_length=230)
-    rows = reranker.encode(PAIRS)
+    rows = [row.ids for row in reranker.encode(PAIRS)]
     assert max(len(row) for row in rows) == 230 and len({len(row) for row in rows}) > 1
     suffix = reranker.tokenizer("</think>\n\n")["input_ids"]
     assert all(row[-len(suffix) :] == suffix for row in rows)
@@ -308,9 +308,12 @@ def sentence_encoder(target: Path, bert: Path) -> Path:
 
 BAD_TEMPLATES = [
     ("{", "must be a JSON file"),
-    ("[]", "has the keys pieces and yes"),
-    ('{"pieces": ["{query}{passage}"]}', "has the keys pieces and yes"),
-    ('{"pieces": ["{query}{passage}"], "yes": "Yes", "prefix": "A"}', "has the keys pieces and yes"),
+    ("[]", "has the key pieces"),
+    ('{"yes": "Yes"}', "has the key pieces"),
+    ('{"pieces": ["{query}{passage}"]}', "without yes, the score is the likelihood of the last piece"),
+    ('{"pieces": ["{query}", "{passage}"]}', "without yes, the score is the likelihood of the last piece"),
+    ('{"pieces": ["{passage}", "{query}"], "no": "No"}', "without yes, the score is the likelihood of the last piece"),
+    ('{"pieces": ["{query}{passage}"], "yes": "Yes", "prefix": "A"}', "has the key pieces"),
     ('{"pieces": "{query}{passage}", "yes": "Yes"}', "a wrong value of pieces"),
     ('{"pieces": [], "yes": "Yes"}', "a wrong value of pieces"),
     ('{"pieces": ["{query}{passage}", 3], "yes": "Yes"}', "a wrong value of pieces"),
@@ -338,7 +341,7 @@ def test_what_is_no_reranker_is_one_line(
 ) -> None:
     bert = make_cross_encoder("bert")
     refused(tmp_path, "a reranker of unknown format (LlamaForCausalLM); give the one", llm_dir)
-    refused(tmp_path, "bge, qwen3 or a template file (JSON)", llm_dir)
+    refused(tmp_path, "bge, qwen3, likelihood or a template file (JSON); likelihood is for any LLM", llm_dir)
     refused(tmp_path, "reranker format bgee: no such file; give bge, qwen3", llm_dir, "--reranker-format", "bgee")
     refused(tmp_path, "3 scores of each pair instead of one", make_cross_encoder("bert", num_labels=3))
     refused(tmp_path, "not a causal language model but an encoder", bert, "--reranker-format", "qwen3")

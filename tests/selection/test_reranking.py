@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.selection.reranker_format import LIKELIHOOD
 from genpoe_plugin.selection.reranking import DEFAULT_PROMPT, Reranker
 
 PAIRS = [
@@ -61,6 +63,47 @@ def test_scores_are_the_yes_logit_of_the_pieces(
     np.testing.assert_allclose(scores, by_hand(model, tokenizer, PAIRS, DEFAULT_PROMPT), atol=1e-5)
 
 
+def likelihood_by_hand(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> list[float]:
+    """Sum of the log-probabilities of the query's tokens, one unpadded sequence at a time, in float64."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    scores = []
+    for query, passage in pairs:
+        before = [tokenizer.bos_token_id, *ids(passage), *ids("\n\n"), *ids("Question:")]
+        row = before + ids(" " + query)
+        with torch.no_grad():
+            log_probabilities = model(torch.tensor([row])).logits[0].double().log_softmax(-1)
+        scores.append(sum(log_probabilities[at - 1, row[at]].item() for at in range(len(before), len(row))))
+    return scores
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2"])
+def test_likelihoods_are_those_of_the_querys_tokens(
+    make_llm: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    model = make_llm(family)
+    scores = Reranker(model, tokenizer, format=LIKELIHOOD, batch_size=3).score(PAIRS)
+    np.testing.assert_allclose(scores, likelihood_by_hand(model, tokenizer, PAIRS), rtol=1e-5, atol=1e-4)
+    assert len(set(scores.round(2))) == len(PAIRS)
+
+
+def test_only_the_passage_of_a_likelihood_is_cut(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    reranker = Reranker(llama, tokenizer, format=LIKELIHOOD, max_length=40)
+    [row] = reranker.encode([("where is it?", "radium and polonium " * 20)])
+    query = tokenizer(" where is it?", add_special_tokens=False)["input_ids"]
+    assert len(row.ids) == 40 and row.ids[-len(query) :] == query and row.scored == len(query)
+
+
+def test_the_first_token_of_all_is_not_scored(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = replace(LIKELIHOOD, pieces=("{passage}", "{query}"), bos=False)
+    [row] = Reranker(llama, tokenizer, format=bare).encode([("where is it?", "")])
+    assert row.scored == len(row.ids) - 1 > 0
+
+
 def test_every_piece_is_tokenised_on_its_own(llama: PreTrainedModel) -> None:
     bpe = Tokenizer(models.BPE())  # Nothing keeps it from merging across lines.
     bpe.train_from_iterator(["A: who?\nB: radium\nYes?"] * 9, trainers.BpeTrainer(show_progress=False))
@@ -68,7 +111,7 @@ def test_every_piece_is_tokenised_on_its_own(llama: PreTrainedModel) -> None:
     [row] = Reranker(llama, merging, prompt="Yes?").encode([("who?", "radium")])
     assert len(merging("A: who?\nB: radium\nYes?")["input_ids"]) == 1
     pieces = ["A: who?", "\n", "B: radium", "\n", "Yes?"]
-    assert row == [token for piece in pieces for token in merging(piece)["input_ids"]]
+    assert row.ids == [token for piece in pieces for token in merging(piece)["input_ids"]]
 
 
 def test_only_the_passage_is_cut(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -79,11 +122,11 @@ def test_only_the_passage_is_cut(llama: PreTrainedModel, tokenizer: PreTrainedTo
     tail = ids("\n") + ids("Yes or No?")
     head = [tokenizer.bos_token_id, *ids("A: where?"), *ids("\n")]
     [row] = reranker.encode([("where?", "radium and polonium " * 20)])
-    assert row == (head + ids("B: " + "radium and polonium " * 20))[:30] + tail
+    assert row.ids == (head + ids("B: " + "radium and polonium " * 20))[:30] + tail
     # A query that would leave nothing of the passage is cut itself, to 3/4.
     [row] = reranker.encode([("where is it " * 20, "radium and polonium " * 20)])
     head = [tokenizer.bos_token_id, *ids("A: " + "where is it " * 20)[:22], *ids("\n")]
-    assert row == (head + ids("B: " + "radium and polonium " * 20))[:30] + tail
+    assert row.ids == (head + ids("B: " + "radium and polonium " * 20))[:30] + tail
 
 
 def test_no_bos_where_the_tokenizer_pads_with_it_or_has_none(
@@ -93,7 +136,8 @@ def test_no_bos_where_the_tokenizer_pads_with_it_or_has_none(
     [with_bos] = Reranker(llama, tokenizer).encode(PAIRS[:1])
     for change in ({"bos_token": None}, {"pad_token": tokenizer.bos_token}):
         changed = PreTrainedTokenizerFast.from_pretrained(tmp_path, **change)
-        assert Reranker(llama, changed).encode(PAIRS[:1]) == [with_bos[1:]]
+        [without] = Reranker(llama, changed).encode(PAIRS[:1])
+        assert without.ids == with_bos.ids[1:]
 
 
 words = st.text(alphabet="abc RaYo?\n", max_size=40)

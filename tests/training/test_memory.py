@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.selection.reranker_format import BGE
 from genpoe_plugin.selection.reranking import Reranker
 from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.examples import TrainingExample
@@ -165,6 +166,8 @@ def reranker_run(model: PreTrainedModel, tokenizer: Any, rank: int, **changes: A
         examples=examples,
         model=on_meta(model),
         tokenizer=tokenizer,
+        format=BGE,
+        prompt=examples[0].prompt,
         max_length=512,
         llm_bytes=nbytes(model.parameters()),
         device=torch.device("cpu"),

@@ -190,7 +190,7 @@ def test_the_first_step_of_full_training_is_adamw_on_the_loss_by_hand(setup: Set
     for draw in batch_at(0, len(examples), 2, seed=0):
         rows = reranker.encode(draw_group(examples[draw.example], 4, draw, 0))
         yes = reranker.tokenizer("Yes", add_special_tokens=False)["input_ids"][0]
-        logits = torch.stack([model(torch.tensor([row])).logits[0, -1, yes] for row in rows])
+        logits = torch.stack([model(torch.tensor([row.ids])).logits[0, -1, yes] for row in rows])
         loss = loss - logits.log_softmax(0)[0] / 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
     loss.backward()

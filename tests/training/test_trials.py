@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.selection.reranker_format import BGE
 from genpoe_plugin.training.batches import make_batch
 from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.training.draws import Draw
@@ -103,6 +104,8 @@ def test_a_rerankers_longest_group(make_llm: Callable[..., Any], tokenizer: Any)
         examples=examples,
         model=make_llm("llama").to("meta"),
         tokenizer=tokenizer,
+        format=BGE,
+        prompt=examples[0].prompt,
         max_length=512,
         llm_bytes=0,
         device=torch.device("cpu"),
