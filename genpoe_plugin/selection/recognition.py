@@ -18,6 +18,7 @@ from genpoe_plugin.hub import loaded_from
 from genpoe_plugin.selection.reranker_format import BGE, CHOICES, QWEN3, RerankerFormat, format_from, read_format
 
 SETTINGS_FILE = "reranker.json"
+LATE_INTERACTION = "MultiVectorEncoder"
 FAMILIES = {"bge-reranker-v2-gemma": BGE, "qwen3-reranker": QWEN3}
 """The format of models with such a name, or made from models with such a name."""
 
@@ -27,14 +28,16 @@ class Recognised:
     """What a checkpoint is.
 
     Attributes:
-        format: how its decoder LLM reads a pair; None for a cross-encoder of sentence-transformers.
+        format: how its decoder LLM reads a pair; None for a model of sentence-transformers.
         classifies: whether the score of a decoder is that of a classification head, not a token's logit.
         settings: ``prompt`` and ``max_length`` saved with a trained reranker.
+        late_interaction: whether the model of sentence-transformers has a vector per token, not a score per pair.
     """
 
     format: RerankerFormat | None
     classifies: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    late_interaction: bool = False
 
 
 def recognise(name: str, format_name: str | None = None) -> Recognised:
@@ -42,7 +45,7 @@ def recognise(name: str, format_name: str | None = None) -> Recognised:
 
     1. ``format_name``, a built-in format or a template file;
     2. ``reranker.json``, which `genpoe train reranker` writes; without a format in it, that of BGE;
-    3. the files of a CrossEncoder (sentence-transformers 5.4 and later);
+    3. the files of a CrossEncoder (sentence-transformers 5.4 and later), or of a late-interaction model;
     4. a name that contains ``bge-reranker-v2-gemma`` or ``Qwen3-Reranker``: that of the model, of an adapter's base
        model, or the ``base_model`` of its card;
     5. a classification head on an encoder, or one that an earlier CrossEncoder saved.
@@ -60,6 +63,8 @@ def recognise(name: str, format_name: str | None = None) -> Recognised:
     if checkpoint.trained is not None:
         return checkpoint.decoder(checkpoint.trained_format)
     if (model_type := checkpoint.sentence_transformers_type) is not None:
+        if model_type == LATE_INTERACTION:
+            return Recognised(None, late_interaction=True)
         if model_type != "CrossEncoder":
             raise InputError(f"{name}: a {model_type} of sentence-transformers, which encodes texts; give a reranker")
         return Recognised(None)
@@ -130,7 +135,9 @@ class _Checkpoint:
         if self._path("modules.json") is None:
             return None
         settings = self._json("config_sentence_transformers.json") or {}
-        return str(settings.get("model_type", "SentenceTransformer"))
+        # PyLate, from which sentence-transformers has these models, saves no type but prefixes.
+        default = LATE_INTERACTION if "query_prefix" in settings else "SentenceTransformer"
+        return str(settings.get("model_type", default))
 
     @cached_property
     def trained_format(self) -> RerankerFormat | None:

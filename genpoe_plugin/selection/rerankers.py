@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from genpoe_plugin.selection.cross_encoder import CrossEncoderReranker
+from genpoe_plugin.selection.late_interaction import LateInteractionReranker
 from genpoe_plugin.selection.recognition import recognise
 from genpoe_plugin.selection.reranking import Reranker, Scorer
 
@@ -18,6 +19,9 @@ def load_reranker(name: str, *, format: str | None = None, device: str = "cpu") 
     Raises:
         InputError: there is no such model or device, the model is damaged, or its format is not known.
     """
-    if recognise(name, format).format is None:
+    recognised = recognise(name, format)
+    if recognised.late_interaction:
+        return LateInteractionReranker.load(name, device=device)
+    if recognised.format is None:
         return CrossEncoderReranker.load(name, device=device)
     return Reranker.load(name, format=format, device=device)

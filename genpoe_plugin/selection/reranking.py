@@ -169,7 +169,7 @@ class Reranker:
         name = str(name_or_path)
         recognised = recognise(name, format)
         if recognised.format is None:
-            raise InputError(f"{name}: a cross-encoder; load it with genpoe_plugin.selection.rerankers.load_reranker")
+            raise InputError(f"{name}: not a decoder LLM; load it with genpoe_plugin.selection.rerankers.load_reranker")
         model_class = AutoModelForSequenceClassification if recognised.classifies else AutoModelForCausalLM
         repository, of_hub = loaded_from(name)
         try:

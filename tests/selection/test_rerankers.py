@@ -14,10 +14,12 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,6 +32,7 @@ from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_header, read_questions, write_questions
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.selection.cross_encoder import CrossEncoderReranker
+from genpoe_plugin.selection.late_interaction import LateInteractionReranker
 from genpoe_plugin.selection.recognition import recognise
 from genpoe_plugin.selection.reranker_format import BGE, QWEN3, read_format
 from genpoe_plugin.selection.rerankers import load_reranker
@@ -356,7 +359,7 @@ def test_what_is_no_reranker_is_one_line(
 
 
 def test_a_cross_encoder_is_not_loaded_as_a_decoder(make_cross_encoder: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match=r"a cross-encoder; load it with .*load_reranker"):
+    with pytest.raises(InputError, match=r"not a decoder LLM; load it with .*load_reranker"):
         Reranker.load(make_cross_encoder("bert"))
 
 
@@ -395,3 +398,38 @@ def test_the_command_takes_every_kind(
         np.testing.assert_allclose([found[str(row)] for row in range(len(pairs))], expected, atol=1e-5)
         assert read_header(tmp_path / "out.jsonl").get("reranker_format") == form
         (tmp_path / "out.jsonl").unlink()
+
+
+@pytest.fixture
+def late_interaction(make_cross_encoder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny ColBERT: BERT's hidden states, projected and normalised."""
+    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
+    model = sentence_transformers.MultiVectorEncoder(str(make_cross_encoder("bert")), device="cpu")
+    model.prompts = {"query": "who ", "document": "the "}
+    model.save_pretrained(str(tmp_path / "colbert"))
+    return tmp_path / "colbert"
+
+
+def test_late_interaction_scores_are_maxsim_by_hand(late_interaction: Path) -> None:
+    reranker = load_reranker(str(late_interaction))
+    assert isinstance(reranker, LateInteractionReranker)
+    bert, tokenizer = AutoModel.from_pretrained(late_interaction), AutoTokenizer.from_pretrained(late_interaction)
+    (projection,) = load_file(late_interaction / "1_Dense" / "model.safetensors").values()
+
+    def vectors(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            states = bert(**tokenizer(text, return_tensors="pt", truncation=True)).last_hidden_state[0]
+            states = (states @ projection.T).double()
+        return states / states.norm(dim=1, keepdim=True)
+
+    expected = [(vectors(f"who {q}") @ vectors(f"the {p}").T).max(dim=1).values.sum().item() for q, p in PAIRS]
+    scores = reranker.score(PAIRS)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    assert scores.dtype == np.float32 and scores.std() > 0.01
+    np.testing.assert_allclose(np.concatenate([reranker.score([pair]) for pair in PAIRS]), scores, rtol=1e-4)
+    assert reranker.score([]).shape == (0,)
+    other = load_reranker(str(late_interaction))
+    assert other.fingerprint == reranker.fingerprint
+    other.model.prompts = {"query": "", "document": ""}
+    del other.fingerprint
+    assert other.fingerprint != reranker.fingerprint
