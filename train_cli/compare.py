@@ -10,6 +10,7 @@ import click
 from genpoe_plugin.errors import InputError
 
 if TYPE_CHECKING:
+    from genpoe_plugin.comparison.judging import Judging
     from genpoe_plugin.comparison.leaderboard import Comparison
 
 WIDTH = 200  # characters per line of a table that is not printed to a terminal
@@ -29,6 +30,14 @@ WIDTH = 200  # characters per line of a table that is not printed to a terminal
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="--run: lm_eval runs at a time.")
 @click.option("--metric", help="Metric to rank by.  [default: em, or the main metric of tasks without em]")
 @click.option("--allow", multiple=True, metavar="ASPECT", help="Rank together runs that differ in this; repeatable.")
+@click.option("--judge", metavar="LLM", help="Also judge the answers by this LLM (directory or hub name).")
+@click.option("--judge-model", default="hf", show_default=True, help="--judge: lm_eval's model class, such as vllm.")
+@click.option("--judge-args", default="", metavar="ARGS", help="--judge: further model_args of that class.")
+@click.option(
+    "--judge-prompt",
+    type=click.Path(path_type=Path),
+    help="--judge: file with {question}, {accepted} and {answer}.  [default: the package's judge_prompt.txt]",
+)
 @click.option("--reproduce", metavar="ROW", help="Print the command of a row: its number, or TASK:NUMBER.")
 def compare(
     results: tuple[Path, ...],
@@ -38,6 +47,10 @@ def compare(
     jobs: int,
     metric: str | None,
     allow: tuple[str, ...],
+    judge: str | None,
+    judge_model: str,
+    judge_args: str,
+    judge_prompt: Path | None,
     reproduce: str | None,
 ) -> None:
     """Show a leaderboard of the lm_eval runs in RESULTS, with intervals, paired tests, controls and costs.
@@ -65,7 +78,12 @@ def compare(
         run_matrix(matrix, jobs)
         folders.append(matrix.out)
         out = out or matrix.out / "comparison"
-    comparison = compare_runs(folders, metric=metric, allow=allow)
+    judging = None
+    if judge is not None:
+        judging = _judging(judge, judge_model, judge_args, judge_prompt, folders[0])
+    elif judge_args or judge_prompt:
+        raise InputError("--judge-args, --judge-prompt: there is no judge; give --judge as well")
+    comparison = compare_runs(folders, metric=metric, allow=allow, judging=judging)
     if reproduce is not None:
         _reproduce(comparison, reproduce)
         return
@@ -81,6 +99,17 @@ def compare(
         for target in exports:
             for path in export(comparison, target):
                 click.echo(path)
+
+
+def _judging(judge: str, model: str, arguments: str, prompt: Path | None, results: Path) -> Judging:
+    """The judge, whose judgements are saved beside the first results."""
+    from genpoe_plugin.comparison.judging import FILE, Judging, read_prompt
+
+    text = read_prompt(prompt)
+    from genpoe_plugin.lm.judge import LMJudge
+
+    folder = results if results.is_dir() else results.parent
+    return Judging(LMJudge(judge, model, arguments), text, folder / FILE)
 
 
 def show_in_terminal(comparison: Comparison) -> None:

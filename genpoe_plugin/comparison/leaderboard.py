@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from genpoe_plugin.comparison.breakdown import Estimate, by_given, by_known, by_length, by_rank, estimate, known
 from genpoe_plugin.comparison.comparability import Comparable, comparable, without_duplicates
 from genpoe_plugin.comparison.counterparts import closed_book_of, control_of, rag_of
+from genpoe_plugin.comparison.judging import Judging, judge_runs
 from genpoe_plugin.comparison.passages_used import PassagesUsed, passages_used
 from genpoe_plugin.comparison.runs import LeftOut, QuestionBook, Run, read_runs
 from genpoe_plugin.comparison.settings import Settings, key, labels, settings_of, without_seed
@@ -232,7 +233,12 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path], *, metric: str | None = None, allow: Collection[str] = (), draws: int = DRAWS
+    paths: Sequence[Path],
+    *,
+    metric: str | None = None,
+    allow: Collection[str] = (),
+    draws: int = DRAWS,
+    judging: Judging | None = None,
 ) -> Comparison:
     """Read all runs in ``paths`` and rank those that are comparable.
 
@@ -241,18 +247,21 @@ def compare(
         metric: the metric that ranks; by default EM, or the main metric of tasks without EM.
         allow: aspects in which runs of one board may differ (`comparability.ALLOWABLE`).
         draws: number of bootstrap draws.
+        judging: an LLM that judges the answers, which adds the metric ``judged``.
 
     Raises:
-        InputError: nothing can be compared, or no run has the metric.
+        InputError: nothing can be compared, no run has the metric, or there are no answers to judge.
     """
     book = QuestionBook()
     runs, left_out = read_runs(paths, book)
     runs, duplicates = without_duplicates(runs)
+    notes: list[str] = []
+    if judging is not None:
+        runs, notes = judge_runs(runs, book, judging)
     if metric is not None and not any(metric in run.scores for run in runs):
         known_ones = sorted({name for run in runs for name in run.scores})
         raise InputError(f"metric {metric}: no run has it; the runs have {', '.join(known_ones)}")
     used: dict[int, PassagesUsed | None] = {}
-    notes: list[str] = []
     for run in runs:
         try:
             used[id(run)] = passages_used(run)
