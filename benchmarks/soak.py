@@ -85,7 +85,7 @@ class Engine:
         from genpoe_plugin.vllm_engine.engine import ExpertEngine
 
         options: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**28}
-        options |= {"disable_log_stats": True, "max_num_seqs": MAX_BATCH}
+        options |= {"disable_log_stats": True, "max_num_seqs": MAX_BATCH, "enforce_eager": True}
         self.engine = ExpertEngine.load(str(folder / "llm"), str(folder / "memory"), num_passages=PASSAGES, **options)
 
     def answer(self, requests: Sequence[Request]) -> list[str | float]:
@@ -227,9 +227,9 @@ def run(name: str, folder: Path, seconds: float) -> dict[str, Any]:
         count += len(batch)
         times.append(now)
         memory.append(_resident())
-    found = {"requests": count, "answers": list(answers.items()), "changed": changed, "times": times, "memory": memory}
-    record.write_text(json.dumps(found))
-    return found
+    result = {"requests": count, "answers": list(answers.items()), "changed": changed, "times": times, "memory": memory}
+    record.write_text(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":
