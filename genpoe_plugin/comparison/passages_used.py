@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from genpoe_plugin.comparison.runs import ABSENT, UNKNOWN, Run, prompt_key, read_lines
+from genpoe_plugin.comparison.runs import ABSENT, UNKNOWN, Run, parse_json, prompt_key, read_lines
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.selection.trace import TRACE
 
@@ -38,7 +37,7 @@ class PassagesUsed:
         """Read the trace of a question."""
         with self.trace.open("rb") as lines:
             lines.seek(int(self.offsets[place]))
-            return orjson.loads(lines.readline())
+            return parse_json(lines.readline())
 
 
 def passages_used(run: Run) -> PassagesUsed | None:

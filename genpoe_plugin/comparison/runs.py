@@ -7,7 +7,6 @@ Runs of any model (``genpoe``, ``hf``, ``vllm``) are read in the same way, from 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from genpoe_plugin import json_text
 from genpoe_plugin.comparison.statistics import Floats
 from genpoe_plugin.errors import InputError
 
@@ -224,7 +224,7 @@ def parse_json(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        return json.loads(text)
+        return json_text.parse_json(text.decode())
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, Any]]:

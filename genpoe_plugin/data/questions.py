@@ -214,7 +214,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     with open_text(path) as file:
         try:
             header = json.loads(file.readline(HEADER_LIMIT))
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return {}
     if not isinstance(header, dict) or header.pop("format", None) != RESULTS_FORMAT:
         return {}

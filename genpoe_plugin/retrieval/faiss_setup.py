@@ -56,6 +56,30 @@ def make_index(factory: str, dimension: int) -> Any:
         raise InputError(f"factory {factory!r}: FAISS cannot create it ({faiss_reason(error)})") from error
 
 
+def read_faiss(path: Path, flags: int = 0) -> Any:
+    """Read a FAISS index from a file. FAISS reads it in C++, so files of unknown origin are a risk that remains.
+
+    Args:
+        path: the file.
+        flags: FAISS's flags, such as ``IO_FLAG_MMAP_IFC``.
+
+    Raises:
+        RuntimeError: FAISS cannot read it.
+    """
+    # A damaged file may state more bytes than it has, for which FAISS would allocate memory: its limit is a terabyte.
+    limited = hasattr(faiss, "set_deserialization_vector_byte_limit")  # newer than faiss-cpu 1.11
+    before = faiss.get_deserialization_vector_byte_limit() if limited else 0
+    try:
+        if limited:
+            faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+        return faiss.read_index(str(path), flags)
+    except MemoryError as error:
+        raise RuntimeError(str(error)) from error
+    finally:
+        if limited:
+            faiss.set_deserialization_vector_byte_limit(before)
+
+
 def faiss_reason(error: Exception) -> str:
     """The end of a FAISS error message, without its C++ signatures and source paths."""
     return " ".join(str(error).rsplit("Error: ", 1)[-1].split())
