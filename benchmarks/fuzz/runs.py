@@ -23,7 +23,7 @@ from genpoe_plugin.errors import InputError
 
 SECONDS = 20  # of a processor, for one input; the page of results needs two
 PATIENCE = 300  # seconds of the clock for one input, on a machine with other work
-MEMORY = 1 << 30  # bytes in excess of those before the first input
+MEMORY = 3 << 30  # bytes in excess of those before the first input; FAISS may allocate two thirds of it
 INPUTS = 500  # per child process
 LONGEST = 2500  # characters of an error message
 

@@ -122,6 +122,7 @@ def questions_from_record(record: Mapping[str, Any], where: str, *, need_answers
         if answers == [] and "short_answers" in item:
             continue  # not every question of NQ has a short answer
         case, identifier = item.get("case"), item.get("id")
+        check_characters("".join(name for name in (case, identifier) if isinstance(name, str)), where)
         yield Question(
             _question(item.get("question"), where),
             () if not answers and not need_answers else _answers(answers, where),

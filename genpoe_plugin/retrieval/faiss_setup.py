@@ -36,6 +36,7 @@ import faiss as _faiss  # noqa: E402
 if _set_here:
     del os.environ["OPENBLAS_CORETYPE"]
 
+TABLES = 1 << 31  # bytes of the largest table that FAISS computes for the distances of an IVFPQ index
 faiss: Any = _faiss  # Any, because FAISS's type stubs are incomplete and partly wrong
 faiss.cvar.distance_compute_blas_threshold = 20
 
@@ -67,11 +68,12 @@ def read_faiss(path: Path, flags: int = 0) -> Any:
         RuntimeError: FAISS cannot read it.
     """
     # A damaged file may state more bytes than it has, for which FAISS would allocate memory: its limit is a terabyte.
+    # Tables that it computes for some types while it reads count as well; it makes none of more than TABLES.
     limited = hasattr(faiss, "set_deserialization_vector_byte_limit")  # newer than faiss-cpu 1.11
     before = faiss.get_deserialization_vector_byte_limit() if limited else 0
     try:
         if limited:
-            faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+            faiss.set_deserialization_vector_byte_limit(path.stat().st_size + TABLES)
         return faiss.read_index(str(path), flags)
     except MemoryError as error:
         raise RuntimeError(str(error)) from error
