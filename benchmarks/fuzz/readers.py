@@ -7,7 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from genpoe_plugin.comparison.latex import latex
 from genpoe_plugin.comparison.leaderboard import compare
 from genpoe_plugin.comparison.lm_eval_table import lm_eval_tables
 from genpoe_plugin.comparison.markdown import markdown
-from genpoe_plugin.comparison.matrix import Matrix, is_finished, read_matrix
+from genpoe_plugin.comparison.matrix import is_finished, read_matrix
 from genpoe_plugin.data.passages import Passage, read_passages
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_header, read_questions, write_questions
 from genpoe_plugin.data.trec import read_qrels, read_run
@@ -154,7 +154,7 @@ def _make_narrativeqa(folder: Path) -> None:
 def _check_questions(path: Path, need_answers: bool) -> None:
     """Read questions, and see that what was read can be written, and read again."""
     questions = list(read_questions(path, need_answers=need_answers))
-    written = path.with_name(f"{path.name}.written.jsonl")
+    written = (path if path.is_dir() else path.parent) / "written.jsonl"
     write_questions(written, questions)
     again = list(read_questions(written, need_answers=False))
     assert again == questions, "questions differ after they are written and read again"
@@ -351,7 +351,7 @@ def _repair_shards(folder: Path) -> None:
 
 def _make_matrix(folder: Path) -> None:
     declared = {
-        "out": str(folder / "runs"),
+        "out": "runs",
         "tasks": ["t"],
         "options": {"limit": 4, "gen_kwargs": {"max_gen_toks": 8}, "metadata": {"genpoe_nq_path": "file"}},
         "model_args": {"pretrained": "llm"},
@@ -360,18 +360,20 @@ def _make_matrix(folder: Path) -> None:
     }
     (folder / "matrix.yaml").write_text(json.dumps(declared))
     matrix = read_matrix(folder / "matrix.yaml")
-    run = matrix.folder(matrix.cells[0])
+    run = folder / matrix.folder(matrix.cells[0])
     run.mkdir(parents=True)
-    (run / "cell.json").write_text(json.dumps({"command": matrix.command(matrix.cells[0]), "contents": {}}))
+    (run / "cell.json").write_text(
+        json.dumps({"command": matrix.command(matrix.cells[0]), "contents": {"pretrained": "llm"}})
+    )
 
 
 def _read_matrix(folder: Path, path: Path) -> None:
-    matrix = read_matrix(folder / "matrix.yaml")
-    assert isinstance(matrix, Matrix)
-    for cell in matrix.cells:
-        assert all(isinstance(word, str) for word in matrix.command(cell))
-        assert matrix.folder(cell).parent == matrix.out
-        is_finished(matrix, cell)
+    with chdir(folder):
+        matrix = read_matrix(Path("matrix.yaml"))
+        for cell in matrix.cells:
+            assert all(isinstance(word, str) for word in matrix.command(cell))
+            assert matrix.folder(cell).parent == matrix.out
+            is_finished(matrix, cell)
 
 
 DOCS = documents(12, passages=2)

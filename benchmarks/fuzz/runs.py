@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.fuzz.readers import READERS, damaged
+from benchmarks.fuzz.watch import install, watching
 from genpoe_plugin.errors import InputError
 
 SECONDS = 20  # of a processor, for one input; the page of results needs two
@@ -64,13 +66,15 @@ def attempt(name: str, valid: Path, seed: int, folder: Path) -> tuple[str, str |
     shutil.copytree(valid, folder, dirs_exist_ok=True)
     path = damaged(reader, folder, rng)
     file = str(path.relative_to(folder))
-    try:
-        reader.read(folder, path)
-    except InputError as error:
-        return file, _problem_of_message(error)
-    except Exception as error:
-        return file, f"{type(error).__name__}: {str(error)[:200]} {_place(error)}"
-    return file, None
+    with watching(folder) as seen:
+        try:
+            reader.read(folder, path)
+            problem = None
+        except InputError as error:
+            problem = _problem_of_message(error)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error)[:200]} {_place(error)}"
+    return file, problem or ", ".join(seen) or None
 
 
 def _problem_of_message(error: InputError) -> str | None:
@@ -165,6 +169,8 @@ def _seconds(process: int) -> float:
 
 def _work(name: str, valid: Path, seeds: range, end: float | None, results: Connection) -> None:
     """Run in the child process: read the inputs of ``seeds`` one by one."""
+    install()
+    faulthandler.disable()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

@@ -119,7 +119,7 @@ class BM25Retriever:
                 for words in self._words(questions[start : start + BLOCK]):
                     try:
                         scores = self.scores.get_scores_from_ids(self.scores.get_tokens_ids(words))
-                    except IndexError as error:
+                    except (IndexError, TypeError, ValueError) as error:
                         raise self._damaged(error) from error
                     rows = best_rows(scores, k)
                     results.append(
