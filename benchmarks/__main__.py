@@ -12,13 +12,16 @@ from benchmarks.row import Row, table, write
 from train_cli.main import LazyCommand, MainGroup
 
 ALL = ("training", "retrieval", "experts", "evaluation", "compare")
-ON_REQUEST = ("bm25", "forms", "real-retrieval", "real-size", "rerankers", "soak", "vllm")
+ON_REQUEST = ("bm25", "forms", "gpu", "real-retrieval", "real-size", "rerankers", "soak", "vllm")
 """Not part of `all`: these need hours of training, a data folder, a GPU or vLLM."""
 
 
 @click.group(
     cls=MainGroup,
-    lazy={"real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Experts in real, pretrained LLMs.")},
+    lazy={
+        "fuzz": LazyCommand("benchmarks.fuzz:fuzz", "Damaged files for every reader."),
+        "real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Experts in real, pretrained LLMs."),
+    },
 )
 def main() -> None:
     """Run a benchmark and print its rows with their aims."""

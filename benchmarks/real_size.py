@@ -76,7 +76,7 @@ def measure(options: Options) -> list[Row]:
         rows = []
         for batch in sizes.batches:
             plain = HFLM(model, tokenizer=tokenizer, device=device, batch_size=batch)
-            rows += _rows(time_variants(plain, checkpoint, batch, sizes.rounds), batch)
+            rows += variant_rows(time_variants(plain, checkpoint, batch, sizes.rounds), batch)
     size = footprint(config, torch.bfloat16).expert_bytes * (WORDS + 3)
     return [*rows, Row("real_size.expert_bytes", size, "bytes")]
 
@@ -108,7 +108,8 @@ def time_variants(plain: HFLM, checkpoint: Path, batch: int, rounds: int) -> Rou
     return times
 
 
-def _rows(times: Rounds, batch: int) -> list[Row]:
+def variant_rows(times: Rounds, batch: int) -> list[Row]:
+    """The ratios between the variants of `time_variants`, with their aims, and their times."""
     ratios = {
         "closed_book_time_ratio_cached": (ratio(times, "cached", "closed_book"), "<= 1.25"),
         "closed_book_time_ratio_cold": (ratio(times, "cold", "closed_book"), "<= 2"),

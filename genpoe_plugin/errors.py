@@ -1,9 +1,21 @@
 """The exception for errors in user input."""
 
+LONGEST = 2000  # characters of a message
+
 
 class InputError(ValueError):
     """Raised when an argument, a file or another input cannot be used.
 
     The message is one line that says what is wrong, where, and how to fix it. The ``genpoe`` command prints it and
-    exits with status 2.
+    exits with status 2. Names and values in it may come from files of others, so characters that cannot be printed,
+    such as line breaks and a terminal's control characters, are escaped, and a long message loses its middle.
     """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

@@ -15,6 +15,8 @@ from typing import BinaryIO, TextIO, cast
 
 from genpoe_plugin.errors import InputError
 
+LONGEST_LINE = 1 << 24  # characters; a question with a thousand passages has less than a tenth
+TOO_LONG = f"longer than {LONGEST_LINE:,} characters, which no question or passage is; the file is damaged"
 PICKLES = (
     "DPR publishes its embeddings and indexes as pickles, which are not read, because unpickling can run any code;"
     " encode its passages instead: `genpoe data download data.wikipedia_split.psgs_w100`, then `genpoe index build`"
@@ -63,6 +65,20 @@ def open_text(path: str | Path) -> Iterator[TextIO]:
                     " `genpoe index build`"
                 ) from error
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that `open_text` opens, each with its number from 1.
+
+    Raises:
+        InputError: see `open_text`; or a line is longer than `LONGEST_LINE`. A small ``.gz`` may hold a line of any
+            length, so none is read as a whole before its length is known.
+    """
+    with open_text(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+            if len(line) == LONGEST_LINE:
+                raise InputError(f"{path}:{number}: {TOO_LONG}")
+            yield number, line
 
 
 @contextmanager

@@ -51,13 +51,22 @@ class LazyGroup(click.Group):
 
 
 class MainGroup(LazyGroup):
-    """The top-level group: it prints an `InputError` or an interrupt as one line and exits with status 2 or 130."""
+    """The top-level group: it prints an `InputError` or an interrupt as one line and exits with status 2 or 130.
+
+    So it does with an error of the operating system that names a file.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            # Of the operating system: a name that is too long, a folder without permission, a full disk.
+            if error.filename is None or error.strerror is None:
+                raise
+            click.echo(f"error: {InputError(f'{error.filename}: {error.strerror}')}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt as error:
             click.echo(str(error) or "interrupted", err=True)

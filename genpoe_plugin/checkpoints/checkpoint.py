@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.files import atomic_directory, atomic_file, check_replaceable
 from genpoe_plugin.hub import UNREACHABLE, download, make_repository, upload
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.llm.language_model import embedding_entries, embedding_table
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = "genpoe-hypernetwork"
 FORMAT_VERSION = 1
+SAMPLES = 256  # entries of an LLM's embeddings that identify it
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -47,8 +49,8 @@ def llm_identity(model: PreTrainedModel) -> dict[str, Any]:
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(config.vocab_size, (256,), generator=generator)
-    columns = torch.randint(config.hidden_size, (256,), generator=generator)
+    rows = torch.randint(config.vocab_size, (SAMPLES,), generator=generator)
+    columns = torch.randint(config.hidden_size, (SAMPLES,), generator=generator)
     sample = embedding_entries(model, rows, columns)
     return {
         "name": model.config.name_or_path,
@@ -237,16 +239,28 @@ class HypernetworkCheckpoint:
                 f"hypernetwork {self.name} was trained with the tokenizer of {saved['name']}, "
                 f"which is not the one in use ({tokenizer.name_or_path})"
             )
-        hypernetwork = Hypernetwork(self.config)
+        config = self.config
         try:
+            self._check_shapes(config)
+            hypernetwork = Hypernetwork(config)
             hypernetwork.load_state_dict(load_file(self.directory / WEIGHTS))
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, ValueError, TypeError, OverflowError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.directory / WEIGHTS}: damaged, or its shapes differ from config.json ({reason})"
             ) from error
         with embedding_table(model) as table:
             return hypernetwork.to(table.device).eval().requires_grad_(False)
+
+    def _check_shapes(self, config: HypernetworkConfig) -> None:
+        """Raise a `ValueError` if the file's tensors are not those of ``config``, before memory is allocated."""
+        with torch.device("meta"):
+            expected = {name: list(tensor.shape) for name, tensor in Hypernetwork(config).state_dict().items()}
+        with safe_open(self.directory / WEIGHTS, framework="pt") as file:
+            stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no iterator
+        for name in sorted(expected.keys() | stored.keys()):
+            if expected.get(name) != stored.get(name):
+                raise ValueError(f"{name} is {stored.get(name)} there, {expected.get(name)} by config.json")
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the checkpoint and its card to ``directory`` atomically; the copy replaces an older checkpoint.
@@ -328,14 +342,26 @@ def read_record(directory: Path) -> dict[str, Any]:
         InputError: it is not the configuration of a hypernetwork.
     """
     try:
-        record = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = read_json(directory / CONFIG)
+    except ValueError as error:
         raise InputError(f"{directory / CONFIG}: not JSON ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{directory / CONFIG}: not a hypernetwork's configuration")
     if record.get("version") != FORMAT_VERSION:
         raise InputError(f"{directory / CONFIG}: format {record.get('version')}; this version reads {FORMAT_VERSION}")
+    if not _is_complete(record):
+        raise InputError(f"{directory / CONFIG}: fields are missing or have other types; the file is damaged")
     return record
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Whether a configuration has everything that identifies its LLM, with values of the right types."""
+    llm = record.get("llm")
+    parts = isinstance(record.get("hypernetwork"), dict) and isinstance(record.get("tokenizer"), str)
+    if not (parts and isinstance(llm, dict) and llm.keys() >= {"name", "embedding_sample", *_SHAPE_FIELDS}):
+        return False
+    sample = llm["embedding_sample"]
+    return isinstance(sample, list) and len(sample) == SAMPLES and all(isinstance(x, int | float) for x in sample)
 
 
 def is_checkpoint(directory: Path) -> bool:

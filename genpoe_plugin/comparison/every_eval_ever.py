@@ -35,12 +35,17 @@ def write_records(comparison: Comparison, out: Path) -> list[Path]:
             # Not random, so that a repeated export replaces its own records.
             content = f"{board.task} {system.name} {board.group.protocol}"
             uuid = UUID(bytes=hashlib.sha256(content.encode()).digest()[:16], version=4)
-            path = out / board.task / (developer or "unknown") / name / f"{uuid}.json"
+            path = out.joinpath(*map(_folder, (board.task, developer or "unknown", name)), f"{uuid}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             paths.append(path)
     return paths
+
+
+def _folder(name: str) -> str:
+    """A name in the results as the name of one folder, which is never one above it."""
+    return re.sub(r"[/\\\0]|^\.+$", "_", name)[:200]
 
 
 def _record(board: Board, system: System) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from textwrap import indent
 
 from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Comparison
@@ -29,14 +31,14 @@ def markdown(comparison: Comparison) -> str:
         for system in board.systems:
             for run in system.runs:
                 origin = origin_of(run)
-                where = f", in `{origin.directory}`" if origin.directory else ""
+                where = f", in {_text(origin.directory)}" if origin.directory else ""
                 how = "" if origin.recorded else " (reconstructed from lm_eval's record)"
-                parts.append(
-                    f"{system.number}. {_text(system.label)}{where}{how}\n\n   ```\n   {origin.command}\n   ```\n"
-                )
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", origin.command)), default=0))
+                command = indent(f"{fence}\n{origin.command}\n{fence}\n", "   ")
+                parts.append(f"{system.number}. {_text(system.label)}{where}{how}\n\n{command}")
     if comparison.left_out or comparison.notes:
         parts.append("## Left out, and notes\n")
-        parts.append("".join(f"- `{entry.path}`: {_text(entry.reason)}\n" for entry in comparison.left_out))
+        parts.append("".join(f"- {_text(str(entry.path))}: {_text(entry.reason)}\n" for entry in comparison.left_out))
         parts.append("".join(f"- {_text(note)}\n" for note in comparison.notes))
     return "\n".join(parts)
 

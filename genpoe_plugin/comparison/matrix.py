@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.comparison.settings import deciding, key
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, file_digest
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.prompts import EXPERT_MODES
 from genpoe_plugin.retrieval.loading import index_directories
 
@@ -39,6 +41,8 @@ OPTIONS = (
 """Options of lm_eval that a matrix may set."""
 _KEYS = ("out", "tasks", "options", "model_args", "models", *AXES)
 _OURS = ("genpoe", "genpoe-vllm")
+MOST_VALUES = 100_000  # of a matrix
+_COLLECTIONS = (dict, list, set, tuple, bytes)
 _LARGE = 1 << 24  # bytes; larger files in a folder (an LLM's weights) are compared by size only
 _LOG, _CELL = "lm_eval.log", "cell.json"
 
@@ -86,9 +90,14 @@ class Matrix:
             if value is True:
                 words.append(f"--{name}")
             elif value is not False and value is not None:
-                text = json.dumps(value) if name == "metadata" else _pairs(value) if isinstance(value, dict) else value
-                words += [f"--{name}", str(text)]
+                words += [f"--{name}", _option(name, value)]
         return [*words, "--log_samples", "--output_path", str(self.folder(cell))]
+
+
+def _option(name: str, value: Any) -> str:
+    if name == "metadata":
+        return json.dumps(value, default=str)
+    return _pairs(value) if isinstance(value, dict) else str(value)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -101,12 +110,16 @@ def read_matrix(path: Path) -> Matrix:
     Raises:
         InputError: it is not YAML, or a value is invalid.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        # Aliases of aliases are small in the file, and of any size in a command.
+        if _size(declared, {}) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values, or one that contains itself")
+        json.dumps(declared, ensure_ascii=False, default=str).encode()
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: not YAML of a matrix ({' '.join(str(error).split())})") from error
     if not isinstance(declared, dict):
         raise InputError(f"{path}: not a mapping; docs/leaderboards.md has an example")
     _check_names(declared, _KEYS, str(path))
@@ -120,14 +133,15 @@ def read_matrix(path: Path) -> Matrix:
     _check_names(options, OPTIONS, f"{path}: options")
     shared = _mapping(declared.get("model_args"), f"{path}: model_args")
     cells: dict[tuple[str, str], Cell] = {}
+    if not isinstance(out := declared.get("out") or f"{path.stem}-runs", str) or "\0" in out:
+        raise InputError(f"{path}: out: {out!r} is not the name of a folder")
     for name, model in models.items():
         model = _mapping(model, f"{path}: models: {name}")
         axes = {axis: model.pop(axis, declared.get(axis, default)) for axis, default in AXES.items()}
         kind = model.pop("model", "genpoe")
         for cell in _cells(str(name), kind, shared | model, axes, f"{path}: models: {name}"):
             cells.setdefault((cell.kind, key(cell.arguments)), cell)
-    out = Path(declared.get("out") or f"{path.stem}-runs")
-    return Matrix(out, tuple(tasks), options, _with_distinct_names(list(cells.values()), path))
+    return Matrix(Path(out), tuple(tasks), options, _with_distinct_names(list(cells.values()), path))
 
 
 def write_matrix(path: Path, declared: Mapping[str, Any]) -> Matrix:
@@ -139,6 +153,17 @@ def write_matrix(path: Path, declared: Mapping[str, Any]) -> Matrix:
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
     return read_matrix(path)
+
+
+def _size(value: Any, sizes: dict[int, float]) -> float:
+    """The number of values in a value with its aliases as copies; infinite if one contains itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # until it is known: here it contains itself
+        inner = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_size(item, sizes) for item in inner)
+    return sizes[id(value)]
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -155,7 +180,13 @@ def _check_names(mapping: Mapping[str, Any], names: Sequence[str], where: str) -
 
 
 def _cells(name: str, kind: str, arguments: Mapping[str, Any], axes: Mapping[str, Any], where: str) -> list[Cell]:
+    if not isinstance(kind, str):
+        raise InputError(f"{where}: model: {kind!r} is not the name of a model class of lm_eval")
+    if set(name) <= {"."} or len(name) > 150:
+        raise InputError(f"{where}: cannot be the name of a folder; give the model another name")
     for argument, value in arguments.items():
+        if not isinstance(argument, str) or isinstance(value, _COLLECTIONS) or "\0" in f"{argument}{value}":
+            raise InputError(f"{where}: {argument!r}: {value!r} cannot be an argument of a command")
         if "," in str(value):
             raise InputError(f"{where}: {argument}: {value!r} has a comma, at which lm_eval would split it")
     if kind not in _OURS:
@@ -238,7 +269,7 @@ def is_finished(matrix: Matrix, cell: Cell) -> bool:
     Raises:
         InputError: its folder holds another run than the matrix declares.
     """
-    return matrix.folder(cell).exists() and _is_done(matrix, cell, _definition(matrix, cell, {}))
+    return os.path.exists(matrix.folder(cell)) and _is_done(matrix, cell, _definition(matrix, cell, {}))
 
 
 def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, Any]:
@@ -268,7 +299,7 @@ def _definition(matrix: Matrix, cell: Cell, known: dict[str, str]) -> dict[str, 
 def _files(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [file for key_, inner in value.items() for file in _files(inner, f"{name}.{key_}".lstrip("."))]
-    return [(name, value)] if isinstance(value, str) and Path(value).is_file() else []
+    return [(name, value)] if isinstance(value, str) and os.path.isfile(value) else []
 
 
 def _content(path: Path) -> str:
@@ -287,16 +318,17 @@ def _content(path: Path) -> str:
 
 def _is_done(matrix: Matrix, cell: Cell, definition: Mapping[str, Any]) -> bool:
     folder = matrix.folder(cell)
-    if not folder.exists() or not [file for file in folder.iterdir() if not file.name.startswith(".")]:
+    if not os.path.exists(folder) or not [file for file in folder.iterdir() if not file.name.startswith(".")]:
         return False
     try:
-        existing = json.loads((folder / _CELL).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        existing = read_json(folder / _CELL)
+        recorded, command = existing["contents"], _without_device(existing["command"])
+        contents = definition["contents"]
+        different = [name for name in contents if recorded.get(name) != contents[name]]
+        if command != _without_device(definition["command"]):
+            different.append(f"command ({shlex.join(command)})")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: not a run of a matrix; give another `out`, or delete it") from error
-    contents = definition["contents"]
-    different = [name for name in contents if existing["contents"].get(name) != contents[name]]
-    if _without_device(existing["command"]) != _without_device(definition["command"]):
-        different.append(f"command ({shlex.join(existing['command'])})")
     if different:
         raise InputError(f"{folder}: made with another {', '.join(different)}; give another `out`, or delete it")
     return _problem(folder) is None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 from genpoe_plugin.arguments import LOADED
 from genpoe_plugin.comparison.runs import Run
@@ -56,16 +58,34 @@ def origin_of(run: Run) -> Origin:
         "transformers": run.report.get("transformers_version"),
         "lm-eval-genpoe": fingerprint.get("version"),
     }
+    command = _recorded(provenance.get("command"))
     return Origin(
-        command=provenance.get("command") or _reconstructed(run),
-        recorded="command" in provenance,
-        directory=provenance.get("directory"),
+        command=command or _reconstructed(run),
+        recorded=command is not None,
+        directory=str(provenance["directory"]) if provenance.get("directory") else None,
         fingerprints={name: str(value) for name, value in fingerprints.items() if value},
         versions={name: str(value) for name, value in versions.items() if value},
         device=provenance.get("device") or run.config.get("device"),
         date=run.date,
         results=str(run.results),
     )
+
+
+def _recorded(command: Any) -> str | None:
+    """A recorded command, quoted anew, so that a shell reads all of it as words; None if it is none of ours.
+
+    Users copy the command from the page or the terminal, and the results may be from others.
+    """
+    try:
+        words = shlex.split(command) if isinstance(command, str) else []
+    except ValueError:  # an unclosed quote
+        return None
+    return _line(words) if words[:1] in (["lm_eval"], ["python"]) else None
+
+
+def _line(words: Sequence[str]) -> str:
+    """A shell command, without the control characters of a terminal."""
+    return shlex.join("".join(c for c in word if c in "\n\t" or category(c) != "Cc") for word in words)
 
 
 def _reconstructed(run: Run) -> str:
@@ -85,7 +105,7 @@ def _reconstructed(run: Run) -> str:
     if report.get("chat_template"):
         words += ["--apply_chat_template"]
     if report.get("system_instruction"):
-        words += ["--system_instruction", report["system_instruction"]]
+        words += ["--system_instruction", str(report["system_instruction"])]
     if report.get("fewshot_as_multiturn"):
         words += ["--fewshot_as_multiturn", "true"]
     seeds = [config.get(name) for name in _SEEDS]
@@ -99,7 +119,7 @@ def _reconstructed(run: Run) -> str:
     }
     if metadata:
         words += ["--metadata", json.dumps(metadata)]
-    return shlex.join([*words, "--log_samples", "--output_path", str(run.results.parents[1])])
+    return _line([*words, "--log_samples", "--output_path", str(run.results.parents[1])])
 
 
 def _pairs(arguments: dict[str, Any]) -> str:

@@ -198,12 +198,13 @@ def _bodies(
     bodies = []
     for place in places:
         sample = system.runs[0].sample(place)
-        answer = sample.get("filtered_resps") or [""]
+        answer = sample.get("filtered_resps") or ""
         line = system.used.line(place) if system.used else {}
         prompt = line.get("prompt")
         if prompt is None and system.settings.get("mode") not in PROMPT_MODES:
             prompt = _task_prompt(sample)  # in this mode, the LLM reads the task's prompt unchanged
-        bodies.append((str(answer[0]), line.get("passages", []), _texts(sample["doc"]), prompt))
+        answer = answer[0] if isinstance(answer, list) else answer
+        bodies.append((str(answer), line.get("passages", []), _texts(sample["doc"]), prompt))
     return bodies
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from genpoe_plugin.comparison.runs import ABSENT, UNKNOWN, Run, prompt_key, read_lines
+from genpoe_plugin.comparison.runs import ABSENT, UNKNOWN, Run, parse_json, prompt_key, read_lines
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.selection.trace import TRACE
 
@@ -38,7 +39,7 @@ class PassagesUsed:
         """Read the trace of a question."""
         with self.trace.open("rb") as lines:
             lines.seek(int(self.offsets[place]))
-            return orjson.loads(lines.readline())
+            return parse_json(lines.readline())
 
 
 def passages_used(run: Run) -> PassagesUsed | None:
@@ -53,7 +54,7 @@ def passages_used(run: Run) -> PassagesUsed | None:
     name = genpoe.get("arguments", {}).get("trace") or TRACE.format(date=run.date)
     folder = genpoe.get("provenance", {}).get("directory", "")
     places = [Path(name), Path(folder) / name, *(parent / Path(name).name for parent in run.results.parents[:2])]
-    trace = next((place for place in places if place.is_file()), None)
+    trace = next((place for place in places if os.path.isfile(place)), None)
     if trace is None:
         return None
     fingerprint = genpoe.get("fingerprint", {})
@@ -75,15 +76,25 @@ def passages_used(run: Run) -> PassagesUsed | None:
             if place is None or not (sure or offsets[place] < 0):
                 continue
             offsets[place] = offset
+            _check(line)
             answer_given[place] = _any_has_answer(line["passages"])
             ranks[place] = _rank(line["retrieved"])
             lengths[place] = line["passages"][0].get("words", UNKNOWN) if line["passages"] else UNKNOWN
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{trace}: not a trace ({type(error).__name__}: {error})") from error
     if (offsets < 0).any():
         missing = int(np.count_nonzero(offsets < 0))
         raise InputError(f"{trace}: {missing:,} questions of {run.results} are not in it; run it again")
     return PassagesUsed(trace, answer_given, ranks, lengths, offsets)
+
+
+def _check(line: dict[str, Any]) -> None:
+    """Raise a `ValueError` if the page cannot show a line of a trace."""
+    if not isinstance(line.get("prompt"), str | None):
+        raise ValueError("a prompt that is no text")
+    for passage in line["passages"]:
+        if not (math.isfinite(passage["gate"]) and isinstance(passage["id"], str | int)):
+            raise ValueError("a passage without id or gate")
 
 
 class _SamplePlaces:

@@ -7,7 +7,6 @@ Runs of any model (``genpoe``, ``hf``, ``vllm``) are read in the same way, from 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from genpoe_plugin import json_text
+from genpoe_plugin.comparison.report_types import TASK_TYPES, TYPES, wrong_value
 from genpoe_plugin.comparison.statistics import Floats
 from genpoe_plugin.errors import InputError
 
@@ -172,7 +173,7 @@ def read_runs(paths: Sequence[Path], book: QuestionBook) -> tuple[list[Run], lis
                 runs.append(_read_run(file, report, task, book))
             except InputError as error:
                 left_out.append(LeftOut(file, f"task {task}: {_reason(error, file)}"))
-            except (LookupError, TypeError, AttributeError, ValueError) as error:
+            except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 left_out.append(LeftOut(file, f"task {task}: not in lm_eval's format ({reason}); run it again"))
     if not runs:
@@ -211,6 +212,8 @@ def read_report(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not the results of lm_eval 0.4 ({names} missing)")
     if wrong := [name for name in required if not isinstance(report[name], dict)]:
         raise InputError(f"{file}: not the results of lm_eval 0.4 ({wrong[0]} is not an object)")
+    if wrong_one := wrong_value(report, TYPES):
+        raise InputError(f"{file}: not the results of lm_eval 0.4 (a wrong value of {wrong_one})")
     report.pop("pretty_env_info", None)
     return report
 
@@ -224,7 +227,7 @@ def parse_json(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        return json.loads(text)
+        return json_text.parse_json(text.decode())
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -319,6 +322,8 @@ def _best_rank(passages: list[Any]) -> int:
 
 
 def _read_run(file: Path, report: dict[str, Any], task: str, book: QuestionBook) -> Run:
+    if not isinstance(report["configs"][task], dict) or wrong_value(report["configs"][task], TASK_TYPES):
+        raise InputError("its configuration is not in lm_eval's format")
     date = _DATE.search(file.name)
     samples = file.with_name(f"samples_{task}_{date[1]}.jsonl") if date else file
     if not date or not samples.is_file():

@@ -30,7 +30,11 @@ def settings_of(run: Run) -> Settings:
     arguments = {name: value for name, value in run.arguments.items() if name not in NON_DECIDING}
     genpoe = run.genpoe
     if genpoe is None:
-        return {"kind": run.config.get("model"), **arguments}
+        # The name "mode" tells our runs apart from others.
+        return {
+            "kind": run.config.get("model"),
+            **{f"{name}_" if name == "mode" else name: value for name, value in arguments.items()},
+        }
     settings = deciding(arguments | genpoe.get("arguments", {}))
     fingerprint = genpoe.get("fingerprint", {})
     for name in LOADED:

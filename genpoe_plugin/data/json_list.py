@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import LONGEST_LINE, TOO_LONG
 
 CHUNK = 1 << 16
 # A value that ends, or an error, within this many characters of the end of the text read so far may be due to a token
@@ -63,6 +64,8 @@ class _Window:
 
     def extend(self) -> bool:
         """Drop parsed text and read more: at least as much as remains, so that an item is seldom decoded again."""
+        if len(self.text) - self.at > LONGEST_LINE:
+            raise InputError(f"{self.path}:{self.place(self.at)[0]}: {TOO_LONG}")
         more = self.file.read(max(CHUNK, len(self.text) - self.at))
         if more:
             self.line, self.column = self.place(self.at)
@@ -93,6 +96,8 @@ class _Window:
                     raise self.error(error.msg, error.pos) from error
             except RecursionError as error:
                 raise self.error("nested too deeply", self.at) from error
+            except ValueError as error:
+                raise self.error(str(error), self.at) from error  # a number of too many digits
             else:
                 if end + MARGIN <= len(self.text) or not self.extend():
                     self.at = end

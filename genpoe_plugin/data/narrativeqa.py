@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import open_text
+from genpoe_plugin.files import numbered_lines
 
 _CSV = {  # file: the columns that are read
     "documents.csv": ("document_id", "wiki_title"),
@@ -49,15 +49,14 @@ def _rows(folder: str | Path, name: str) -> Iterator[tuple[dict[str, str], str]]
     path = Path(folder) / name
     if not path.is_file():
         raise InputError(f"{path}: no such file; a folder of questions must be a clone of deepmind/narrativeqa")
-    with open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            if missing := [column for column in _CSV[name] if column not in (reader.fieldnames or ())]:
-                raise InputError(f"{path}: no column {missing[0]!r}; use the file of deepmind/narrativeqa")
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in (row[column] for column in _CSV[name]):
-                    raise InputError(f"{where}: fewer fields than columns in the first line")
-                yield row, where
-        except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: broken quoting ({error})") from error
+    reader = csv.DictReader((line for _, line in numbered_lines(path)), strict=True)
+    try:
+        if missing := [column for column in _CSV[name] if column not in (reader.fieldnames or ())]:
+            raise InputError(f"{path}: no column {missing[0]!r}; use the file of deepmind/narrativeqa")
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in (row[column] for column in _CSV[name]):
+                raise InputError(f"{where}: fewer fields than columns in the first line")
+            yield row, where
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: broken quoting ({error})") from error

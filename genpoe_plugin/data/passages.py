@@ -13,7 +13,7 @@ from typing import Any
 
 from genpoe_plugin.data.json_list import read_json_list
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import open_text, refuse_pickles
+from genpoe_plugin.files import numbered_lines, open_text, refuse_pickles
 
 RESULTS_FORMAT, RESULTS_VERSION = "genpoe-retrieval", 1
 
@@ -149,16 +149,15 @@ def read_tsv_rows(path: str | Path) -> Iterator[tuple[list[str], str]]:
 
     A row is one line, so that an unclosed quote does not swallow the following rows.
     """
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            where = f"{path}:{number}"
-            try:
-                (row,) = csv.reader([line], delimiter="\t", strict=True)
-            except csv.Error as error:
-                raise InputError(f"{where}: broken quoting ({error}); quote fields as CSV does, on one line") from error
-            yield row, where
+    for number, line in numbered_lines(path):
+        if line.isspace():
+            continue
+        where = f"{path}:{number}"
+        try:
+            (row,) = csv.reader([line], delimiter="\t", strict=True)
+        except csv.Error as error:
+            raise InputError(f"{where}: broken quoting ({error}); quote fields as CSV does, on one line") from error
+        yield row, where
 
 
 def read_json_objects(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -174,19 +173,18 @@ def read_json_objects(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str
         with open_text(path) as file:
             yield from _objects(read_json_list(file, path), str(path))
         return
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                record = _parse(line.rstrip(), f"{path}:{number}")
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: expected one JSON object per line")
-                if record.get("format") != RESULTS_FORMAT:
-                    yield record, f"{path}:{number}"
-                elif record.get("version") != RESULTS_VERSION:
-                    raise InputError(
-                        f"{path}:{number}: version {record.get('version')!r} of {RESULTS_FORMAT};"
-                        f" only version {RESULTS_VERSION} is supported"
-                    )
+    for number, line in numbered_lines(path):
+        if not line.isspace():
+            record = _parse(line.rstrip(), f"{path}:{number}")
+            if not isinstance(record, dict):
+                raise InputError(f"{path}:{number}: expected one JSON object per line")
+            if record.get("format") != RESULTS_FORMAT:
+                yield record, f"{path}:{number}"
+            elif record.get("version") != RESULTS_VERSION:
+                raise InputError(
+                    f"{path}:{number}: version {record.get('version')!r} of {RESULTS_FORMAT};"
+                    f" only version {RESULTS_VERSION} is supported"
+                )
 
 
 def json_objects(items: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -212,8 +210,9 @@ def _parse(line: str, where: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: not JSON (nested too deeply)") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error  # or a number of too many digits
+        raise InputError(f"{where}: not JSON ({reason})") from error
 
 
 def _read_tsv(path: str | Path) -> Iterator[tuple[Passage, str]]:

@@ -8,12 +8,12 @@ questions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from genpoe_plugin.data.passages import content_id
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.json_text import parse_json
 
 Record = Mapping[str, Any]
 
@@ -112,7 +112,7 @@ def _mquake(record: Record) -> Iterator[Record]:
 
 def _popqa(record: Record) -> Iterator[Record]:
     answers = record["possible_answers"]
-    yield _question(record["question"], json.loads(answers) if isinstance(answers, str) else answers)
+    yield _question(record["question"], parse_json(answers) if isinstance(answers, str) else answers)
 
 
 def _nq_swap(record: Record) -> Iterator[Record]:

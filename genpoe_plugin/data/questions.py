@@ -122,6 +122,7 @@ def questions_from_record(record: Mapping[str, Any], where: str, *, need_answers
         if answers == [] and "short_answers" in item:
             continue  # not every question of NQ has a short answer
         case, identifier = item.get("case"), item.get("id")
+        check_characters("".join(name for name in (case, identifier) if isinstance(name, str)), where)
         yield Question(
             _question(item.get("question"), where),
             () if not answers and not need_answers else _answers(answers, where),
@@ -214,7 +215,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     with open_text(path) as file:
         try:
             header = json.loads(file.readline(HEADER_LIMIT))
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return {}
     if not isinstance(header, dict) or header.pop("format", None) != RESULTS_FORMAT:
         return {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from genpoe_plugin.data.questions import Question, replacing
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import open_text
+from genpoe_plugin.files import numbered_lines
 
 TAG = "genpoe"  # name of the run, its last column
 
@@ -113,10 +113,9 @@ def identified(questions: Iterable[Question]) -> Iterator[Question]:
 
 def _lines(path: str | Path) -> Iterator[tuple[list[str], str]]:
     """The fields of each line that is not blank, with its ``file:line``."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if fields := line.split():
-                yield fields, f"{path}:{number}"
+    for number, line in numbered_lines(path):
+        if fields := line.split():
+            yield fields, f"{path}:{number}"
 
 
 def _number(text: str, where: str) -> float:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_directory, check_replaceable, file_digest
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.llm.gguf_files import need_gguf_package
 from genpoe_plugin.llm.language_model import load_language_model
 
@@ -162,7 +163,7 @@ def is_real_llm(directory: Path) -> bool:
 def _format(directory: Path) -> str | None:
     """What the record in a directory calls its content; None without one."""
     try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = read_json(directory / RECORD)
     except (OSError, ValueError):
         return None
     return record.get("format") if isinstance(record, dict) else None

@@ -27,6 +27,7 @@ from genpoe_plugin.demo.world_table import Row, paired_p_value, read_row
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
 from genpoe_plugin.indexing.encoding import index_passages
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.prompts import MODES
 from genpoe_plugin.retrieval.dense import DenseRetriever
 from genpoe_plugin.retrieval.encoder import load_encoder
@@ -114,7 +115,7 @@ def _claim(out: Path, settings: DemoSettings) -> None:
     """Record the settings in ``out``, or refuse a folder of other settings."""
     path = out / "settings.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if found != asdict(settings):
             different = [name for name, value in asdict(settings).items() if found.get(name) != value]
             raise InputError(f"{out}: made with another {', '.join(different)}; choose another --out or delete it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+LARGEST = 2**31 - 1  # of a size; larger ones overflow
 ATTENTION_ONLY = ("addition_rank", "query_rank", "window", "place", "layout")
 """Fields that only the head ``attention`` uses."""
 
@@ -124,8 +126,12 @@ class HypernetworkConfig:
                 raise InputError(f"hypernetwork {name} is {value!r}; it must be one of {', '.join(choices)}")
             if NoneType in choices and value is None:
                 continue
+            if hint is bool and not isinstance(value, bool):
+                raise InputError(f"hypernetwork {name} is {value!r}; it must be true or false")
+            if hint is float and not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
+                raise InputError(f"hypernetwork {name} is {value!r}; it must be a finite number")
             whole = hint is int or (int in choices and get_origin(hint) is not tuple)
-            if whole and (not isinstance(value, int) or value < 1):
+            if whole and not (isinstance(value, int) and 1 <= value <= LARGEST):
                 raise InputError(f"hypernetwork {name} is {value!r}; it must be a positive whole number")
         if not _ascending(self.layers):
             raise InputError(f"hypernetwork layers is {self.layers!r}; it must be different layers, in ascending order")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.expert import Weights
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.json_text import parse_json
 
 FORMAT = 2
 """Version of the experts, part of their fingerprint. It increases when the same passage yields other tensors."""
@@ -43,14 +44,31 @@ class ExpertFiles:
         self.folder = Path(folder) / fingerprint
         self._locations: dict[str, tuple[Path, int, int]] = {}  # file, first unit, number of units
         self._open: dict[Path, Any] = {}
+        self._form: list[tuple[str, list[int]]] | None = None  # dtype and shape of a unit of each tensor
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._open[path] = file = safe_open(path, framework="pt")
-                names = json.loads(file.metadata()[PASSAGES])
-                units = json.loads(file.metadata().get(UNITS, "null")) or [1] * len(names)
+                names = parse_json(file.metadata()[PASSAGES])
+                units = parse_json(file.metadata().get(UNITS, "null")) or [1] * len(names)
+                self._check(file, names, units)
             except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{path}: damaged experts ({error}); delete the file") from error
             self._add(path, names, units)
+
+    def _check(self, file: Any, names: Any, units: Any) -> None:
+        """Raise a `ValueError` if a file's description is not that of its tensors, or differs from other files'."""
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the passages are no list of texts")
+        if not isinstance(units, list) or not all(type(count) is int and count > 0 for count in units):
+            raise ValueError("the units are no list of numbers")
+        slices = [file.get_slice(name) for name in _ordered(file)]
+        total = sum(units)
+        if len(units) != len(names) or any(part.get_shape()[:1] != [total] for part in slices):
+            raise ValueError(f"its tensors have not {total} units of {len(names)} passages")
+        form = [(part.get_dtype(), part.get_shape()[1:]) for part in slices]
+        if not form or form != (self._form or form):
+            raise ValueError("its tensors have other shapes than those of other files")
+        self._form = form
 
     def __contains__(self, passage: str) -> bool:
         return _name(passage) in self._locations
@@ -75,8 +93,7 @@ class ExpertFiles:
                 self._open[path] = safe_open(path, framework="pt")
             targets, sources = (torch.tensor(column) for column in zip(*pairs, strict=True))
             # The file is memory-mapped, so selecting rows reads no others.
-            names = sorted(self._open[path].keys(), key=lambda name: int(name.removeprefix("weight")))
-            stored = [self._open[path].get_tensor(name) for name in names]
+            stored = [self._open[path].get_tensor(name) for name in _ordered(self._open[path])]
             weights = weights or tuple(weight.new_empty((total, *weight.shape[1:])) for weight in stored)
             for weight, source in zip(weights, stored, strict=True):
                 weight[targets] = source[sources]
@@ -110,6 +127,11 @@ class ExpertFiles:
         for name, count in zip(names, units, strict=True):
             self._locations[name] = path, first, count
             first += count
+
+
+def _ordered(file: Any) -> list[str]:
+    """The names of a file's tensors, ``weight0`` and so on."""
+    return sorted(file.keys(), key=lambda name: int(name.removeprefix("weight")))
 
 
 def _name(passage: str) -> str:

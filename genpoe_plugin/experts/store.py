@@ -218,7 +218,7 @@ class ExpertStore:
                 self._put(on_host, tuple(weight.to(device) for weight in self._host_pool.select(on_host)))
                 rest = [passage for passage in rest if passage not in self._device_pool]
             if self._files is not None and (on_disk := [passage for passage in rest if passage in self._files]):
-                self._put(on_disk, self._files.read(on_disk))
+                self._put(on_disk, self._read(self._files, on_disk))
                 rest = [passage for passage in rest if passage not in self._device_pool]
             if rest:
                 self._generate(rest)
@@ -237,6 +237,14 @@ class ExpertStore:
                 self._generator.write(passages, self._device_pool.weights, slots)
         if self._files is not None:
             self._files.write(passages, self._device_pool.select(passages), units)
+
+    def _read(self, files: ExpertFiles, passages: list[str]) -> Weights:
+        """Read experts from files, and check that they have the units and shapes of this hypernetwork's experts."""
+        weights, units = files.read(passages), sum(self.units(passages))
+        expected = [(units, *weight.shape[1:]) for weight in self._form.weights]
+        if [tuple(weight.shape) for weight in weights] != expected:
+            raise InputError(f"{files.folder}: experts of another shape than this hypernetwork's; delete the folder")
+        return weights
 
     def _put(self, passages: list[str], weights: Weights) -> None:
         units = self.units(passages)

@@ -44,7 +44,8 @@ from genpoe_plugin.indexing.passage_writing import write_passages
 from genpoe_plugin.indexing.shards import Shards
 from genpoe_plugin.indexing.tuning import nearest, query_vectors, tune
 from genpoe_plugin.indexing.vectors import chunks, gathered, sampled_rows
-from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, make_index, parts
+from genpoe_plugin.json_text import read_json
+from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, make_index, parts, read_faiss
 from genpoe_plugin.retrieval.index import VECTORS, PassageIndex, open_vectors
 from genpoe_plugin.retrieval.manifest import FORMAT, MANIFEST, VERSION, written_files
 from genpoe_plugin.retrieval.passage_store import PASSAGES
@@ -409,8 +410,8 @@ def _write(index: Any, path: Path) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        return faiss.read_index(str(path))
-    except (RuntimeError, MemoryError) as error:
+        return read_faiss(path)
+    except RuntimeError as error:
         raise InputError(f"{path}: damaged ({faiss_reason(error)}); delete it and rerun the same command") from error
 
 
@@ -421,6 +422,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None

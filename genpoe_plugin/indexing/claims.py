@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.json_text import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 def _parse(content: bytes) -> dict[str, str | int] | None:
     try:
-        record = json.loads(content)
+        record = parse_json(content.decode())
     except ValueError:
         return None
     return record if isinstance(record, dict) and record.keys() >= _this_process().keys() else None

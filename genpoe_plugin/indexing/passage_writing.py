@@ -54,13 +54,17 @@ def _blocks(shards: Shards) -> Iterator[pa.RecordBatch]:
         path = shards.passages_file(number)
         try:
             with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+                if reader.schema != SCHEMA:
+                    raise ValueError("other columns")
                 for i in range(reader.num_record_batches):
-                    waiting.append(reader.get_batch(i))
+                    batch = reader.get_batch(i)
+                    batch.validate(full=True)  # Arrow does not by itself, and reading a wrong offset may end a process
+                    waiting.append(batch)
                     while sum(batch.num_rows for batch in waiting) >= BLOCK:
                         table = pa.Table.from_batches(waiting)
                         yield table.slice(0, BLOCK).combine_chunks().to_batches()[0]
                         waiting = table.slice(BLOCK).to_batches()
-        except (OSError, pa.ArrowException) as error:
+        except (ValueError, OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: cannot be read ({reason}); delete it and rerun the same command") from error
     if waiting:

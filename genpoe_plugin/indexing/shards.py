@@ -21,6 +21,7 @@ import pyarrow as pa
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file, check_replaceable, file_digest, refuse_pickles, writing
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.retrieval.encoder_options import EncoderOptions, in_words, options_of
 from genpoe_plugin.retrieval.passage_store import BLOCK, SCHEMA
 
@@ -42,6 +43,7 @@ FIELDS = {
     "count": int,
     "digest": str,
 }
+MOST = 100_000  # shards of a folder
 PARTS = (".npy", ".arrow")
 RESUME_ADVICE = "finished shards are saved; rerun the same command to resume"
 
@@ -85,10 +87,10 @@ class Shards:
                 `open`.
         """
         directory = Path(directory).resolve()
-        if shard_size < 1 or dtype not in DTYPES or count < 1:
+        if shard_size < 1 or dtype not in DTYPES or count < 1 or _number(count, shard_size) > MOST:
             raise InputError(
                 f"{directory}: count is {count:,}, shard_size is {shard_size:,}, dtype is {dtype}; count and shard_size"
-                f" must be at least 1, and dtype {' or '.join(DTYPES)}"
+                f" must be at least 1, for at most {MOST:,} shards, and dtype {' or '.join(DTYPES)}"
             )
         manifest = {
             "format": FORMAT,
@@ -141,6 +143,9 @@ class Shards:
             raise InputError(f"{path}: not a manifest of shards of version {VERSION}; give another directory")
         if not all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items()):
             raise InputError(f"{path}: damaged (fields are missing); start over in another directory")
+        count, size, dimension = (manifest[field] for field in ("count", "shard_size", "dimension"))
+        if min(count, size, dimension) < 1 or _number(count, size) > MOST or manifest["dtype"] not in DTYPES:
+            raise InputError(f"{path}: damaged (sizes out of range); start over in another directory")
         try:
             options_of(manifest)
         except TypeError as error:
@@ -182,7 +187,7 @@ class Shards:
 
     def __len__(self) -> int:
         """Number of shards of the complete folder."""
-        return -(-self.count // self.manifest["shard_size"])
+        return _number(self.count, self.manifest["shard_size"])
 
     @property
     def numbers(self) -> range:
@@ -202,7 +207,7 @@ class Shards:
         path = self.path(number, ".npy")
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy parses a header of Python's syntax, and raises nearly anything
             raise self._damaged(path, "incomplete vectors") from error
         if vectors.shape != (self.rows(number), self.dimension) or vectors.dtype != self.dtype:
             raise self._damaged(path, f"vectors of shape {vectors.shape} in {vectors.dtype}")
@@ -293,13 +298,18 @@ class Shards:
             raise self._damaged(description, "fields are missing") from error
         for part, size in zip(parts, sizes, strict=True):
             if (actual := part.stat().st_size) != size:
-                raise self._damaged(part, f"{actual:,} bytes where {size:,} were written")
+                raise self._damaged(part, f"{actual:,} bytes where {size!r} were written")
         return record["files"]
 
     def _damaged(self, path: Path, reason: str) -> InputError:
         return InputError(
             f"{path}: damaged or missing ({reason}); delete it and rerun the same command to encode this shard again"
         )
+
+
+def _number(count: int, shard_size: int) -> int:
+    """The number of shards of ``count`` passages."""
+    return -(-count // shard_size)
 
 
 def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -331,7 +341,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged (not JSON); {advice}") from error
     if not isinstance(value, dict):

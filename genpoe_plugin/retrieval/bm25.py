@@ -90,12 +90,16 @@ class BM25Retriever:
             scores = bm25s.BM25.load(self.directory, mmap=True, allow_pickle=False, backend="numpy")
             values, rows, ends = (scores.scores[name] for name in ("data", "indices", "indptr"))
             sound = len(values) == len(rows) == ends[-1] and len(ends) == len(scores.vocab_dict) + 1
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{self.directory}: damaged index of BM25 ({reason}); build it again") from error
+            sound = sound and (values.dtype.kind, rows.dtype.kind, ends.dtype.kind) == ("f", "i", "i")
+            sound = sound and ends[0] == 0 and bool((ends[1:] >= ends[:-1]).all())
+            sound = sound and (np.dtype(scores.dtype).kind, np.dtype(scores.int_dtype).kind) == ("f", "i")
+            numbers = scores.unique_token_ids_set
+            sound = sound and (min(numbers), max(numbers), len(numbers)) == (0, len(ends) - 2, len(ends) - 1)
+        except Exception as error:  # numpy's and bm25s' own readers raise nearly anything
+            raise self._damaged(error) from error
         counts = scores.scores["num_docs"], len(scores.vocab_dict)
         if not sound or counts != (self.manifest["count"], self.manifest["vocabulary"]):
-            raise InputError(f"{self.directory}: damaged index of BM25 (its files do not match); build it again")
+            raise self._damaged("its files do not match")
         return scores
 
     def retrieve(
@@ -114,7 +118,10 @@ class BM25Retriever:
         with tqdm(desc="retrieving", total=len(questions), unit="question", disable=not progress) as bar:
             for start in range(0, len(questions), BLOCK):
                 for words in self._words(questions[start : start + BLOCK]):
-                    scores = self.scores.get_scores_from_ids(self.scores.get_tokens_ids(words))
+                    try:
+                        scores = self.scores.get_scores_from_ids(self.scores.get_tokens_ids(words))
+                    except IndexError as error:
+                        raise self._damaged(error) from error
                     rows = best_rows(scores, k)
                     results.append(
                         tuple(
@@ -126,6 +133,9 @@ class BM25Retriever:
                     )
                     bar.update()
         return results
+
+    def _damaged(self, reason: object) -> InputError:
+        return InputError(f"{self.directory}: damaged index of BM25 ({' '.join(str(reason).split())}); build it again")
 
     def _words(self, questions: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(

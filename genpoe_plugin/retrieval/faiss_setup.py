@@ -36,6 +36,7 @@ import faiss as _faiss  # noqa: E402
 if _set_here:
     del os.environ["OPENBLAS_CORETYPE"]
 
+TABLES = 1 << 31  # bytes of the largest table that FAISS computes for the distances of an IVFPQ index
 faiss: Any = _faiss  # Any, because FAISS's type stubs are incomplete and partly wrong
 faiss.cvar.distance_compute_blas_threshold = 20
 
@@ -54,6 +55,31 @@ def make_index(factory: str, dimension: int) -> Any:
         return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise InputError(f"factory {factory!r}: FAISS cannot create it ({faiss_reason(error)})") from error
+
+
+def read_faiss(path: Path, flags: int = 0) -> Any:
+    """Read a FAISS index from a file. FAISS reads it in C++, so files of unknown origin are a risk that remains.
+
+    Args:
+        path: the file.
+        flags: FAISS's flags, such as ``IO_FLAG_MMAP_IFC``.
+
+    Raises:
+        RuntimeError: FAISS cannot read it.
+    """
+    # A damaged file may state more bytes than it has, for which FAISS would allocate memory: its limit is a terabyte.
+    # Tables that it computes for some types while it reads count as well; it makes none of more than TABLES.
+    limited = hasattr(faiss, "set_deserialization_vector_byte_limit")  # newer than faiss-cpu 1.11
+    before = faiss.get_deserialization_vector_byte_limit() if limited else 0
+    try:
+        if limited:
+            faiss.set_deserialization_vector_byte_limit(path.stat().st_size + TABLES)
+        return faiss.read_index(str(path), flags)
+    except MemoryError as error:
+        raise RuntimeError(str(error)) from error
+    finally:
+        if limited:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 def faiss_reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.encoder_options import EncoderOptions, in_words, options_of
-from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, set_parameters
+from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, read_faiss, set_parameters
 from genpoe_plugin.retrieval.manifest import DENSE, MANIFEST, invalid, read_manifest, retriever_kind, verify_files
 from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
@@ -41,6 +41,7 @@ FIELDS = {
 }
 # The header of every FAISS file: four letters for its type, the dimension, and the number of vectors.
 HEADER = struct.Struct("<4siq")
+LARGE = 2**12  # of a search parameter: those of any size are below this in small indexes
 MAX_GPU_RESULTS = 2048  # FAISS returns at most this many results per query on a GPU
 
 _log = logging.getLogger(__name__)
@@ -130,7 +131,12 @@ class PassageIndex:
     def vectors(self) -> Any:
         """The FAISS index, with the search parameters of the manifest."""
         index = open_vectors([self.directory / name for name in self.manifest["vectors"]])
-        set_parameters(index, self.manifest["search"]["parameters"])
+        try:
+            set_parameters(index, self.manifest["search"]["parameters"])
+        except (RuntimeError, TypeError) as error:
+            raise invalid(self.directory) from error
+        if (index.d, index.ntotal) != (self.dimension, len(self)):
+            raise self._damaged(f"{index.ntotal:,} vectors of {index.d} dimensions")
         return index
 
     @cached_property
@@ -175,7 +181,12 @@ class PassageIndex:
         while pending.size:
             fetch = min(fetch, len(self))
             on_gpus = self._on_gpus if fetch <= MAX_GPU_RESULTS else None
-            found_scores, found_rows = (on_gpus or self.vectors).search(vectors[pending], fetch)
+            try:
+                found_scores, found_rows = (on_gpus or self.vectors).search(vectors[pending], fetch)
+            except (RuntimeError, MemoryError) as error:
+                raise self._damaged(faiss_reason(error)) from error
+            if found_rows.max(initial=-1) >= len(self):
+                raise self._damaged(f"it has no row {found_rows.max():,}")
             order = np.lexsort((found_rows, -found_scores))
             found_scores = np.take_along_axis(found_scores, order, axis=1)
             found_rows = np.take_along_axis(found_rows, order, axis=1)
@@ -184,6 +195,9 @@ class PassageIndex:
             pending = pending[open_end & (fetch < len(self))]
             fetch *= 2
         return scores, rows
+
+    def _damaged(self, reason: str) -> InputError:
+        return InputError(f"{self.directory}: damaged index ({reason}); build it again")
 
     def verify(self) -> None:
         """Compare the SHA-256 of every file with the manifest.
@@ -203,8 +217,8 @@ def open_vectors(paths: Sequence[Path]) -> Any:
     parts = []
     for path in paths:
         try:
-            parts.append(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
-        except (RuntimeError, MemoryError) as error:
+            parts.append(read_faiss(path, faiss.IO_FLAG_MMAP_IFC))
+        except RuntimeError as error:
             raise InputError(f"{path}: damaged ({faiss_reason(error)}); build the index again") from error
     if len(parts) == 1:
         return parts[0]
@@ -220,6 +234,12 @@ def _read_header(path: Path) -> tuple[int, int]:
     return dimension, count
 
 
+def _can_be_set(parameters: Any, count: int) -> bool:
+    """Whether search parameters are numbers that do not make FAISS allocate memory for more than all passages."""
+    numbers = isinstance(parameters, dict) and all(isinstance(value, int | float) for value in parameters.values())
+    return numbers and all(0 <= value <= max(count, LARGE) for value in parameters.values())
+
+
 def _checked_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     if (kind := retriever_kind(manifest)) != DENSE:
@@ -227,8 +247,10 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
     complete = all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items())
     if (
         not complete
+        or not all(isinstance(name, str) for name in manifest["vectors"])
         or not {*manifest["vectors"], PASSAGES} <= manifest["files"].keys()
-        or not isinstance(manifest["search"].get("parameters"), dict)
+        or min(len(manifest["vectors"]), manifest["count"], manifest["dimension"]) < 1
+        or not _can_be_set(manifest["search"].get("parameters"), manifest["count"])
     ):
         raise invalid(directory)
     try:

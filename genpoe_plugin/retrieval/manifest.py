@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest, refuse_pickles
+from genpoe_plugin.json_text import read_json
 
 FORMAT, VERSION = "genpoe-index", 3
 READABLE = (2, VERSION)
@@ -26,23 +26,28 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Read the manifest of an index, and check that its files have the sizes that were written.
 
     Raises:
-        InputError: the directory is not an index, or a file is missing or has another size.
+        InputError: the directory is not an index, or a file is missing, has another size or is in another directory.
     """
     path = directory / MANIFEST
     refuse_pickles(directory)
     if not path.is_file():
         raise InputError(f"{directory}: not an index (no {MANIFEST}); create one with `genpoe index build`")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         format_and_version = manifest.get("format"), manifest.get("version")
-        sizes = {str(name): int(file["bytes"]) for name, file in manifest.get("files", {}).items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        sizes = {name: int(file["bytes"]) for name, file in manifest.get("files", {}).items()}
+        hashes = [file["sha256"] for file in manifest.get("files", {}).values()]
+    except (ValueError, AttributeError, KeyError, TypeError, OverflowError) as error:
         raise invalid(directory) from error
     if format_and_version not in [(FORMAT, version) for version in READABLE]:
         stored = f"version {format_and_version[1]}" if format_and_version[0] == FORMAT else "another format"
         raise InputError(f"{path}: {stored} instead of version {VERSION} of an index; build the index again")
+    if not all(isinstance(text, str) for text in hashes):
+        raise invalid(directory)
     for name, size in sizes.items():
         file = directory / name
+        if name != file.name:
+            raise InputError(f"{path}: names {name!r}, which is not a file of its directory; build the index again")
         if not file.is_file() or file.stat().st_size != size:
             actual = f"{file.stat().st_size:,} bytes" if file.is_file() else "no file"
             raise InputError(f"{file}: {actual} where {size:,} bytes were written; build the index again")

@@ -25,13 +25,14 @@ class PassageStore:
     """The passages of an index, by row (from 0).
 
     Args:
+        path: path of the file, for error messages.
         passages: the opened Arrow file.
         count: number of passages.
     """
 
-    def __init__(self, passages: pa.ipc.RecordBatchFileReader, count: int) -> None:
-        self._count, self._batches = count, passages
-        self._columns = lru_cache(OPEN_BLOCKS)(lambda block: tuple(passages.get_batch(block).columns))
+    def __init__(self, path: Path, passages: pa.ipc.RecordBatchFileReader, count: int) -> None:
+        self._path, self._count, self._batches = path, count, passages
+        self._columns = lru_cache(OPEN_BLOCKS)(lambda block: tuple(self._block(block).columns))
 
     @classmethod
     def open(cls, directory: Path) -> PassageStore:
@@ -44,10 +45,11 @@ class PassageStore:
         try:
             passages = pa.ipc.open_file(pa.memory_map(str(path)))
             last = passages.get_batch(passages.num_record_batches - 1).num_rows
-            count = (passages.num_record_batches - 1) * BLOCK + last
         except (ValueError, OSError, pa.ArrowException) as error:
-            raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); build the index again") from error
-        return cls(passages, count)
+            raise _damaged(path, error) from error
+        if passages.schema != SCHEMA:
+            raise _damaged(path, "other columns")
+        return cls(path, passages, (passages.num_record_batches - 1) * BLOCK + last)
 
     def __len__(self) -> int:
         return self._count
@@ -57,6 +59,7 @@ class PassageStore:
 
         Raises:
             IndexError: there is no such row.
+            InputError: the file is damaged there.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index of {len(self)} passages")
@@ -68,8 +71,24 @@ class PassageStore:
         """The passages with these ids, by id, in the order of their rows; all ids of the store are compared."""
         wanted, found = pa.array(list(identifiers), pa.string()), {}
         for block in range(self._batches.num_record_batches):
-            here = pc.is_in(self._batches.get_batch(block).column("id"), wanted)
+            here = pc.is_in(self._columns(block)[0], wanted)
             for offset in pc.indices_nonzero(here).to_pylist():
                 passage = self.passage(block * BLOCK + offset)
                 found[passage.id] = passage
         return found
+
+    def _block(self, number: int) -> pa.RecordBatch:
+        """A record batch after a check of its offsets, which Arrow does not make by itself; a wrong one may crash."""
+        try:
+            batch = self._batches.get_batch(number)
+            batch.validate(full=True)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise _damaged(self._path, error) from error
+        rows = min(BLOCK, self._count - number * BLOCK)
+        if batch.num_rows != rows or any(column.null_count for column in batch.columns):
+            raise _damaged(self._path, f"block {number} has not {rows} passages")
+        return batch
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    return InputError(f"{path}: damaged ({' '.join(str(reason).split())}); build the index again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.utils import cached_file
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.hub import loaded_from
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.selection.reranker_format import BGE, CHOICES, QWEN3, RerankerFormat, format_from, read_format
 
 SETTINGS_FILE = "reranker.json"
@@ -195,7 +195,7 @@ class _Checkpoint:
         if (path := self._path(file)) is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except ValueError as error:
             raise InputError(f"{path}: damaged (not JSON)") from error
         if not isinstance(content, dict):

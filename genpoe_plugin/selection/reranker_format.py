@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.json_text import read_json
 
 PASSAGE, QUERY = "{passage}", "{query}"
 _PLACES = re.compile(r"\{(query|passage|prompt)\}")
@@ -118,7 +118,7 @@ def read_format(name: str) -> RerankerFormat:
     if not (path := Path(name)).is_file():
         raise InputError(f"reranker format {name}: no such file; give {CHOICES}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: a reranker format must be a JSON file") from error
     return format_from(content, path)

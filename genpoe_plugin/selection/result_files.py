@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from genpoe_plugin.data.questions import (
 )
 from genpoe_plugin.data.trec import Qrels, write_qrels, write_run
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.json_text import parse_json
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.retrieval.measures import Judged, quality_table
 
@@ -204,7 +204,7 @@ def _begin(part: Path, header: Mapping[str, Any]) -> int:
 
 def _difference(line: bytes, header: Mapping[str, Any]) -> str:
     try:
-        begun = json.loads(line)
+        begun = parse_json(line.decode())
         name = next(name for name in header if begun.get(name) != header[name])
         return f"{name} {begun.get(name)!r}, not {header[name]!r}"
     except (ValueError, AttributeError, StopIteration):

@@ -37,6 +37,7 @@ from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.replay import recording, replaying
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.json_text import parse_json
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.training.batches import IGNORED, answer_logits, make_batch, mean_over_targets
 from genpoe_plugin.training.examples import DrawnExample, TrainingExample, training_examples
@@ -442,11 +443,11 @@ class _Measurements:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(identity) + "\n", encoding="utf-8")
             return
-        first, *lines = path.read_text(encoding="utf-8").split("\n")
+        first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         if first != json.dumps(identity):
             raise InputError(f"{path}: measurements of another calibration; delete the file, or give another --out")
         *whole, rest = lines or [""]
-        self.known = dict(json.loads(line) for line in whole)
+        self.known = _measured(path, whole)
         if rest:  # an incomplete last line, from a killed run
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in (first, *whole)), encoding="utf-8")
@@ -457,3 +458,18 @@ class _Measurements:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([name, self.known[name]]) + "\n")
         return self.known[name]
+
+
+def _measured(path: Path, lines: Sequence[str]) -> dict[str, float]:
+    """The measurements in the lines of a file.
+
+    Raises:
+        InputError: a line is damaged.
+    """
+    try:
+        known = dict(parse_json(line) for line in lines)
+        if not all(isinstance(name, str) and isinstance(nats, float) for name, nats in known.items()):
+            raise ValueError("no measurement")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it to start over") from error
+    return known

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.json_text import read_json
 from genpoe_plugin.training.curves import write_curves
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.trainer_state import Progress, find_state, full_state, load_state, read_progress, save_state
@@ -142,7 +143,7 @@ def is_finished(out: Path) -> bool:
 
 def _read_record(path: Path) -> Progress:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         record["losses"] = [tuple(row) for row in record["losses"]]
         return Progress(**record)
     except (ValueError, KeyError, TypeError) as error:

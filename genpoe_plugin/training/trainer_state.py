@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.json_text import read_json
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
 
@@ -86,7 +87,7 @@ def read_progress(saved: Path) -> Progress:
         InputError: the file is damaged.
     """
     try:
-        record = json.loads((saved / PROGRESS).read_text(encoding="utf-8"))
+        record = read_json(saved / PROGRESS)
         del record["param_groups"]
         record["losses"] = [tuple(row) for row in record["losses"]]
         return Progress(**record)
@@ -106,7 +107,7 @@ def load_state(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer)
         for name, value in load_file(saved / OPTIMIZER).items():
             parameter, key = name.rsplit("/", 1)
             states.setdefault(parameter, {})[key] = value
-        groups = json.loads((saved / PROGRESS).read_text(encoding="utf-8"))["param_groups"]
+        groups = read_json(saved / PROGRESS)["param_groups"]
         set_state_dict(
             module,
             optimizer,
