@@ -1,0 +1,145 @@
+"""Experts in the LLM's attention on the engine, against transformers one prompt at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
+from genpoe_plugin.experts.injection import inject
+from genpoe_plugin.experts.store import ExpertStore
+from genpoe_plugin.training.creation import attention_config
+from tests.experts.test_trained_attention import trained
+from tests.lm.vllm.conftest import SMALL
+from tests.lm.vllm.test_engine import expected_tokens, make_requests
+
+# vLLM's attention on a CPU needs heads of 32.
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+HEADS = {"qwen3": {"head_dim": 32}, "gemma": {"head_dim": 32}, "gemma3": {"head_dim": 32, "query_pre_attn_scalar": 32}}
+PLAIN: dict = {}
+TRAINED = {"addition_rank": 4, "query_rank": 3, "window": 4}
+
+
+@pytest.fixture
+def make_parts(make_llm, tokenizer, tmp_path):
+    """``make(family, form, layers)``: an LLM, a hypernetwork of it, and the directories of both and of the tokenizer."""
+
+    def make(family: str = "llama", form: dict = PLAIN, layers: tuple[int, ...] = (0, 2), **changes):
+        llm = make_llm(family, **SIZES, **HEADS.get(family, {}), **changes)
+        network = trained(replace(attention_config(llm, layers), **form)).eval().requires_grad_(False)
+        paths = {name: tmp_path / name for name in ("llm", "tokenizer", "hypernetwork")}
+        llm.save_pretrained(paths["llm"])
+        tokenizer.save_pretrained(paths["tokenizer"])
+        save_hypernetwork(paths["hypernetwork"], network, llm, tokenizer, {})
+        return llm, network, {name: str(path) for name, path in paths.items()}
+
+    return make
+
+
+@pytest.fixture
+def start(make_parts):
+    """``start(family, form, **options)``: the engine, and the same LLM and hypernetwork on transformers."""
+    from genpoe_plugin.vllm_engine.engine import ExpertEngine
+
+    def run(*parts, options: dict | None = None, **changes):
+        llm, network, paths = make_parts(*parts, **changes)
+        engine = ExpertEngine.load(
+            paths["llm"],
+            paths["hypernetwork"],
+            tokenizer=paths["tokenizer"],
+            **{"num_passages": 3, **SMALL, **(options or {})},
+        )
+        return engine, llm, network
+
+    return run
+
+
+CASES = [
+    *((family, PLAIN) for family in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3")),
+    *((family, TRAINED) for family in ("llama", "qwen3", "gemma3")),
+    ("llama", {"kv_heads": ((1,), (0, 1)), "addition_rank": 4}),
+]
+
+
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_tokens_are_those_of_transformers(start, tokenizer, family, form):
+    """Prompts in chunks of 32 tokens, sets in waves, no to three passages, and starts before and after the first chunk."""
+    engine, llm, network = start(family, form)
+    store = ExpertStore(network, llm, tokenizer)
+    requests = make_requests(tokenizer, 24)
+    outputs = engine.generate(requests, progress=False)
+    changed = 0
+    for request, output in zip(requests, outputs, strict=True):
+        expected = expected_tokens(llm, store, request)
+        assert list(output.outputs[0].token_ids) == expected
+        changed += expected != expected_tokens(llm, store, request, with_experts=False)
+    assert changed > 5, "experts have to matter"
+
+
+@pytest.mark.parametrize("form", [PLAIN, TRAINED])
+def test_likelihoods_are_those_of_transformers(start, tokenizer, form):
+    from vllm import SamplingParams
+
+    engine, llm, network = start("llama", form)
+    store = ExpertStore(network, llm, tokenizer)
+    scoring = SamplingParams(temperature=0, prompt_logprobs=0, max_tokens=1)
+    requests = [replace(request, sampling=scoring) for request in make_requests(tokenizer, 12, seed=3)]
+    for request, output in zip(requests, engine.generate(requests, progress=False), strict=True):
+        rows = store.rows([request.passages], [request.gates], [request.start])
+        with inject(llm, store.layers, rows), torch.no_grad():
+            expected = llm(torch.tensor([list(request.prompt)])).logits[0].log_softmax(-1)
+        for at in range(1, len(request.prompt)):
+            found = output.prompt_logprobs[at][request.prompt[at]].logprob
+            assert found == pytest.approx(expected[at - 1, request.prompt[at]].item(), abs=1e-4)
+
+
+def test_the_same_prompt_with_other_experts_is_not_taken_from_the_cache(start, tokenizer):
+    engine, llm, network = start("llama")
+    store = ExpertStore(network, llm, tokenizer)
+    (longest,) = sorted(make_requests(tokenizer, 24), key=lambda request: len(request.prompt))[-1:]
+    others = [request for request in make_requests(tokenizer, 24) if request.passages][:6]
+    same = [
+        replace(longest, prompt=longest.prompt * 3, passages=other.passages, gates=other.gates, start=0)
+        for other in [*others, replace(others[0], passages=(), gates=())]
+    ]
+    for _ in range(2):  # the second time, everything is in the cache
+        for request in same:
+            (output,) = engine.generate([request], progress=False)
+            assert list(output.outputs[0].token_ids) == expected_tokens(llm, store, request)
+    cached = engine.llm.llm_engine.vllm_config.cache_config
+    assert cached.enable_prefix_caching
+
+
+def test_a_part_of_the_layers(make_parts, tokenizer):
+    from vllm import LLM
+
+    from genpoe_plugin.vllm_engine.engine import ExpertEngine, load_expert_models
+    from genpoe_plugin.vllm_engine.engine_arguments import engine_arguments
+
+    llm, network, paths = make_parts("llama", PLAIN, (0, 1, 2))
+    models = load_expert_models(paths["llm"], paths["hypernetwork"], tokenizer=paths["tokenizer"], dtype="float32")
+    options = {**SMALL, "tokenizer": paths["tokenizer"]}
+    arguments = engine_arguments(paths["llm"], paths["hypernetwork"], models[0].config, 3, options, (1,))
+    engine = ExpertEngine(LLM(paths["llm"], **{**options, **arguments}), ExpertStore(*models, dtype=torch.float32))
+    store = ExpertStore(network, llm, tokenizer)
+    for request, output in zip(
+        requests := make_requests(tokenizer, 12), engine.generate(requests, progress=False), strict=True
+    ):
+        ids = list(request.prompt)
+        rows = store.rows([request.passages], [request.gates], [request.start])
+        with inject(llm, (1,), rows), torch.no_grad():
+            for _ in range(6):
+                ids.append(int(llm(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert list(output.outputs[0].token_ids) == ids[len(request.prompt) :]
+
+
+def test_sets_that_left_the_engine_leave_the_bank(start, tokenizer):
+    engine, *_ = start("llama")
+    engine.generate(make_requests(tokenizer, 40, seed=1), progress=False)
+    model = engine.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
+    assert 0 < len(model.bank.sets) <= engine.capacity == 8
+    engine.llm.llm_engine.remove_lora(next(iter(model.bank.sets)))
+    engine.generate(make_requests(tokenizer, 40, seed=2), progress=False)
+    assert set(model.bank.sets) == set(engine.llm.llm_engine.list_loras())
