@@ -41,11 +41,11 @@ class SetInLayer:
 
 @dataclass(frozen=True)
 class Rows:
-    """The requests of a forward pass that have experts, and read now.
+    """The requests of a forward pass that have experts.
 
     Attributes:
         served: which tokens the experts act on, ``[tokens]``.
-        single: requests with one token in this pass, as (request, token, set).
+        single: requests with one token in this pass, which reads experts, as (request, token, set).
         several: requests with several tokens, as (request, first token, end, set).
         lengths: number of tokens of each request so far, with those of this pass.
         metadata: the engine's attention metadata, by layer name.
@@ -151,7 +151,7 @@ class ExpertBank:
                 several.append((request, first, end, number))
             elif acts[first]:
                 single.append((request, first, number))
-        if single or several:
+        if served.any():  # also if none of them reads now: later tokens need the keys of this pass
             self.rows = Rows(served.to(active.device) & active, single, several, lengths, metadata)
 
     def stacked(self, layer: int, numbers: tuple[int, ...]) -> SetInLayer:
