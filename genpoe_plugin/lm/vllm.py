@@ -96,9 +96,9 @@ class GenPoEVLLM(PassageRequests, VLLM):
             loader_options["dtype"] = vllm_arguments.get("dtype") or "auto"
             expert_models = load_expert_models(pretrained, settings.hypernetwork, device=device, **loader_options)
             config = expert_models[0].config
-            settings.layers_of(config)
+            layers = settings.layers_of(config)
             engine_options |= engine_arguments(
-                pretrained, settings.hypernetwork, config, settings.num_passages, vllm_arguments
+                pretrained, settings.hypernetwork, config, settings.num_passages, vllm_arguments, layers
             )
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine_options})
         self._pretrained = pretrained

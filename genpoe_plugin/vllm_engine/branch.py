@@ -73,6 +73,11 @@ class Start(nn.Module):
         digits = getattr(self, START)(self.ones[: len(positions)])
         return positions >= digits.float() @ self.places
 
+    def slots(self, tokens: int) -> Tensor | None:
+        """The adapter slot of each token, -1 for none; None before vLLM has made slots."""
+        adapters = getattr(getattr(self, START), "punica_wrapper", None)
+        return None if adapters is None else adapters.token_lora_indices[:tokens]
+
 
 class Branch(nn.Module):
     """``mask ⊙ Σ_k g_k · E_k(x)`` for every token, with ``x`` the input of the MLP.

@@ -19,14 +19,14 @@ from vllm.sampling_params import RequestOutputKind
 
 from genpoe_plugin.checkpoints.checkpoint import load_hypernetwork, read_record, resolve_checkpoint
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.attention import AttentionExperts
 from genpoe_plugin.experts.config import HypernetworkConfig
-from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.llm.language_model import load_lower_layers, load_tokenizer
 from genpoe_plugin.prompts import cut_passages, tokens_from
-from genpoe_plugin.vllm_engine.engine_arguments import check_vllm, engine_arguments
-from genpoe_plugin.vllm_engine.expert_sets import expert_set
+from genpoe_plugin.vllm_engine.engine_arguments import check_vllm, engine_arguments, set_bytes
+from genpoe_plugin.vllm_engine.expert_sets import SHARED, expert_set, shared_parts
 
 MESSAGE_BYTES = 2**28
 """Largest size of a message with expert sets to the workers; each worker holds a copy meanwhile."""
@@ -81,15 +81,18 @@ def load_expert_models(
         The hypernetwork, the layers of the LLM that read passages, and the tokenizer.
 
     Raises:
-        InputError: a model cannot be loaded, the two do not match, or the experts are in the LLM's attention.
+        InputError: a model cannot be loaded, the two do not match, or the experts are attention beside an MLP.
     """
     config = HypernetworkConfig.from_dict(read_record(resolve_checkpoint(hypernetwork))["hypernetwork"])
     if config.head == "attention":
-        raise InputError(
-            f"hypernetwork {hypernetwork} generates experts in the LLM's attention, which do not run on vLLM yet; "
-            "use --model genpoe"
-        )
-    layers = config.layer + 1 if config.states == "contextual" else 1
+        if config.place == "mlp":
+            raise InputError(
+                f"hypernetwork {hypernetwork} generates experts of tokens beside an MLP, which do not run on vLLM; "
+                "use --model genpoe"
+            )
+        layers = max(config.layers) + 1
+    else:
+        layers = config.layer + 1 if config.states == "contextual" else 1
     model, depth = load_lower_layers(pretrained, layers, device=device, dtype=dtype, revision=revision)
     loaded_tokenizer = load_tokenizer(tokenizer or pretrained)
     return load_hypernetwork(hypernetwork, model, loaded_tokenizer, depth=depth), model, loaded_tokenizer
@@ -127,8 +130,9 @@ class ExpertEngine:
         several_stages = config.parallel_config.pipeline_parallel_size > 1
         self.at_once = config.lora_config.max_loras if several_stages else self.capacity
         self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
-        set_size = self.num_passages * footprint(store.config, store.dtype).expert_bytes
+        set_size = set_bytes(store.config, self.num_passages, store.dtype)
         self._sets_per_message = max(1, MESSAGE_BYTES // set_size)
+        self._shared = False
         self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
         self._numbers = itertools.count(1)
         self._requests = itertools.count()
@@ -277,7 +281,12 @@ class ExpertEngine:
                 number = next(self._numbers)
                 # Names are never reused, because the prefix cache identifies an adapter by its name.
                 self._loaded[key] = _Loaded(LoRARequest(f"genpoe-{number}", number, "/in/memory"))
-                parts = expert_set(group, request.gates, request.start)
+                units = self.store.units(request.passages)
+                gates = [gate for gate, count in zip(request.gates, units, strict=True) for _ in range(count)]
+                parts = expert_set(group, gates, request.start)
+                if isinstance(group, AttentionExperts) and not self._shared:
+                    tensors |= {f"{SHARED}/{name}": part for name, part in shared_parts(group).items()}
+                    self._shared = True
                 tensors |= {f"{number}/{name}": part for name, part in parts.items()}
             self.llm.collective_rpc("genpoe_exchange", args=(numbers, save(tensors)))
             numbers = []

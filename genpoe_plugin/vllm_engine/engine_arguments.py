@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
@@ -13,7 +13,9 @@ from transformers import AutoConfig
 
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
+from genpoe_plugin.experts.footprint import footprint
 from genpoe_plugin.llm.language_model import loading
+from genpoe_plugin.prompts import MAX_PASSAGE_TOKENS
 from genpoe_plugin.vllm_engine.expert_sets import Carrier, carriers, is_factored
 from genpoe_plugin.vllm_engine.registration import FAMILIES, architecture
 
@@ -50,6 +52,7 @@ def engine_arguments(
     config: HypernetworkConfig,
     num_passages: int,
     user: Mapping[str, Any],
+    layers_read: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The arguments of ``vllm.LLM`` that experts need; they replace the user's arguments of the same names.
 
@@ -60,6 +63,7 @@ def engine_arguments(
         num_passages: largest number of experts per request.
         user: the user's engine arguments. The defaults of ``max_loras`` (expert sets that one step can serve) and
             ``max_cpu_loras`` (sets in the host's memory) depend on the memory.
+        layers_read: the layers that read experts in the attention; by default all that they are for.
 
     Returns:
         The arguments.
@@ -91,13 +95,18 @@ def engine_arguments(
         raise InputError(
             f"hypernetwork {hypernetwork} has {width} {needed}, and {limit}; train one with a smaller {width}"
         )
-    max_loras, max_cpu_loras = _numbers_of_sets(layers, rank, user)
+    max_loras, max_cpu_loras = _numbers_of_sets(config, num_passages, layers, rank, user)
+    genpoe = {"hypernetwork": hypernetwork, "config": config.to_dict(), "num_passages": num_passages}
+    if config.head == "attention":
+        genpoe["layers"] = list(layers_read or config.layers)
     return {
         "hf_overrides": {
             **overrides,
             "architectures": [architecture(_family(pretrained, user))],
-            "genpoe": {"hypernetwork": hypernetwork, "config": config.to_dict(), "num_passages": num_passages},
+            "genpoe": genpoe,
         },
+        # The experts of a pass are chosen in Python, which compiled code and CUDA graphs would leave out.
+        **({"enforce_eager": True} if config.head == "attention" else {}),
         "enable_lora": True,
         "max_lora_rank": rank,
         "max_loras": max_loras,
@@ -150,17 +159,27 @@ def _family(pretrained: str, user: Mapping[str, Any]) -> str:
     return family
 
 
-def set_bytes(layers: Mapping[str, Carrier], rank: int, itemsize: int) -> int:
+def set_bytes(config: HypernetworkConfig, num_passages: int, dtype: torch.dtype) -> int:
+    """Bytes of the largest set of ``num_passages`` experts."""
+    units = -(-MAX_PASSAGE_TOKENS // config.window) if config.head == "attention" else 1
+    return num_passages * units * footprint(config, dtype).expert_bytes
+
+
+def slot_bytes(layers: Mapping[str, Carrier], rank: int, itemsize: int) -> int:
     """Bytes of one slot for an expert set; vLLM pads all its parts to the same rank."""
     return sum((carrier.inputs + carrier.outputs) * rank for carrier in layers.values()) * itemsize
 
 
-def _numbers_of_sets(layers: Mapping[str, Carrier], rank: int, user: Mapping[str, Any]) -> tuple[int, int]:
+def _numbers_of_sets(
+    config: HypernetworkConfig, num_passages: int, layers: Mapping[str, Carrier], rank: int, user: Mapping[str, Any]
+) -> tuple[int, int]:
     """``max_loras`` and ``max_cpu_loras``, by default from the available memory."""
     from vllm.platforms import current_platform
 
     dtype = getattr(torch, str(user.get("dtype", "auto")), torch.bfloat16)
-    size = set_bytes(layers, rank, dtype.itemsize)
+    size = slot_bytes(layers, rank, dtype.itemsize)
+    if config.head == "attention":
+        size += set_bytes(config, num_passages, dtype)
     device, host = current_platform.get_device_total_memory(), psutil.virtual_memory().total
     running = int(user.get("max_num_seqs") or MAX_NUM_SEQS)
     max_loras = int(user.get("max_loras") or min(running, int(SLOT_MEMORY * device) // size))
@@ -169,10 +188,10 @@ def _numbers_of_sets(layers: Mapping[str, Carrier], rank: int, user: Mapping[str
             f"one expert set takes {size / 2**20:,.0f} MiB, more than {SLOT_MEMORY:.0%} of the device's memory; "
             "use fewer num_passages, or give max_loras=1 to allow it"
         )
-    # As many sets wait in the host's memory as are in use, so that the engine need not wait.
-    max_cpu_loras = int(
-        user.get("max_cpu_loras") or max(max_loras, min(2 * max_loras, int(HOST_MEMORY * host) // size))
-    )
+    # As many sets wait in the host's memory as are in use, so that the engine need not wait. Sets in the attention are
+    # all on the device.
+    waiting = 0 if config.head == "attention" else min(2 * max_loras, int(HOST_MEMORY * host) // size)
+    max_cpu_loras = int(user.get("max_cpu_loras") or max(max_loras, waiting))
     if max_cpu_loras < max_loras:
         raise InputError(f"max_cpu_loras={max_cpu_loras} is less than max_loras={max_loras}; raise it, or leave it out")
     return max_loras, max_cpu_loras

@@ -1,14 +1,17 @@
-"""vLLM's models with the branch beside one MLP; one mixin serves all families."""
+"""vLLM's models with experts beside one MLP or in the attention; one mixin serves all families."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.gemma import GemmaForCausalLM
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -17,8 +20,10 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 
 from genpoe_plugin.checkpoints.checkpoint import WEIGHTS, resolve_checkpoint
+from genpoe_plugin.experts.attention import AttentionShape
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.expert import Factors
+from genpoe_plugin.vllm_engine.attention import ExpertBank, join_experts
 from genpoe_plugin.vllm_engine.branch import Branch, Start
 from genpoe_plugin.vllm_engine.cpu_lora import fix_cpu_lora
 from genpoe_plugin.vllm_engine.expert_sets import START
@@ -34,10 +39,11 @@ def _with_branch(mlp: Any) -> Any:
 
 
 class WithExperts:
-    """Adds the branch to a vLLM model.
+    """Adds experts to a vLLM model.
 
     Its settings are in ``hf_config.genpoe``: ``hypernetwork`` (directory or hub id, accessible from every node),
-    ``config`` (the hypernetwork's configuration) and ``num_passages``.
+    ``config`` (the hypernetwork's configuration), ``layers`` (those that read experts in the attention) and
+    ``num_passages``.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
@@ -45,17 +51,32 @@ class WithExperts:
         settings = vllm_config.model_config.hf_config.genpoe
         config = HypernetworkConfig.from_dict(settings["config"])
         self._hypernetwork = settings["hypernetwork"]
-        self.branch_name = f"model.layers.{config.layer}.mlp.genpoe"
-        layer = self.model.layers[config.layer]  # type: ignore[attr-defined]
-        # With pipeline parallelism, the layer may be in another process.
-        self._has_branch = not isinstance(layer, PPMissingLayer)
         self._needs_cpu_fix = current_platform.is_cpu()
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
         # In every process, because vLLM cannot start a process without any layer for adapters.
         self.genpoe = Start(tokens)
+        self._has_branch = False
+        self.bank: ExpertBank | None = None
+        if config.head == "attention":
+            self._join(AttentionShape.of(config), settings["layers"], vllm_config)
+        else:
+            self._branch_beside_mlp(config, settings["num_passages"], tokens)
+
+    def _join(self, shape: AttentionShape, layers: Sequence[int], vllm_config: VllmConfig) -> None:
+        ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.bank = ExpertBank(shape, layers, *ranks, vllm_config.cache_config.block_size)
+        for number in layers:
+            # With pipeline parallelism, a layer may be in another process.
+            if not isinstance(layer := self.model.layers[number], PPMissingLayer):  # type: ignore[attr-defined]
+                join_experts(layer, number, self.bank)
+
+    def _branch_beside_mlp(self, config: HypernetworkConfig, num_passages: int, tokens: int) -> None:
+        self.branch_name = f"model.layers.{config.layer}.mlp.genpoe"
+        layer = self.model.layers[config.layer]  # type: ignore[attr-defined]
+        self._has_branch = not isinstance(layer, PPMissingLayer)
         if self._has_branch:
-            layer.mlp.genpoe = Branch(config, settings["num_passages"], tokens, self.branch_name)
+            layer.mlp.genpoe = Branch(config, num_passages, tokens, self.branch_name)
             # Changing the class instead of wrapping keeps the names of the MLP's weights.
             layer.mlp.__class__ = _with_branch(type(layer.mlp))
 
@@ -72,6 +93,10 @@ class WithExperts:
         if self._needs_cpu_fix:
             fix_cpu_lora(self)  # type: ignore[arg-type]
             self._needs_cpu_fix = False
+        if self.bank is not None:
+            slots = self.genpoe.slots(len(positions))
+            if slots is not None:
+                self.bank.begin(self.genpoe(positions), slots, get_forward_context().attn_metadata)  # type: ignore[arg-type]
         if self._has_branch:
             # Here and not in the layer: the layer has no positions, and this code is outside of the compiled part.
             self.branch.set_active(self.genpoe(positions))
@@ -104,4 +129,8 @@ class GenPoEMistralForCausalLM(WithExperts, MistralForCausalLM):
 
 
 class GenPoEGemmaForCausalLM(WithExperts, GemmaForCausalLM):
+    pass
+
+
+class GenPoEGemma3ForCausalLM(WithExperts, Gemma3ForCausalLM):
     pass

@@ -11,7 +11,9 @@ from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
-from genpoe_plugin.vllm_engine.expert_sets import adapters
+from genpoe_plugin.experts.attention import QueryAddition
+from genpoe_plugin.vllm_engine.attention import ExpertBank
+from genpoe_plugin.vllm_engine.expert_sets import GATES, SHARED, UNITS, adapters
 
 
 class ExpertWorker:
@@ -25,7 +27,7 @@ class ExpertWorker:
         Args:
             removed: numbers of sets to unload.
             added: sets to load, as safetensors; a tensor's name is the number of the set, a slash, and its name in
-                `expert_set`.
+                `expert_set`. The number `SHARED` is for what all sets share, from `shared_parts`.
         """
         manager = self.model_runner.lora_manager
         for number in removed:
@@ -34,7 +36,18 @@ class ExpertWorker:
         for name, part in load(added).items():
             owner, _, part_name = name.partition("/")
             sets[int(owner)][part_name] = part
+        shared = sets.pop(SHARED, {})
+        bank = self.model_runner.get_model().bank
+        if bank is not None:
+            bank.set_of_slot = lambda: manager._adapter_manager.lora_index_to_id
+            bank.keep(list(manager.list_adapters()))
+            device, dtype = self.model_runner.device, self.model_runner.dtype
+            if shared:
+                _share(bank, {name: part.to(device) for name, part in shared.items()})
         for number, parts in sets.items():
+            if bank is not None:
+                units, gates = (parts.pop(name).to(device) for name in (UNITS, GATES))
+                bank.add(number, units, gates, dtype)
             layers = {}
             for name, (a, b) in adapters(parts).items():
                 path = self.model_runner.get_model().carrier_path(name)
@@ -42,3 +55,9 @@ class ExpertWorker:
             rank = max(layer.rank for layer in layers.values())
             # vLLM's own `add_adapter` reads files.
             manager._adapter_manager.add_adapter(LoRAModel(number, rank, layers))
+
+
+def _share(bank: ExpertBank, parts: dict[str, Tensor]) -> None:
+    """Give the bank what `shared_parts` made."""
+    count = sum(name.startswith("read") for name in parts)
+    bank.share(parts["bias"], [QueryAddition(parts[f"read{n}"], parts[f"write{n}"]) for n in range(count)])

@@ -42,13 +42,18 @@ def test_arguments(make_vllm, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_experts_in_the_attention(make_vllm, llm, tokenizer, tmp_path):
-    from genpoe_plugin.training.creation import attention_config, create_attention_experts
+def test_experts_of_tokens_beside_an_mlp(make_vllm, llm, tokenizer, tmp_path):
+    from dataclasses import replace
 
-    create_attention_experts(tmp_path / "attention", attention_config(llm), llm, tokenizer)
-    with pytest.raises(InputError, match="which do not run on vLLM yet; use --model genpoe") as error:
-        make_vllm(hypernetwork=str(tmp_path / "attention"))
-    assert str(tmp_path / "attention") in str(error.value) and "\n" not in str(error.value)
+    from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
+    from genpoe_plugin.experts.hypernetwork import Hypernetwork
+    from genpoe_plugin.training.creation import attention_config
+
+    config = replace(attention_config(llm, (1, 2)), place="mlp")
+    save_hypernetwork(tmp_path / "beside", Hypernetwork(config), llm, tokenizer, {})
+    with pytest.raises(InputError, match="which do not run on vLLM; use --model genpoe") as error:
+        make_vllm(hypernetwork=str(tmp_path / "beside"))
+    assert str(tmp_path / "beside") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_architecture_without_a_class(make_vllm, make_llm, tokenizer, make_hypernetwork_dir, tmp_path):

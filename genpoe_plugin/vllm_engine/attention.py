@@ -1,0 +1,338 @@
+"""Experts in the LLM's attention on vLLM: a bank of expert sets, joined with the engine's attention by log-sum-exp.
+
+The engine computes attention over the context as always. For tokens with experts, the result is scaled by the context's
+share of the softmax over context and experts, and the experts' part is added. That share needs the log-sum-exp of the
+context's logits, which vLLM's attention does not return on every device. So the layers with experts keep a second copy
+of the keys, by the engine's own slots, and compute it again. This works with any attention backend, with prefix
+caching, chunks and sliding windows.
+
+A LoRA adapter of each request says which set it uses; it has no other effect on these layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genpoe_plugin.experts.attention import AttentionExperts, AttentionShape, QueryAddition
+
+MAX_LOGITS = 2**22
+"""Largest number of logits of a prompt's tokens that are computed together."""
+
+
+@dataclass(frozen=True)
+class SetInLayer:
+    """An expert set in one layer, for the heads of this process.
+
+    Attributes:
+        keys, values: ``[KV heads, units, width]``.
+        bias: added to the units' logits, ``[KV heads, query heads per KV head, units]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The requests of a forward pass that have experts.
+
+    Attributes:
+        served: which tokens the experts act on, ``[tokens]``.
+        single: requests with one token in this pass, which reads experts, as (request, token, set).
+        several: requests with several tokens, as (request, first token, end, set).
+        lengths: number of tokens of each request so far, with those of this pass.
+        metadata: the engine's attention metadata, by layer name.
+    """
+
+    served: Tensor
+    single: list[tuple[int, int, int]]
+    several: list[tuple[int, int, int, int]]
+    lengths: list[int]
+    metadata: Mapping[str, Any]
+
+
+class ExpertBank:
+    """The expert sets of a process, and the requests of the current forward pass.
+
+    Args:
+        shape: layers and heads of the experts.
+        layers: the layers that read them.
+        rank, ranks: number of this process and number of processes with tensor parallelism.
+        block_size: tokens in a block of the engine's KV cache.
+    """
+
+    def __init__(self, shape: AttentionShape, layers: Sequence[int], rank: int, ranks: int, block_size: int) -> None:
+        self.shape, self.layers, self.block_size = shape, tuple(layers), block_size
+        # With fewer KV heads than processes, several processes hold the same head.
+        kv_heads = max(1, shape.num_kv_heads // ranks)
+        first = rank * shape.num_kv_heads // ranks
+        self._kv_heads = slice(first, first + kv_heads)
+        heads = shape.num_heads // ranks
+        self.heads = slice(rank * heads, (rank + 1) * heads)
+        self._bias: Tensor | None = None
+        self.queries: dict[int, QueryAddition] = {}
+        self.sets: dict[int, dict[int, SetInLayer]] = {}
+        self.set_of_slot: Callable[[], Sequence[int | None]] = list
+        self.rows: Rows | None = None
+        self._stacked: dict[int, tuple[tuple[int, ...], SetInLayer]] = {}
+
+    def share(self, bias: Tensor, queries: Sequence[QueryAddition]) -> None:
+        """Take what all experts share.
+
+        Args:
+            bias: added to the logits of all units, ``[layers, heads]``.
+            queries: for each layer of the shape, the addition to its queries; may be empty.
+        """
+        self._bias = bias
+        width = self.shape.head_width
+        columns = slice(self.heads.start * width, self.heads.stop * width)
+        for layer, addition in zip(self.shape.layers, queries, strict=bool(queries)):
+            self.queries[layer] = QueryAddition(addition.read, addition.write[:, columns].contiguous())
+
+    def add(self, number: int, units: Tensor, gates: Tensor, dtype: torch.dtype) -> None:
+        """Add a set.
+
+        Args:
+            number: its number.
+            units: its units, ``[units, vectors, width]``.
+            gates: for each unit, the gate of its expert.
+            dtype: dtype of the LLM.
+        """
+        assert self._bias is not None
+        experts = AttentionExperts.of(self.shape, self._bias, units[None])
+        self.sets[number] = {layer: self._in_layer(experts, layer, gates[None], dtype) for layer in self.layers}
+
+    def _in_layer(self, experts: AttentionExperts, layer: int, gates: Tensor, dtype: torch.dtype) -> SetInLayer:
+        found = experts.layer(layer, gates)
+        groups = self.shape.num_heads // self.shape.num_kv_heads
+        bias = found.bias[0, :, :, 0].expand(self.shape.num_kv_heads, groups, -1)
+        # With several processes for one KV head, each has some of its query heads.
+        local = bias.flatten(0, 1)[self.heads].unflatten(0, (self._kv_heads.stop - self._kv_heads.start, -1))
+        return SetInLayer(
+            found.keys[self._kv_heads, 0].to(dtype), found.values[self._kv_heads, 0].to(dtype), local.float().clone()
+        )
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Drop all other sets."""
+        for number in self.sets.keys() - set(numbers):
+            del self.sets[number]
+        self._stacked.clear()
+
+    def begin(self, active: Tensor, slots: Tensor, metadata: Mapping[str, Any] | None) -> None:
+        """Start a forward pass.
+
+        Args:
+            active: whether each token is at or after the start of its request, ``[tokens]``.
+            slots: the adapter slot of each token, -1 for none.
+            metadata: the engine's attention metadata; None in a pass without requests.
+        """
+        self.rows = None
+        if not metadata or not self.sets:
+            return
+        some = next(iter(metadata.values()))
+        starts, lengths = some.query_start_loc.tolist(), some.seq_lens.tolist()
+        of_slot = self.set_of_slot()
+        single, several = [], []
+        slot_of, acts = slots.tolist(), active.tolist()
+        served = torch.zeros(len(active), dtype=torch.bool)
+        for request, (first, end) in enumerate(pairwise(starts)):
+            if first == end or slot_of[first] < 0 or (number := of_slot[slot_of[first]]) not in self.sets:
+                continue
+            assert number is not None
+            served[first:end] = True
+            if end - first > 1:
+                several.append((request, first, end, number))
+            elif acts[first]:
+                single.append((request, first, number))
+        if served.any():  # also if none of them reads now: later tokens need the keys of this pass
+            self.rows = Rows(served.to(active.device) & active, single, several, lengths, metadata)
+
+    def stacked(self, layer: int, numbers: tuple[int, ...]) -> SetInLayer:
+        """Several sets in a layer, padded to the same number of units, with a leading dimension."""
+        known = self._stacked.get(layer)
+        if known is None or known[0] != numbers:
+            sets = [self.sets[number][layer] for number in numbers]
+            most = max(one.keys.shape[1] for one in sets)
+            keys, values = (
+                torch.stack([nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+                for parts in ([one.keys for one in sets], [one.values for one in sets])
+            )
+            pad = float("-inf")
+            bias = [nn.functional.pad(one.bias, (0, most - one.bias.shape[2]), value=pad) for one in sets]
+            known = self._stacked[layer] = (numbers, SetInLayer(keys, values, torch.stack(bias)))
+        return known[1]
+
+
+class ExpertReader:
+    """Joins the experts of a layer with the engine's attention.
+
+    Args:
+        layer: index of the layer.
+        bank: the process's expert sets.
+    """
+
+    def __init__(self, layer: int, bank: ExpertBank) -> None:
+        self.layer, self.bank = layer, bank
+        self._keys: Tensor | None = None
+
+    def join(self, attention: Any, query: Tensor, key: Tensor, output: Tensor) -> None:
+        """Change the output of attention over the context to that over context and experts, in place.
+
+        Args:
+            attention: the engine's attention layer.
+            query: rotated queries, ``[tokens, heads x width]``.
+            key: rotated keys, ``[tokens, KV heads x width]``.
+            output: output of the layer, ``[tokens, heads x width]``.
+        """
+        rows = self.bank.rows
+        if rows is None:
+            return
+        kv_heads, width = attention.num_kv_heads, attention.head_size
+        query = query.view(len(query), kv_heads, -1, width)
+        output = output.view(query.shape)
+        metadata = rows.metadata[attention.layer_name]
+        self._store(key.view(-1, kv_heads, width), metadata.slot_mapping)
+        scale, softcap = attention.impl.scale, attention.impl.logits_soft_cap or 0.0
+        rule = _Rule(scale, softcap, attention.sliding_window)
+        if rows.single:
+            self._single(rows, rule, query, output, metadata.block_table)
+        for request, first, end, number in rows.several:
+            self._several(rows, rule, query, output, metadata.block_table[request], request, first, end, number)
+
+    def _store(self, key: Tensor, slots: Tensor) -> None:
+        slots = slots[: len(key)].long()
+        needed = int(slots.max()) + 1
+        if self._keys is None or len(self._keys) < needed:
+            # The engine does not say the size of its cache here, so this grows to what is used.
+            grown = key.new_zeros(max(needed, 2 * (0 if self._keys is None else len(self._keys))), *key.shape[1:])
+            if self._keys is not None:
+                grown[: len(self._keys)] = self._keys
+            self._keys = grown
+        real = slots >= 0
+        self._keys[slots[real]] = key[: len(slots)][real]
+
+    def _context(self, table: Tensor, length: int) -> Tensor:
+        """The slots of a request's tokens: ``[..., length]`` for block tables ``[..., blocks]``."""
+        places = torch.arange(length, device=table.device)
+        blocks = table.long()[..., places // self.bank.block_size]
+        return blocks * self.bank.block_size + places % self.bank.block_size
+
+    def _single(self, rows: Rows, rule: _Rule, query: Tensor, output: Tensor, tables: Tensor) -> None:
+        requests, tokens, numbers = (list(column) for column in zip(*rows.single, strict=True))
+        device = query.device
+        lengths = torch.tensor([rows.lengths[request] for request in requests], device=device)
+        longest = max(rows.lengths[request] for request in requests)
+        places = torch.arange(longest, device=device)
+        seen = places < lengths[:, None]
+        if rule.window is not None:
+            seen &= lengths[:, None] - 1 - places < rule.window
+        at = torch.tensor(tokens, device=device)
+        q = query[at]
+        assert self._keys is not None
+        keys = self._keys[self._context(tables[torch.tensor(requests, device=tables.device)], longest) * seen]
+        logits = rule.logits(torch.einsum("rkgd,rlkd->rkgl", q, keys)).masked_fill(~seen[:, None, None], -torch.inf)
+        experts = self.bank.stacked(self.layer, tuple(numbers))
+        of_experts = rule.logits(torch.einsum("rkgd,rkud->rkgu", q, experts.keys)) + experts.bias
+        context, added = _merge(logits.logsumexp(-1), of_experts)
+        part = torch.einsum("rkgu,rkud->rkgd", added.to(q.dtype), experts.values)
+        output[at] = output[at] * context.to(q.dtype) + part
+
+    def _several(
+        self,
+        rows: Rows,
+        rule: _Rule,
+        query: Tensor,
+        output: Tensor,
+        table: Tensor,
+        request: int,
+        first: int,
+        end: int,
+        number: int,
+    ) -> None:
+        length, experts = rows.lengths[request], self.bank.sets[number][self.layer]
+        tokens = first + rows.served[first:end].nonzero().flatten()
+        if not len(tokens):
+            return
+        assert self._keys is not None
+        keys = self._keys[self._context(table, length)]
+        places = torch.arange(length, device=query.device)
+        heads = query.shape[1] * query.shape[2]
+        for some in tokens.split(max(1, MAX_LOGITS // (heads * (length + experts.keys.shape[1])))):
+            q = query[some]
+            position = (some - end + length)[:, None]
+            seen = places <= position
+            if rule.window is not None:
+                seen &= position - places < rule.window
+            logits = rule.logits(torch.einsum("tkgd,lkd->tkgl", q, keys))
+            logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
+            of_experts = rule.logits(torch.einsum("tkgd,kud->tkgu", q, experts.keys)) + experts.bias
+            context, added = _merge(logits.logsumexp(-1), of_experts)
+            part = torch.einsum("tkgu,kud->tkgd", added.to(q.dtype), experts.values)
+            output[some] = output[some] * context.to(q.dtype) + part
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a layer makes logits of products of queries and keys, and which keys it sees."""
+
+    scale: float
+    softcap: float
+    window: int | None
+
+    def logits(self, products: Tensor) -> Tensor:
+        logits = products.float() * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def _merge(context: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """The context's share of the softmax, ``[..., 1]``, and the weights of the experts' units, ``[..., units]``.
+
+    Args:
+        context: log-sum-exp of the context's logits, ``[...]``.
+        experts: logits of the units, ``[..., units]``.
+    """
+    whole = torch.logaddexp(context, experts.logsumexp(-1)).unsqueeze(-1)
+    return (context.unsqueeze(-1) - whole).exp(), (experts - whole).exp()
+
+
+def join_experts(layer: Any, number: int, bank: ExpertBank) -> None:
+    """Make a decoder layer of vLLM read the bank's experts.
+
+    Args:
+        layer: the decoder layer, with ``self_attn.attn`` and ``self_attn.qkv_proj``.
+        number: its index.
+        bank: the process's expert sets.
+    """
+    attention = layer.self_attn.attn
+    attention.genpoe_reader = ExpertReader(number, bank)
+    # Changing the class instead of wrapping keeps the name by which the engine knows the layer.
+    attention.__class__ = _joined(type(attention))
+
+    def add_to_queries(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        addition = bank.queries.get(number)
+        if bank.rows is None or addition is None:
+            return output
+        (x, *_rest), (joined, *rest) = args, output
+        added = addition.of(x) * bank.rows.served[:, None].to(x.dtype)
+        joined[:, : added.shape[1]] += added.to(joined.dtype)
+        return (joined, *rest)
+
+    layer.self_attn.qkv_proj.register_forward_hook(add_to_queries)
+
+
+def _joined(attention: Any) -> Any:
+    """A subclass of the engine's attention that joins the experts of its ``genpoe_reader``."""
+
+    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = attention.forward(self, query, key, value, *args, **kwargs)
+        self.genpoe_reader.join(self, query, key, output)
+        return output
+
+    return type(f"{attention.__name__}WithExperts", (attention,), {"forward": forward})
