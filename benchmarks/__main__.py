@@ -18,7 +18,10 @@ ON_REQUEST = ("bm25", "forms", "real-retrieval", "real-size", "vllm")
 
 @click.group(
     cls=MainGroup,
-    lazy={"real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Experts in real, pretrained LLMs.")},
+    lazy={
+        "faults": LazyCommand("benchmarks.faults:faults", "Commands that are killed or interrupted."),
+        "real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Experts in real, pretrained LLMs."),
+    },
 )
 def main() -> None:
     """Run a benchmark and print its rows with their aims."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import os
@@ -9,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -98,6 +99,49 @@ def writing(path: str | Path, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
+
+
+@contextmanager
+def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+    """Lock the output ``target`` against other processes that write it, until the block ends.
+
+    The lock is that of the kernel on the file ``.NAME.lock`` beside ``target``. It ends with the process, also a killed
+    one, so it never has to be removed by hand. On file systems without locks, nothing is locked.
+
+    Args:
+        target: the file or directory that is written.
+        wait: called before waiting for another process; by default there is no waiting.
+
+    Yields:
+        The lock file. A process that inherits it holds the lock as well.
+
+    Raises:
+        InputError: another process writes ``target``, or the lock file cannot be written.
+    """
+    target = Path(target)
+    path = target.with_name(f".{target.name}.lock")
+    with ExitStack() as opened:
+        while True:
+            with writing(target, "give another output"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file = opened.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if wait is None:
+                    raise InputError(
+                        f"{target}: another process writes it; wait until it has ended, or give another output"
+                    ) from None
+                wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # no locks here
+                pass
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break  # otherwise its last owner has just deleted it
+        try:
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_replaceable(target: str | Path, is_ours: Callable[[Path], bool], kind: str) -> None:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.files import atomic_file, only_writer
 from genpoe_plugin.training.curves import write_curves
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.trainer_state import Progress, find_state, full_state, load_state, read_progress, save_state
@@ -101,14 +101,15 @@ def train(
         The progress of the whole run, also if it was already finished.
 
     Raises:
-        InputError: ``out`` holds another run or something else, or the loss is not finite.
+        InputError: ``out`` holds another run or something else, another process writes it, or the loss is not finite.
         KeyboardInterrupt: interrupted; the state is saved.
     """
     run = _Run(learner, arguments, out, accelerator)
     identity = {**identity, "processes": accelerator.num_processes}
     if (finished := finished_run(out, identity)) is not None:
         return finished
-    with torch.random.fork_rng():
+    locked: AbstractContextManager[Any] = only_writer(out) if accelerator.is_main_process else nullcontext()
+    with locked, torch.random.fork_rng():
         return run.finish(run.optimise(identity))
 
 
