@@ -25,6 +25,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 MODELS = {"genpoe": "genpoe_plugin.lm.hf:GenPoELM", "genpoe-vllm": "genpoe_plugin.lm.vllm:GenPoEVLLM"}
+_MODEL_MODULES = {target.partition(":")[0] for target in MODELS.values()}
 
 
 def install() -> None:
@@ -47,9 +48,9 @@ def task_folder() -> Path:
 
 
 def errors_in_one_line() -> None:
-    """Make lm-eval's command print an uncaught `InputError` as one line instead of a traceback.
+    """Make lm-eval's command print an uncaught `InputError`, or Ctrl-C in a run of our models, as one line.
 
-    Other programs and other errors keep their tracebacks. The exit status is 1, as for any exception.
+    Other programs and other errors keep their tracebacks. The exit status is 1, as for any exception, or 130.
     """
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = main.name if main is not None else os.path.basename(sys.argv[0] if sys.argv else "")
@@ -61,6 +62,8 @@ def errors_in_one_line() -> None:
         errors = sys.modules.get("genpoe_plugin.errors")
         if errors is not None and isinstance(error, errors.InputError):
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt) and not _MODEL_MODULES.isdisjoint(sys.modules):
+            print("interrupted", file=sys.stderr)
         else:
             previous_hook(kind, error, trace)
 

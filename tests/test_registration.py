@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from genpoe_plugin import registration
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -197,3 +200,19 @@ print(json.dumps([list(model_registry), "build_with_ours" in index.TaskIndex.bui
     models, patched = output(code, GENPOE_NO_AUTOLOAD=off)  # type: ignore[misc]
     assert {"hf", "vllm", "dummy"} < set(models)
     assert ("genpoe" in models) == patched == (off == "0")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_interrupted_run_of_ours_is_one_line(ours, monkeypatch, capsys) -> None:
+    """Those of other models keep their traceback."""
+    others: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: others.append(kind))
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lm_eval"])
+    for module in (target.partition(":")[0] for target in OURS.values()):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    if ours:
+        monkeypatch.setitem(sys.modules, "genpoe_plugin.lm.hf", ModuleType("hf"))
+    registration.errors_in_one_line()
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert (others, capsys.readouterr().err) == (([], "interrupted\n") if ours else ([KeyboardInterrupt], ""))
