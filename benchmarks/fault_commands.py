@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from benchmarks.forked import Forked
+from genpoe_plugin.files import TEMPORARY
 
 PASSAGES, QUESTIONS, WORDS = 600, 24, 12
-TIMES = ("seconds", "first_token_seconds", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -256,18 +256,18 @@ def left_behind(out: Path) -> dict[str, object]:
       without the addresses of functions;
     - of its response cache (an SQLite file), the entries count; of an expert store, whose files have random names, the
       experts by passage; of lm_eval's log, which has times, nothing;
+    - temporary files of an expert store and of a trace, which several processes may write, do not count;
     - of the comparison, the scores, intervals and tests count, not the costs, which are times.
     """
     found: dict[str, object] = {}
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and not _is_shared_temporary(path, out)):
         name = re.sub(r"_\d{4}-\d\d-\d\dT[\d.-]+(?=\.json)", "_DATE", str(path.relative_to(out)))
         if name.startswith("store/"):
             found.setdefault("store", {}).update(_experts(path))  # type: ignore[attr-defined]
         elif path.name.endswith(".db"):
             found[name] = _entries(path)
         elif path.name.startswith("results_"):
-            report = json.loads(re.sub(r" at 0x[0-9a-f]+", "", path.read_text()))
-            found[name] = {key: report[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
+            found[name] = _scores(path)
         elif path.name == "comparison.json":
             found[name] = _without_times(json.loads(path.read_text()))
         elif "comparison/" not in name and path.name != "lm_eval.log":
@@ -275,6 +275,19 @@ def left_behind(out: Path) -> dict[str, object]:
         else:
             found[name] = None
     return found
+
+
+def _is_shared_temporary(path: Path, out: Path) -> bool:
+    name = str(path.relative_to(out))
+    return path.suffix == TEMPORARY and name.startswith(("store/", ".trace.jsonl."))
+
+
+def _scores(path: Path) -> Any:
+    try:
+        report = json.loads(re.sub(r" at 0x[0-9a-f]+", "", path.read_text()))
+    except ValueError:  # cut short; a later, complete file has the same name but for the date
+        return "damaged"
+    return {key: report[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
 
 
 def _without_times(value: Any) -> Any:
@@ -286,8 +299,6 @@ def _without_times(value: Any) -> Any:
 def _experts(path: Path) -> dict[str, list[bytes]]:
     from safetensors import safe_open
 
-    if path.suffix != ".safetensors":
-        return {path.name: []}
     with safe_open(path, framework="np") as file:
         names = json.loads(file.metadata()["passages"])
         tensors = [file.get_tensor(name) for name in sorted(file.keys())]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -20,6 +22,9 @@ PICKLES = (
     "DPR publishes its embeddings and indexes as pickles, which are not read, because unpickling can run any code;"
     " encode its passages instead: `genpoe data download data.wikipedia_split.psgs_w100`, then `genpoe index build`"
 )
+
+TEMPORARY = ".tmp"
+"""Ending of the temporary files and directories beside their targets; their names begin with a dot."""
 
 
 def refuse_pickles(path: str | Path) -> None:
@@ -78,7 +83,7 @@ def atomic_file(target: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -105,8 +110,9 @@ def writing(path: str | Path, advice: str) -> Iterator[None]:
 def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
     """Lock the output ``target`` against other processes that write it, until the block ends.
 
-    The lock is that of the kernel on the file ``.NAME.lock`` beside ``target``. It ends with the process, also a killed
-    one, so it never has to be removed by hand. On file systems without locks, nothing is locked.
+    The lock is that of the kernel on the file `lock_file`. It ends with the process, also a killed one, so it never has
+    to be removed by hand. On file systems without locks, nothing is locked. Temporary files that killed processes have
+    left beside and in ``target`` are deleted.
 
     Args:
         target: the file or directory that is written.
@@ -119,7 +125,7 @@ def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -
         InputError: another process writes ``target``, or the lock file cannot be written.
     """
     target = Path(target)
-    path = target.with_name(f".{target.name}.lock")
+    path = lock_file(target)
     with ExitStack() as opened:
         while True:
             with writing(target, "give another output"):
@@ -139,9 +145,25 @@ def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 break  # otherwise its last owner has just deleted it
         try:
+            _delete_temporaries(target)
             yield file
         finally:
             path.unlink(missing_ok=True)
+
+
+def lock_file(target: str | Path) -> Path:
+    """The lock file of an output. It exists while a process writes the output, and after that process was killed."""
+    return Path(target).with_name(f".{Path(target).name}.lock")
+
+
+def _delete_temporaries(target: Path) -> None:
+    beside = target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY}")
+    for path in [*beside, *(target.rglob(f".*{TEMPORARY}") if target.is_dir() else ())]:
+        # Of this target, not of one whose name begins with it, and named by `tempfile`.
+        if re.fullmatch(r"\.[a-z0-9_]{8}", path.name.removesuffix(TEMPORARY)[-9:]) and (
+            path.parent != target.parent or len(path.name) == len(f".{target.name}.12345678{TEMPORARY}")
+        ):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_replaceable(target: str | Path, is_ours: Callable[[Path], bool], kind: str) -> None:
@@ -166,7 +188,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces ``target`` when the block ends without an error."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -179,7 +201,7 @@ def replace_directory(new: Path, target: Path) -> None:
     """Rename the directory ``new`` to ``target``, on the same file system; an existing ``target`` is deleted."""
     if target.exists():
         # A directory cannot be renamed over a non-empty one, so the old one is moved away first.
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY))
         target.replace(old / "previous")
         new.replace(target)
         shutil.rmtree(old)

@@ -26,7 +26,7 @@ from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint
 from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.comparison.settings import deciding, key
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file, file_digest, only_writer, writing
+from genpoe_plugin.files import atomic_file, file_digest, lock_file, only_writer, writing
 from genpoe_plugin.prompts import EXPERT_MODES
 from genpoe_plugin.retrieval.loading import index_directories
 
@@ -208,7 +208,8 @@ def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
     """
     inputs: dict[str, str] = {}
     definitions = {cell.name: _definition(matrix, cell, inputs) for cell in matrix.cells}
-    if all(_is_done(matrix, cell, definitions[cell.name]) for cell in matrix.cells):
+    finished = all(_is_done(matrix, cell, definitions[cell.name]) for cell in matrix.cells)
+    if finished and not lock_file(matrix.out).exists():
         return  # `out` may be a folder that cannot be written
     failed: list[str] = []
     with only_writer(matrix.out, wait=lambda: _say_waiting(matrix)) as lock, writing(matrix.out, RESUME_ADVICE):

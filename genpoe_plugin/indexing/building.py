@@ -99,6 +99,12 @@ def shards_directory(directory: str | Path, folder: Path | None = None) -> Itera
         if not any((work / SHARDS).glob("shard-*")):
             shutil.rmtree(work, ignore_errors=True)
         raise
+    except FileNotFoundError as error:
+        if folder is None and not work.exists():
+            raise InputError(
+                f"{directory}: another process has built it meanwhile; rerun the same command to check it"
+            ) from error
+        raise
 
 
 def already_built(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file, only_writer
+from genpoe_plugin.files import atomic_file, lock_file, only_writer
 from genpoe_plugin.training.curves import write_curves
 from genpoe_plugin.training.draws import Draw, batch_at
 from genpoe_plugin.training.trainer_state import Progress, find_state, full_state, load_state, read_progress, save_state
@@ -106,10 +106,14 @@ def train(
     """
     run = _Run(learner, arguments, out, accelerator)
     identity = {**identity, "processes": accelerator.num_processes}
-    if (finished := finished_run(out, identity)) is not None:
-        return finished
+    finished = finished_run(out, identity)
+    if finished is not None and not lock_file(out).exists():
+        return finished  # `out` may be a folder that cannot be written
     locked: AbstractContextManager[Any] = only_writer(out) if accelerator.is_main_process else nullcontext()
     with locked, torch.random.fork_rng():
+        if finished is not None:  # killed while it was cleaning up
+            shutil.rmtree(out / STATE, ignore_errors=True)
+            return finished
         return run.finish(run.optimise(identity))
 
 
