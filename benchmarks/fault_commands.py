@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,9 +228,13 @@ class _LmEvalRuns:
         words = command[command.index("lm_eval") + 1 :]
         socket.send_fds(self._server, [json.dumps([stdout.name, words]).encode()], pass_fds)
         pid = int(self._server.recv(64) or 0)
-        return SimpleNamespace(
-            wait=lambda: int(self._server.recv(64) or -signal.SIGINT), kill=lambda: pid and os.kill(pid, signal.SIGKILL)
-        )
+
+        def kill() -> None:
+            if pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+        return SimpleNamespace(wait=lambda: int(self._server.recv(64) or -signal.SIGINT), kill=kill)
 
 
 def _serve_lm_eval(requests: socket.socket, other_end: socket.socket) -> None:
@@ -256,6 +261,7 @@ def left_behind(out: Path) -> dict[str, object]:
       without the addresses of functions;
     - of its response cache (an SQLite file), the entries count; of an expert store, whose files have random names, the
       experts by passage; of lm_eval's log, which has times, nothing;
+    - scores of rerankers count to four decimals, because a resumed run has other batches;
     - temporary files of an expert store and of a trace, which several processes may write, do not count;
     - of the comparison, the scores, intervals and tests count, not the costs, which are times.
     """
@@ -270,6 +276,8 @@ def left_behind(out: Path) -> dict[str, object]:
             found[name] = _scores(path)
         elif path.name == "comparison.json":
             found[name] = _without_times(json.loads(path.read_text()))
+        elif name in ("found.jsonl", "reranked.jsonl"):
+            found[name] = re.sub(rb'("rerank_score": -?\d+\.\d{4})\d*', rb"\1", path.read_bytes())
         elif "comparison/" not in name and path.name != "lm_eval.log":
             found[name] = path.read_bytes()
         else:

@@ -25,6 +25,7 @@ from benchmarks.row import Row, table, write
 
 MOST_KILLS = 3  # of one command, before it is run to its end
 INTERRUPT_SECONDS = 2.0
+STARTED = 0.1  # seconds; an interrupt before is one of the benchmark
 LIMIT = 300  # seconds, after which a command counts as hanging
 ENDED_BY_INTERRUPT = (130, -signal.SIGINT)
 
@@ -156,7 +157,7 @@ def _kill(
 
 
 def _interrupt(command: Command, seconds: float, rng: random.Random, tally: Tally) -> None:
-    moment = rng.uniform(0, seconds)
+    moment = STARTED + rng.uniform(0, seconds)
     running = _start(command)
     if running.wait(moment) is not None:
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -203,7 +205,18 @@ print(json.dumps([list(model_registry), "build_with_ours" in index.TaskIndex.bui
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_an_interrupted_run_of_ours_is_one_line(ours, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(errno.ENOSPC, "Full", "results"), "error: results: cannot be written (Full)"),
+        (sqlite3.OperationalError("disk full"), "error: --use_cache: cannot be read or written (disk full)"),
+        (OSError(errno.ENOENT, "no such file"), None),
+        (ZeroDivisionError("a bug"), None),
+    ],
+    ids=repr,
+)
+def test_an_end_of_a_run_of_ours_that_is_one_line(error, line, ours, monkeypatch, capsys) -> None:
     """Those of other models keep their traceback."""
     others: list[type[BaseException]] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, *_: others.append(kind))
@@ -214,5 +227,6 @@ def test_an_interrupted_run_of_ours_is_one_line(ours, monkeypatch, capsys) -> No
     if ours:
         monkeypatch.setitem(sys.modules, "genpoe_plugin.lm.hf", ModuleType("hf"))
     registration.errors_in_one_line()
-    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert (others, capsys.readouterr().err) == (([], "interrupted\n") if ours else ([KeyboardInterrupt], ""))
+    sys.excepthook(type(error), error, None)
+    expected = ([], f"{line}\n") if ours and line else ([type(error)], "")
+    assert (others, capsys.readouterr().err) == expected
