@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from benchmarks.fault_commands import COMMANDS, Command, left_behind, make_world
-from benchmarks.forked import Forked, prepare
+from benchmarks.forked import Forked, prepared
 from benchmarks.row import Row, table, write
 
 MOST_KILLS = 3  # of one command, before it is run to its end
@@ -85,7 +85,23 @@ def measure(commands: Sequence[Command], kills: int, interrupts: int, seed: int 
     Raises:
         RuntimeError: a command fails undisturbed.
     """
-    prepare()
+    with prepared():
+        tally = _disturb(commands, kills, interrupts, seed)
+    for problem in (*tally.lost, *tally.different, *tally.wrong):
+        click.echo(problem, err=True)
+    slow = [interrupt for interrupt in tally.interrupts if interrupt > INTERRUPT_SECONDS]
+    return [
+        Row("faults.kills", tally.kills, "kills"),
+        Row("faults.lost", len(tally.lost), "runs", "<= 0"),
+        Row("faults.different", len(tally.different), "runs", "<= 0"),
+        Row("faults.interrupts", len(tally.interrupts), "interrupts"),
+        Row("faults.slow_interrupts", len(slow), "interrupts", "<= 0"),
+        Row("faults.wrong_interrupts", len(tally.wrong), "interrupts", "<= 0"),
+        Row("faults.slowest_interrupt", max(tally.interrupts, default=0.0), "s"),
+    ]
+
+
+def _disturb(commands: Sequence[Command], kills: int, interrupts: int, seed: int) -> Tally:
     log = Path("log")
     if Forked(lambda: make_world(Path()), log).wait(LIMIT):
         raise RuntimeError(f"the models and data cannot be made: {_last_line(log)}")
@@ -106,18 +122,7 @@ def measure(commands: Sequence[Command], kills: int, interrupts: int, seed: int 
         command = commands[number % len(commands)]
         _interrupt(command, seconds[command], rng, tally)
         number += 1
-    for problem in (*tally.lost, *tally.different, *tally.wrong):
-        click.echo(problem, err=True)
-    slow = [interrupt for interrupt in tally.interrupts if interrupt > INTERRUPT_SECONDS]
-    return [
-        Row("faults.kills", tally.kills, "kills"),
-        Row("faults.lost", len(tally.lost), "runs", "<= 0"),
-        Row("faults.different", len(tally.different), "runs", "<= 0"),
-        Row("faults.interrupts", len(tally.interrupts), "interrupts"),
-        Row("faults.slow_interrupts", len(slow), "interrupts", "<= 0"),
-        Row("faults.wrong_interrupts", len(tally.wrong), "interrupts", "<= 0"),
-        Row("faults.slowest_interrupt", max(tally.interrupts, default=0.0), "s"),
-    ]
+    return tally
 
 
 def _start(command: Command, fresh: bool = True) -> Forked:
@@ -147,8 +152,9 @@ def _kill(
     running = _start(command, fresh=not moments)
     status = running.wait(LIMIT)
     if status != 0:
-        running.signal_all(signal.SIGKILL)
-        running.wait()
+        if status is None:
+            running.signal_all(signal.SIGKILL)
+            running.wait()
         tally.lost.append(f"{where}: exit status {status}: {_last_line(running.log)}")
         return
     found = left_behind(Path("out"))

@@ -8,7 +8,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TextIO
@@ -34,7 +35,8 @@ _OUTPUTS: list[TextIO] = []
 """The outputs of the forking process. If they were collected in a child, they would close the child's."""
 
 
-def prepare() -> None:
+@contextmanager
+def prepared() -> Iterator[None]:
     """Import what the commands need. Nothing is computed here, so that no threads exist when a process is forked."""
     from genpoe_plugin import registration
 
@@ -43,6 +45,10 @@ def prepare() -> None:
         import_module(module)
     gc.collect()
     gc.freeze()  # otherwise a collection in a child copies the memory of this process
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Forked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CHEAP = ("index encode", "index build, BM25", "rerank")
 """Those that take less than a second."""
 
 
-def values(commands, kills: int, interrupts: int, folder: Path) -> dict[str, float]:
+def values(commands: Sequence[Command], kills: int, interrupts: int, folder: Path) -> dict[str, float]:
     with faults.working_in(folder):
         rows = faults.measure(commands, kills, interrupts)
     return {row.name.removeprefix("faults."): row.value for row in rows}
@@ -63,13 +63,20 @@ def replaces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "bad"), [(appends, "different"), (refuses_what_is_there, "lost"), (replaces, "")], ids=lambda x: str(x)
+    ("work", "kills", "interrupts", "bad"),
+    [
+        (appends, 3, 0, {"different"}),
+        (refuses_what_is_there, 3, 0, {"lost"}),
+        (replaces, 3, 0, set()),
+        (appends, 0, 2, {"wrong_interrupts"}),  # a traceback
+    ],
+    ids=str,
 )
-def test_faulty_commands_are_found(work, bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faulty_commands_are_found(work, kills: int, interrupts: int, bad, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(faults, "make_world", lambda folder: None)
-    found = values([Scripted("scripted", (), work)], 3, 1, tmp_path)
-    assert found["kills"] == 3
-    assert {name for name in ("lost", "different", "wrong_interrupts") if found[name]} == ({bad} if bad else set())
+    found = values([Scripted("scripted", (), work)], kills, interrupts, tmp_path)
+    assert (found["kills"], found["interrupts"]) == (kills, interrupts)
+    assert {name for name in ("lost", "different", "wrong_interrupts") if found[name]} == bad
 
 
 def test_what_is_left_behind_is_compared_without_dates(tmp_path: Path) -> None:
