@@ -19,6 +19,7 @@ ON_REQUEST = ("bm25", "forms", "gpu", "real-retrieval", "real-size", "rerankers"
 @click.group(
     cls=MainGroup,
     lazy={
+        "faults": LazyCommand("benchmarks.faults:faults", "Commands that are killed or interrupted."),
         "fuzz": LazyCommand("benchmarks.fuzz:fuzz", "Damaged files for every reader."),
         "real-llm": LazyCommand("benchmarks.real_llm:real_llm", "Experts in real, pretrained LLMs."),
     },

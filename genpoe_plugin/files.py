@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -21,6 +24,9 @@ PICKLES = (
     "DPR publishes its embeddings and indexes as pickles, which are not read, because unpickling can run any code;"
     " encode its passages instead: `genpoe data download data.wikipedia_split.psgs_w100`, then `genpoe index build`"
 )
+
+TEMPORARY = ".tmp"
+"""Ending of the temporary files and directories beside their targets; their names begin with a dot."""
 
 
 def refuse_pickles(path: str | Path) -> None:
@@ -93,7 +99,7 @@ def atomic_file(target: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -114,6 +120,66 @@ def writing(path: str | Path, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
+
+
+@contextmanager
+def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+    """Lock the output ``target`` against other processes that write it, until the block ends.
+
+    The lock is that of the kernel on the file `lock_file`. It ends with the process, also a killed one, so it never has
+    to be removed by hand. On file systems without locks, nothing is locked. Temporary files that killed processes have
+    left beside and in ``target`` are deleted.
+
+    Args:
+        target: the file or directory that is written.
+        wait: called before waiting for another process; by default there is no waiting.
+
+    Yields:
+        The lock file. A process that inherits it holds the lock as well.
+
+    Raises:
+        InputError: another process writes ``target``, or the lock file cannot be written.
+    """
+    target = Path(target)
+    path = lock_file(target)
+    with ExitStack() as opened:
+        while True:
+            with writing(target, "give another output"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file = opened.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if wait is None:
+                    raise InputError(
+                        f"{target}: another process writes it; wait until it has ended, or give another output"
+                    ) from None
+                wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # no locks here
+                pass
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break  # otherwise its last owner has just deleted it
+        try:
+            _delete_temporaries(target)
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def lock_file(target: str | Path) -> Path:
+    """The lock file of an output. It exists while a process writes the output, and after that process was killed."""
+    return Path(target).with_name(f".{Path(target).name}.lock")
+
+
+def _delete_temporaries(target: Path) -> None:
+    beside = target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY}")
+    for path in [*beside, *(target.rglob(f".*{TEMPORARY}") if target.is_dir() else ())]:
+        # Of this target, not of one whose name begins with it, and named by `tempfile`.
+        if re.fullmatch(r"\.[a-z0-9_]{8}", path.name.removesuffix(TEMPORARY)[-9:]) and (
+            path.parent != target.parent or len(path.name) == len(f".{target.name}.12345678{TEMPORARY}")
+        ):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_replaceable(target: str | Path, is_ours: Callable[[Path], bool], kind: str) -> None:
@@ -138,7 +204,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces ``target`` when the block ends without an error."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -151,7 +217,7 @@ def replace_directory(new: Path, target: Path) -> None:
     """Rename the directory ``new`` to ``target``, on the same file system; an existing ``target`` is deleted."""
     if target.exists():
         # A directory cannot be renamed over a non-empty one, so the old one is moved away first.
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY))
         target.replace(old / "previous")
         new.replace(target)
         shutil.rmtree(old)

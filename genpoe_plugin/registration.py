@@ -15,6 +15,7 @@ registration fails, there is only a warning, and lm-eval works without our model
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -25,6 +26,8 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 MODELS = {"genpoe": "genpoe_plugin.lm.hf:GenPoELM", "genpoe-vllm": "genpoe_plugin.lm.vllm:GenPoEVLLM"}
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_MODEL_MODULES = {target.partition(":")[0] for target in MODELS.values()}
 
 
 def install() -> None:
@@ -49,7 +52,8 @@ def task_folder() -> Path:
 def errors_in_one_line() -> None:
     """Make lm-eval's command print an uncaught `InputError` as one line instead of a traceback.
 
-    Other programs and other errors keep their tracebacks. The exit status is 1, as for any exception.
+    In runs of our models, also Ctrl-C and errors in writing, such as a full disk. Other programs and other errors keep
+    their tracebacks. The exit status is 1, as for any exception, or 130.
     """
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = main.name if main is not None else os.path.basename(sys.argv[0] if sys.argv else "")
@@ -61,6 +65,14 @@ def errors_in_one_line() -> None:
         errors = sys.modules.get("genpoe_plugin.errors")
         if errors is not None and isinstance(error, errors.InputError):
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        elif _MODEL_MODULES.isdisjoint(sys.modules):
+            previous_hook(kind, error, trace)
+        elif issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            print(f"error: {error.filename or 'output'}: cannot be written ({error.strerror})", file=sys.stderr)
+        elif kind.__module__ == "sqlite3" and kind.__name__ == "OperationalError":
+            print(f"error: --use_cache: cannot be read or written ({error})", file=sys.stderr)
         else:
             previous_hook(kind, error, trace)
 

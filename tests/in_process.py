@@ -37,6 +37,10 @@ class InProcess:
                 train_cli.main.main(arguments, standalone_mode=False)
         return SimpleNamespace(returncode=0)
 
+    def Popen(self, command: list[str], **options: Any) -> Any:
+        done = self.run(command, **options)
+        return SimpleNamespace(wait=lambda: done.returncode)
+
     @staticmethod
     def _evaluate(arguments: list[str]) -> None:
         build = TaskIndex.build

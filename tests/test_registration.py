@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from genpoe_plugin import registration
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -197,3 +202,31 @@ print(json.dumps([list(model_registry), "build_with_ours" in index.TaskIndex.bui
     models, patched = output(code, GENPOE_NO_AUTOLOAD=off)  # type: ignore[misc]
     assert {"hf", "vllm", "dummy"} < set(models)
     assert ("genpoe" in models) == patched == (off == "0")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(errno.ENOSPC, "Full", "results"), "error: results: cannot be written (Full)"),
+        (sqlite3.OperationalError("disk full"), "error: --use_cache: cannot be read or written (disk full)"),
+        (OSError(errno.ENOENT, "no such file"), None),
+        (ZeroDivisionError("a bug"), None),
+    ],
+    ids=repr,
+)
+def test_an_end_of_a_run_of_ours_that_is_one_line(error, line, ours, monkeypatch, capsys) -> None:
+    """Those of other models keep their traceback."""
+    others: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: others.append(kind))
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lm_eval"])
+    for module in (target.partition(":")[0] for target in OURS.values()):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    if ours:
+        monkeypatch.setitem(sys.modules, "genpoe_plugin.lm.hf", ModuleType("hf"))
+    registration.errors_in_one_line()
+    sys.excepthook(type(error), error, None)
+    expected = ([], f"{line}\n") if ours and line else ([type(error)], "")
+    assert (others, capsys.readouterr().err) == expected

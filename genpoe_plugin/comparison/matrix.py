@@ -11,12 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from genpoe_plugin.checkpoints.checkpoint import checkpoint_fingerprint
 from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.comparison.settings import deciding, key
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file, file_digest
+from genpoe_plugin.files import atomic_file, file_digest, lock_file, only_writer, writing
 from genpoe_plugin.json_text import read_json
 from genpoe_plugin.prompts import EXPERT_MODES
 from genpoe_plugin.retrieval.loading import index_directories
@@ -44,6 +45,7 @@ _OURS = ("genpoe", "genpoe-vllm")
 MOST_VALUES = 100_000  # of a matrix
 _COLLECTIONS = (dict, list, set, tuple, bytes)
 _LARGE = 1 << 24  # bytes; larger files in a folder (an LLM's weights) are compared by size only
+RESUME_ADVICE = "finished runs are saved; rerun the same command to resume"
 _LOG, _CELL = "lm_eval.log", "cell.json"
 
 
@@ -228,31 +230,83 @@ def _with_distinct_names(cells: Sequence[Cell], path: Path) -> tuple[Cell, ...]:
 def run_matrix(matrix: Matrix, jobs: int = 1) -> None:
     """Run every cell without complete results, ``jobs`` at a time. A failed cell does not stop the others.
 
+    Waits while another process runs the same matrix.
+
     Raises:
-        InputError: a folder holds another run than the matrix declares, or cells have failed.
+        InputError: a folder holds another run than the matrix declares, cells have failed, or ``out`` cannot be
+            written.
+        KeyboardInterrupt: interrupted; unfinished runs are stopped.
     """
     inputs: dict[str, str] = {}
     definitions = {cell.name: _definition(matrix, cell, inputs) for cell in matrix.cells}
-    missing = [cell for cell in matrix.cells if not _is_done(matrix, cell, definitions[cell.name])]
+    finished = all(_is_done(matrix, cell, definitions[cell.name]) for cell in matrix.cells)
+    if finished and not lock_file(matrix.out).exists():
+        return  # `out` may be a folder that cannot be written
     failed: list[str] = []
-    title = f"Running lm_eval ({len(matrix.cells) - len(missing)} of {len(matrix.cells)} runs are finished)"
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(missing), desc=title, unit="run", disable=not missing) as bar,
-    ):
-        futures = [pool.submit(_run, matrix, cell, definitions[cell.name], jobs) for cell in missing]
-        try:
-            for future in as_completed(futures):
-                if problem := future.result():
-                    failed.append(problem)
-                    bar.write(f"failed: {problem}", file=sys.stderr)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with only_writer(matrix.out, wait=lambda: _say_waiting(matrix)) as lock, writing(matrix.out, RESUME_ADVICE):
+        missing = [cell for cell in matrix.cells if not _is_done(matrix, cell, definitions[cell.name])]
+        title = f"Running lm_eval ({len(matrix.cells) - len(missing)} of {len(matrix.cells)} runs are finished)"
+        processes = _Processes(lock.fileno(), jobs)
+        with (
+            ThreadPoolExecutor(jobs) as pool,
+            tqdm(total=len(missing), desc=title, unit="run", disable=not missing) as bar,
+        ):
+            futures = [pool.submit(_run, matrix, cell, definitions[cell.name], processes) for cell in missing]
+            try:
+                for future in as_completed(futures):
+                    if problem := future.result():
+                        failed.append(problem)
+                        bar.write(f"failed: {problem}", file=sys.stderr)
+                    bar.update()
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                processes.stop()
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"interrupted; {RESUME_ADVICE}") from error
+                raise
     if failed:
         others = f" ({len(failed) - 1} more failed)" if failed[1:] else ""
         raise InputError(f"{failed[0]}{others}; rerun the same command to resume")
+
+
+@dataclass
+class _Processes:
+    """The running lm_eval processes.
+
+    Attributes:
+        lock: descriptor of the lock, which they inherit: if this process is killed alone, they still write.
+        jobs: the largest number of them.
+    """
+
+    lock: int
+    jobs: int
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, command: Sequence[str], output: TextIO) -> int:
+        """Run a command to its end, and return its exit status."""
+        process = subprocess.Popen(
+            command,
+            env=processors_of_one(self.jobs),
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[self.lock],
+        )
+        self.running.append(process)
+        if self.stopped.is_set():
+            process.kill()
+        return process.wait()
+
+    def stop(self) -> None:
+        """Kill all processes, which lose only unfinished runs."""
+        self.stopped.set()
+        for process in self.running:
+            process.kill()
+
+
+def _say_waiting(matrix: Matrix) -> None:
+    print(f"{matrix.out}: waiting for the end of another process that runs this matrix", file=sys.stderr)
 
 
 def processors_of_one(jobs: int) -> dict[str, str]:
@@ -349,7 +403,7 @@ def _problem(folder: Path) -> str | None:
     return f"{left_out[0].path}: {left_out[0].reason}" if left_out else None
 
 
-def _run(matrix: Matrix, cell: Cell, definition: Mapping[str, Any], jobs: int) -> str | None:
+def _run(matrix: Matrix, cell: Cell, definition: Mapping[str, Any], processes: _Processes) -> str | None:
     """Run a cell; return the problem if it failed."""
     folder = matrix.folder(cell)
     shutil.rmtree(folder, ignore_errors=True)
@@ -358,12 +412,9 @@ def _run(matrix: Matrix, cell: Cell, definition: Mapping[str, Any], jobs: int) -
         temporary.write_text(json.dumps(definition, indent=1) + "\n", encoding="utf-8")
     log = folder / _LOG
     with log.open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", *matrix.command(cell)]
-        status = subprocess.run(
-            command, env=processors_of_one(jobs), stdout=output, stderr=output, stdin=subprocess.DEVNULL
-        )
-    if status.returncode:
-        return f"{cell.name}: lm_eval stopped with status {status.returncode} ({_last_line(log)}); see {log}"
+        status = processes.run([sys.executable, "-m", *matrix.command(cell)], output)
+    if status:
+        return f"{cell.name}: lm_eval stopped with status {status} ({_last_line(log)}); see {log}"
     problem = _problem(folder)
     return f"{cell.name}: {problem}; see {log}" if problem else None
 

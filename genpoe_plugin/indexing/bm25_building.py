@@ -6,6 +6,7 @@ import json
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.data.passages import Passage, read_passages
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import replace_directory, writing
+from genpoe_plugin.files import only_writer, replace_directory, writing
 from genpoe_plugin.indexing.building import check_directory
 from genpoe_plugin.indexing.corpus import check_corpus, source_of
 from genpoe_plugin.indexing.passage_writing import write_passage_list
@@ -24,6 +25,7 @@ from genpoe_plugin.retrieval.bm25 import FILES, LANGUAGE, STOP_WORDS, BM25Retrie
 from genpoe_plugin.retrieval.manifest import BM25, FORMAT, MANIFEST, VERSION, written_files
 from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
+NOT_SAVED = "nothing is saved; rerun the same command"
 K1, B = 1.5, 0.75  # the defaults of bm25s
 
 
@@ -56,11 +58,8 @@ def build_bm25(
     check_directory(directory)
     source = source_of(passages)
     corpus = check_corpus(passages, progress=progress)
-    work = _working_directory(Path(directory))
-    try:
-        with writing(work, "nothing is saved; rerun the same command"):
-            shutil.rmtree(work, ignore_errors=True)  # of a killed process
-            work.mkdir(parents=True)
+    with only_writer(directory), _working_directory(Path(directory)) as work:
+        with writing(work, NOT_SAVED):
             rows = read_passages(passages) if isinstance(passages, str | Path) else passages
             write_passage_list(islice(rows, corpus.count), corpus.count, work, progress=progress)
             if source_of(passages) != source:
@@ -86,9 +85,8 @@ def build_bm25(
             }
             (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         BM25Retriever.load(work)
-        replace_directory(work, Path(directory))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with writing(directory, NOT_SAVED):
+            replace_directory(work, Path(directory))
     return BM25Retriever.load(directory)
 
 
@@ -127,6 +125,15 @@ class _Words:
         return (self._numbers[start:end].tolist() for start, end in pairwise(self._ends))
 
 
-def _working_directory(directory: Path) -> Path:
+@contextmanager
+def _working_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory beside ``directory``, deleted at the end of the block."""
     directory = directory.resolve()
-    return directory.with_name(f"{directory.name}.building-bm25")
+    work = directory.with_name(f"{directory.name}.building-bm25")
+    try:
+        with writing(work, NOT_SAVED):
+            shutil.rmtree(work, ignore_errors=True)  # of a killed process
+            work.mkdir(parents=True)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

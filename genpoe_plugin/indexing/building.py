@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file, check_replaceable, replace_directory, writing
+from genpoe_plugin.files import atomic_file, check_replaceable, only_writer, replace_directory, writing
 from genpoe_plugin.indexing.corpus import source_of
 from genpoe_plugin.indexing.factory import (
     CHUNK,
@@ -100,6 +100,12 @@ def shards_directory(directory: str | Path, folder: Path | None = None) -> Itera
         if not any((work / SHARDS).glob("shard-*")):
             shutil.rmtree(work, ignore_errors=True)
         raise
+    except FileNotFoundError as error:
+        if folder is None and not work.exists():
+            raise InputError(
+                f"{directory}: another process has built it meanwhile; rerun the same command to check it"
+            ) from error
+        raise
 
 
 def already_built(
@@ -151,8 +157,8 @@ def build_index(
         The opened index.
 
     Raises:
-        InputError: shards are missing, FAISS cannot build the index, there are too few passages to train it, or memory
-            or disk space is insufficient. Finished work is saved.
+        InputError: shards are missing, another process writes ``directory``, FAISS cannot build the index, there are
+            too few passages to train it, or memory or disk space is insufficient. Finished work is saved.
     """
     directory = Path(directory).resolve()
     check_directory(directory)
@@ -160,18 +166,19 @@ def build_index(
         raise InputError(
             f"{shards.directory}: {len(missing):,} of {len(shards):,} shards are missing; rerun `genpoe index encode`"
         )
-    build = _Build(shards, building_directory(directory), factory, memory, progress)
-    build.prepare()
-    with writing(build.work, RESUME_ADVICE):
-        for number, name in enumerate(build.names):
-            if not (build.finished / name).exists():
-                build.fill(number, build.finished / name)
-        write_passages(shards, build.finished, progress=progress)
-        search = tuned([build.finished / name for name in build.names], shards, recall, queries, progress=progress)
-        build.write_manifest(search, _requested(factory, memory, recall, None if queries is None else queries.name))
-    PassageIndex.load(build.finished)
-    replace_directory(build.finished, directory)
-    shutil.rmtree(build.work)
+    with only_writer(directory):
+        build = _Build(shards, building_directory(directory), factory, memory, progress)
+        build.prepare()
+        with writing(build.work, RESUME_ADVICE):
+            for number, name in enumerate(build.names):
+                if not (build.finished / name).exists():
+                    build.fill(number, build.finished / name)
+            write_passages(shards, build.finished, progress=progress)
+            search = tuned([build.finished / name for name in build.names], shards, recall, queries, progress=progress)
+            build.write_manifest(search, _requested(factory, memory, recall, None if queries is None else queries.name))
+        PassageIndex.load(build.finished)
+        replace_directory(build.finished, directory)
+        shutil.rmtree(build.work)
     return PassageIndex.load(directory)
 
 

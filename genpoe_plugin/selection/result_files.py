@@ -24,6 +24,7 @@ from genpoe_plugin.data.questions import (
 )
 from genpoe_plugin.data.trec import Qrels, write_qrels, write_run
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import only_writer
 from genpoe_plugin.json_text import parse_json
 from genpoe_plugin.prompts import cut_passages
 from genpoe_plugin.retrieval.measures import Judged, quality_table
@@ -141,12 +142,28 @@ def make_results(
         The quality of the retrieved and reranked passages.
 
     Raises:
-        InputError: ``out`` is a directory, the ``.part`` file belongs to another run, or a file cannot be written.
+        InputError: ``out`` is a directory, another process writes it, the ``.part`` file belongs to another run, or a
+            file cannot be written.
         KeyboardInterrupt: interrupted; the message says what is saved.
     """
     out = Path(out)
     if out.is_dir():
         raise InputError(f"{out}: a directory; give the name of a file")
+    with only_writer(out):
+        return _make_results(out, questions, work, header, form, qrels, write_qrels_to, total, progress)
+
+
+def _make_results(
+    out: Path,
+    questions: Iterable[Question],
+    work: Callable[[Iterator[Question]], Iterator[Question]],
+    header: Mapping[str, Any],
+    form: str,
+    qrels: Qrels | None,
+    write_qrels_to: Path | None,
+    total: int | None,
+    progress: bool,
+) -> Quality:
     part = out.with_name(f"{out.name}.part")
     with _writing(part):
         done = _begin(part, header)

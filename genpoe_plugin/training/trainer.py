@@ -12,18 +12,19 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import atomic_file
+from genpoe_plugin.files import atomic_file, lock_file, only_writer
 from genpoe_plugin.json_text import read_json
 from genpoe_plugin.training.curves import write_curves
 from genpoe_plugin.training.draws import Draw, batch_at
@@ -102,14 +103,20 @@ def train(
         The progress of the whole run, also if it was already finished.
 
     Raises:
-        InputError: ``out`` holds another run or something else, or the loss is not finite.
+        InputError: ``out`` holds another run or something else, another process writes it, it cannot be written, or the
+            loss is not finite.
         KeyboardInterrupt: interrupted; the state is saved.
     """
     run = _Run(learner, arguments, out, accelerator)
     identity = {**identity, "processes": accelerator.num_processes}
-    if (finished := finished_run(out, identity)) is not None:
-        return finished
-    with torch.random.fork_rng():
+    finished = finished_run(out, identity)
+    if finished is not None and not lock_file(out).exists():
+        return finished  # `out` may be a folder that cannot be written
+    locked: AbstractContextManager[Any] = only_writer(out) if accelerator.is_main_process else nullcontext()
+    with locked, torch.random.fork_rng():
+        if finished is not None:  # killed while it was cleaning up
+            shutil.rmtree(out / STATE, ignore_errors=True)
+            return finished
         return run.finish(run.optimise(identity))
 
 
@@ -290,31 +297,49 @@ class _Run:
             progress.best = progress.step
             weights, _ = full_state(self.learner.module, self.optimizer)
             if self.accelerator.is_main_process:
-                (self.out / STATE).mkdir(parents=True, exist_ok=True)
-                with atomic_file(self.out / STATE / BEST) as temporary:
-                    save_file(weights, temporary)
+                with _saving(self.out):
+                    (self.out / STATE).mkdir(parents=True, exist_ok=True)
+                    with atomic_file(self.out / STATE / BEST) as temporary:
+                        save_file(weights, temporary)
 
     def _save(self, progress: Progress) -> None:
         weights, states = full_state(self.learner.module, self.optimizer)
         if self.accelerator.is_main_process:
-            save_state(self.out / STATE, weights, states, progress)
+            with _saving(self.out):
+                save_state(self.out / STATE, weights, states, progress)
         self.accelerator.wait_for_everyone()
 
     def finish(self, progress: Progress) -> Progress:
         """Write checkpoint and curves, and finally the record that marks the run as finished."""
         weights, _ = full_state(self.learner.module, self.optimizer)
         if self.accelerator.is_main_process:
-            record = {"arguments": progress.arguments, "steps": progress.step, "validations": progress.validations}
-            if progress.best not in (None, progress.step):
-                self.learner.save(self.out / "last", weights, {**record, "step": progress.step})
-                weights = load_file(self.out / STATE / BEST)
-            self.learner.save(self.out, weights, {**record, "step": progress.best or progress.step})
-            write_curves(self.out, progress.losses, progress.validations)
-            with atomic_file(self.out / RECORD) as temporary:
-                temporary.write_text(json.dumps(vars(progress), indent=1) + "\n", encoding="utf-8")
-            shutil.rmtree(self.out / STATE)
+            with _saving(self.out):
+                record = {"arguments": progress.arguments, "steps": progress.step, "validations": progress.validations}
+                if progress.best not in (None, progress.step):
+                    self.learner.save(self.out / "last", weights, {**record, "step": progress.step})
+                    weights = load_file(self.out / STATE / BEST)
+                self.learner.save(self.out, weights, {**record, "step": progress.best or progress.step})
+                write_curves(self.out, progress.losses, progress.validations)
+                with atomic_file(self.out / RECORD) as temporary:
+                    temporary.write_text(json.dumps(vars(progress), indent=1) + "\n", encoding="utf-8")
+                shutil.rmtree(self.out / STATE)
         self.accelerator.wait_for_everyone()
         return progress
+
+
+@contextmanager
+def _saving(out: Path) -> Iterator[None]:
+    """Turn an error in writing to ``out``, such as a full disk, into an `InputError`."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors has its own exception, tokenizers a plain one.
+        if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{out}: cannot be written ({reason}); the last save is kept; rerun the same command to resume"
+            ) from error
+        raise
 
 
 def _quality(measures: Mapping[str, float]) -> tuple[float, ...]:

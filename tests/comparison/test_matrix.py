@@ -48,7 +48,7 @@ class LmEval:
         self.commands: list[list[str]] = []
         self.fails: set[str] = set()
 
-    def run(self, command: list[str], **options: object) -> SimpleNamespace:
+    def Popen(self, command: list[str], **options: object) -> SimpleNamespace:
         words = command[command.index("lm_eval") :]
         self.commands.append(words)
         options_of = dict(zip(words[1::2], words[2::2], strict=False))
@@ -56,7 +56,7 @@ class LmEval:
         folder = Path(words[words.index("--output_path") + 1])
         if folder.name in self.fails:
             options["stdout"].write("Traceback\nValueError: no such thing\n")
-            return SimpleNamespace(returncode=1)
+            return SimpleNamespace(wait=lambda: 1)
         facts = None
         if options_of["--model"] == "genpoe":
             facts = genpoe_facts(
@@ -68,7 +68,7 @@ class LmEval:
         right = {"retrieved": 6, "gold": 8}.get(arguments.get("passages", ""), 1)
         em = [float(n < right) for n in range(8)]
         write_run(folder, {"em": em}, docs=DOCS, genpoe=facts, model_args=arguments, model=options_of["--model"])
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_a_build_that_fails_leaves_an_index_as_it_was(tmp_path: Path, monkeypatc
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
-    work = bm25_building._working_directory(tmp_path / "index")
+    work = tmp_path / "index.building-bm25"
     work.mkdir()
     (work / "data.csc.index.npy").write_bytes(b"half")
     assert len(build_bm25(corpus(9), tmp_path / "index", progress=False).passages) == 9
