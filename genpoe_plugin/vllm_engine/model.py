@@ -96,7 +96,7 @@ class WithExperts:
         if self.bank is not None:
             slots = self.genpoe.slots(len(positions))
             if slots is not None:
-                self.bank.begin(self.genpoe(positions), slots, get_forward_context().attn_metadata)  # type: ignore[arg-type]
+                self.bank.begin(self.genpoe(positions), slots, get_forward_context().attn_metadata)
         if self._has_branch:
             # Here and not in the layer: the layer has no positions, and this code is outside of the compiled part.
             self.branch.set_active(self.genpoe(positions))
