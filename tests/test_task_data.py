@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,24 @@ def test_all_tasks_at_once(hub: Path) -> None:
     assert len(model.requests) == sum(map(len, EXPECTED.values()))
     assert results["results"]["genpoe_squad"]["em,none"] == 0.5
     assert results["groups"]["genpoe_all"]["em,none"] == pytest.approx(7.5 / 8)
+
+
+def test_the_groups_mean_has_its_standard_error(tmp_path: Path) -> None:
+    """That of a plain mean over independent tasks, from each task's answers."""
+    right = {"genpoe_nq": [1, 1, 1, 0], "genpoe_tqa": [1, 0, 0]}
+    files, generations = {}, {}
+    for task, column in right.items():
+        asked = [f"{task} {number}?" for number in range(len(column))]
+        files[task] = str(tmp_path / f"{task}.jsonl")
+        rows = [{"question": question, "answers": ["yes"]} for question in asked]
+        Path(files[task]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        answers = ["yes" if value else "wrong" for value in column]
+        generations |= dict(zip(map(as_prompted, asked), answers, strict=True))
+    group = run(["genpoe"], files, generations)[0]["groups"]["genpoe"]
+    assert group["em,none"] == pytest.approx((3 / 4 + 1 / 3) / 2)
+    error = sum(statistics.variance(column) / len(column) for column in right.values()) ** 0.5 / 2
+    for metric in ("em", "f1", "contains", "token_precision", "token_recall"):
+        assert group[f"{metric}_stderr,none"] == pytest.approx(error), metric
 
 
 def test_few_shot_examples_are_the_same_for_all(hub: Path) -> None:

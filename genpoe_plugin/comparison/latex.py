@@ -17,9 +17,10 @@ _ESCAPES = {
 
 
 def latex(comparison: Comparison) -> str:
-    """A ``table`` for every board, with what the table shows as the caption."""
+    """A ``table`` for every board, with what the table shows as the caption; notes are comments."""
     tables = "\n".join(_table(board, comparison) for board in comparison.boards)
-    return f"% In the preamble: \\usepackage{{booktabs}}\n\n{tables}"
+    comments = ["In the preamble: \\usepackage{booktabs}", *(" ".join(note.split()) for note in comparison.notes)]
+    return "\n".join([*(f"% {line}" for line in comments), "", tables])
 
 
 def _table(board: Board, comparison: Comparison) -> str:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from sklearn.metrics import cohen_kappa_score
 
 from benchmarks.synthetic_results import documents, write_run
 from genpoe_plugin.comparison import judging
 from genpoe_plugin.comparison.judging import METRIC, Judging, agreement, read_prompt
+from genpoe_plugin.comparison.latex import latex
 from genpoe_plugin.comparison.leaderboard import Comparison, compare
+from genpoe_plugin.comparison.page import page
 from genpoe_plugin.errors import InputError
 
 N = 20
@@ -63,6 +66,7 @@ def test_a_metric_of_its_own_with_its_judge_and_agreement(results: Path) -> None
     kappa = cohen_kappa_score(em, [number % 2 == 0 for number in range(N)] * 2)
     (note,) = comparison.notes
     assert note.startswith("task t: judged is by even with prompt ")
+    assert f"% {note}\n" in latex(comparison) and str(escape(note)) in page(comparison)
     assert note.endswith(f"{100 * same:.1f} % of 40 answers (Cohen's kappa {kappa:.2f})")
     # Both runs have the same answers, so each is judged once.
     assert len(judge.prompts) == N
