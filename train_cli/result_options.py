@@ -115,7 +115,9 @@ def count_questions(read: Read, path: Path, with_passages: bool) -> int:
 
 def reranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of the reranker: how it reads a pair, and how passages are cut for it."""
-    format_help = "Format of a decoder-LLM reranker whose checkpoint does not say it: bge, qwen3, or a template file."
+    format_help = (
+        "Format of a decoder-LLM reranker whose checkpoint does not say it: bge, qwen3, likelihood, or a template file."
+    )
     llm_help = "Cut passages for the reranker at 256 tokens of this LLM, as its evaluations do: directory or hub name."
     gguf = click.option(
         "--gguf-file", help="Read the tokenizer from this GGUF file in the LLM's directory or repository."
