@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -48,6 +49,7 @@ from genpoe_plugin.selection.result_files import make_results
 from genpoe_plugin.training.reranker_data import read_examples
 from genpoe_plugin.training.trainer_state import Progress, full_state, load_state, read_progress, save_state
 
+matplotlib.get_configdir(), matplotlib.get_cachedir()  # made once, outside the folders that readers may write to
 PASSAGES = [
     Passage(str(number), f"Title {number}", f"The text of passage {number}, żółć 東京.") for number in range(40)
 ]

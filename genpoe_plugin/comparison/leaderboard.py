@@ -341,11 +341,11 @@ def _cost(runs: Sequence[Run]) -> Cost:
             seconds.append(sum(genpoe["seconds"].values()) / questions)
         elif run.report.get("total_evaluation_time_seconds"):
             whole = True
-            samples = sum(counts.get("effective", 0) for counts in run.report.get("n-samples", {}).values())
+            samples = sum(counts.get("effective") or 0 for counts in (run.report.get("n-samples") or {}).values())
             seconds.append(float(run.report["total_evaluation_time_seconds"]) / max(1, samples))
-        if memory := genpoe.get("peak_memory"):
+        if (memory := genpoe.get("peak_memory") or {}).get("bytes") is not None:
             peaks.append(memory["bytes"])
-            of = memory["of"]
+            of = memory.get("of") or ""
         if genpoe.get("first_token_seconds") is not None:
             first_tokens.append(genpoe["first_token_seconds"])
         if genpoe.get("expert_bytes") is not None and questions:

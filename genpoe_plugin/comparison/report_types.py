@@ -29,6 +29,12 @@ def _mappings(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_mapping, value.values()))
 
 
+def _counts(value: Any) -> bool:
+    return _mappings(value) and all(
+        count is None or _number(count) for counts in value.values() for count in counts.values()
+    )
+
+
 def _text_or_mapping(value: Any) -> bool:
     return isinstance(value, str | dict)
 
@@ -58,7 +64,7 @@ TYPES: dict[str, Any] = {
             "provenance": {"command": _text, "directory": _text, "versions": _mapping},
         },
     },
-    "n-samples": _mappings,
+    "n-samples": _counts,
     "higher_is_better": _mappings,
     "total_evaluation_time_seconds": _time,
 }
@@ -67,11 +73,12 @@ TASK_TYPES: dict[str, Any] = {"metadata": _mapping}
 """The same for the configuration of a task."""
 
 
-def wrong_value(report: Mapping[str, Any], types: Mapping[str, Any], where: str = "") -> str | None:
-    """The name of the first value of another type; None if there is none."""
+def wrong_value(report: dict[str, Any], types: Mapping[str, Any], where: str = "") -> str | None:
+    """The name of the first value of another type; None if there is none. Nulls count as missing, and are removed."""
     for name, check in types.items():
         value, place = report.get(name), f"{where}{name}"
         if value is None:
+            report.pop(name, None)
             continue
         if isinstance(check, dict):
             if not isinstance(value, dict):

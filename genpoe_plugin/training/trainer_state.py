@@ -115,8 +115,8 @@ def load_state(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer)
             optim_state_dict={"state": states, "param_groups": groups},  # type: ignore[dict-item]
             options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False),
         )
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, SafetensorError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).split("\n", 1)[0]
         raise InputError(f"{saved}: damaged, or from another model ({reason}); delete it to start over") from error
 
 

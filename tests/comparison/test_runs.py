@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.synthetic_results import documents, genpoe_facts, write_run
 from genpoe_plugin.comparison.leaderboard import compare
+from genpoe_plugin.comparison.output_files import record
+from genpoe_plugin.comparison.report_types import TYPES
 from genpoe_plugin.comparison.runs import QuestionBook, read_runs
 from genpoe_plugin.errors import InputError
 
@@ -205,3 +207,27 @@ def test_the_trace_of_another_run_is_not_used(tmp_path: Path, wrong: str) -> Non
     comparison = compare([tmp_path], draws=20)
     assert comparison.boards[0].systems[0].used is None
     assert len(comparison.notes) == 1 and "passages unknown" in comparison.notes[0]
+
+
+def test_a_null_in_a_report_is_a_missing_value(tmp_path: Path) -> None:
+    """Whichever of the values that a comparison uses."""
+
+    def places(types: dict, names: tuple[str, ...] = ()):
+        for name, check in types.items():
+            yield (*names, name)
+            yield from places(check, (*names, name)) if isinstance(check, dict) else ()
+
+    found = [names for names in places(TYPES) if names != ("config",)]
+    assert ("config", "genpoe", "peak_memory", "of") in found
+    for number, names in enumerate(found):
+        path = write_run(
+            tmp_path / str(number), {"em": [1.0, 0.0]}, docs=documents(2, passages=1), genpoe=genpoe_facts(), trace=True
+        )
+        report = json.loads(path.read_text())
+        holder = report
+        for name in names[:-1]:
+            holder = holder[name]
+        holder[names[-1]] = None
+        path.write_text(json.dumps(report))
+        told = record(compare([tmp_path / str(number)], draws=20))
+        assert len(told["boards"][0]["systems"]) == 1 and told["left_out"] == []
