@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -12,11 +11,16 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from genpoe_plugin.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 LONGEST_LINE = 1 << 24  # characters; a question with a thousand passages has less than a tenth
 TOO_LONG = f"longer than {LONGEST_LINE:,} characters, which no question or passage is; the file is damaged"
@@ -147,6 +151,9 @@ def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -
             with writing(target, "give another output"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file = opened.enter_context(path.open("ab"))
+            if fcntl is None:
+                locked = False
+                break
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -157,14 +164,18 @@ def only_writer(target: str | Path, *, wait: Callable[[], None] | None = None) -
                 wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # no locks here
-                pass
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break  # otherwise its last owner has just deleted it
+                locked = False
+                break
+            with suppress(FileNotFoundError):  # its last owner may just have deleted it
+                if locked := os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break
         try:
-            _delete_temporaries(target)
+            if locked:
+                _delete_temporaries(target)
             yield file
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def lock_file(target: str | Path) -> Path:

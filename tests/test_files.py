@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import only_writer
+from genpoe_plugin.files import atomic_directory, atomic_file, only_writer
 
 
 def in_child(work) -> int:
@@ -83,3 +83,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     message = r"out: cannot be written \(.*\); give another output$"
     with pytest.raises(InputError, match=message), only_writer(tmp_path / "file" / "out"):
         pass
+
+
+def test_temporaries_of_killed_processes_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    def work() -> None:
+        target = tmp_path / "out"
+        with only_writer(target):
+            target.mkdir()
+            with atomic_file(target / "inner"), atomic_directory(target / "more"), atomic_directory(target):
+                (tmp_path / "held").touch()
+                time.sleep(60)
+
+    child = in_child(work)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    end(child)
+    with atomic_file(tmp_path / "out.json") as other:  # another output, whose name begins with this one's
+        (tmp_path / ".out.settings").touch()
+        assert len([path for path in tmp_path.rglob(".*") if path != other]) == 5
+        with only_writer(tmp_path / "out"):
+            pass
+        assert {path for path in tmp_path.rglob(".*")} == {other, tmp_path / ".out.settings"}

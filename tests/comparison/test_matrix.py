@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from genpoe_plugin.comparison import matrix as module
 from genpoe_plugin.comparison.leaderboard import compare
 from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import lock_file
 from genpoe_plugin.prompts import EXPERT_MODES
 
 DOCS = documents(8, passages=2)
@@ -190,3 +192,36 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, wrong: str, said:
     with pytest.raises(InputError) as caught:
         read_matrix(path)
     assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ctrl_c_stops_the_runs(tmp_path: Path, lm_eval: LmEval, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they would go on, and the command would wait for them."""
+    stopped = threading.Event()
+
+    class Endless:
+        def wait(self) -> int:
+            assert stopped.wait(60)
+            return -9
+
+        def kill(self) -> None:
+            stopped.set()
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm_eval, "Popen", lambda command, **options: Endless())
+    monkeypatch.setattr(module, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"finished runs are saved; rerun the same command to resume"):
+        run_matrix(read_matrix(declare(tmp_path)))
+    assert stopped.is_set() and not (tmp_path / ".out.lock").exists()
+
+
+def test_finished_runs_need_no_lock(tmp_path: Path, lm_eval: LmEval, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So they can be compared in a folder that cannot be written; after a kill, the lock file is removed."""
+    matrix = read_matrix(declare(tmp_path))
+    run_matrix(matrix)
+    lock_file(matrix.out).touch()
+    run_matrix(matrix)
+    assert not lock_file(matrix.out).exists()
+    monkeypatch.setattr(module, "only_writer", None)
+    run_matrix(matrix)
