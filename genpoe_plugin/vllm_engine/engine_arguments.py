@@ -25,6 +25,9 @@ MAX_NUM_SEQS, UTILISATION = 256, 0.9  # vLLM's defaults
 # Largest shares of the device's and of the host's memory for expert sets, unless the user sets their numbers.
 SLOT_MEMORY, HOST_MEMORY = 0.1, 0.25
 
+# These bring keys and values that the process has not computed, or divide a batch, which the bank would not see.
+NOT_IN_ATTENTION = ("kv_transfer_config", "kv_offloading_size", "speculative_config", "enable_dbo")
+
 
 def check_vllm() -> None:
     """Check that a supported version of vLLM is installed.
@@ -72,8 +75,6 @@ def engine_arguments(
         InputError: the LLM's family is not supported, a rank exceeds vLLM's limit, arguments contradict each other, or
             an expert set does not fit in memory.
     """
-    from vllm.config.lora import MaxLoRARanks
-
     if (parallel := user.get("data_parallel_size")) and int(parallel) > 1:
         raise InputError(
             f"data_parallel_size={parallel}: experts work with a single engine; use tensor_parallel_size, "
@@ -82,9 +83,13 @@ def engine_arguments(
     for name in ("lora_local_path", "lora_target_modules"):
         if user.get(name):
             raise InputError(f"{name}={user[name]}: experts use vLLM's LoRA adapters; merge your adapter into the LLM")
+    if config.head == "attention":
+        _check_attention(user)
     overrides = user.get("hf_overrides") or {}
     if not isinstance(overrides, Mapping):
         raise InputError("hf_overrides must be a dictionary, because experts add entries to it")
+    from vllm.config.lora import MaxLoRARanks
+
     layers = carriers(config, num_passages)
     needed = max(carrier.rank for carrier in layers.values())
     allowed = sorted(get_args(MaxLoRARanks))
@@ -115,6 +120,21 @@ def engine_arguments(
         "lora_target_modules": list(layers),
         "worker_extension_cls": EXTENSION,
     }
+
+
+def _check_attention(user: Mapping[str, Any]) -> None:
+    """Refuse engine arguments with which experts in the attention would give wrong answers."""
+    given = [name for name in NOT_IN_ATTENTION if user.get(name)]
+    given += [
+        name
+        for name in ("prefill_context_parallel_size", "decode_context_parallel_size")
+        if int(user.get(name) or 1) > 1
+    ]
+    if given:
+        raise InputError(
+            f"{given[0]}={user[given[0]]}: experts in the attention need all keys of a context in one process, "
+            f"one batch at a time; leave {given[0]} out"
+        )
 
 
 def share_device(device: str | None, share: float, user: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.vllm_engine import engine_arguments
 
 
@@ -65,3 +66,21 @@ def test_sharing_a_gpu(monkeypatch):
             engine_arguments.share_device("cuda", share, {"gpu_memory_utilization": asked})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert engine_arguments.share_device("cuda:0", 0.2, {}) == ("cpu", {})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kv_transfer_config": {"kv_connector": "SharedStorageConnector"}},
+        {"kv_offloading_size": 4.0},
+        {"speculative_config": {"method": "ngram"}},
+        {"enable_dbo": True},
+        {"decode_context_parallel_size": 2},
+        {"prefill_context_parallel_size": "2"},
+    ],
+)
+def test_arguments_that_experts_in_the_attention_cannot_have(given):
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_width": 32}
+    config = HypernetworkConfig.preset("attention", hidden_size=128, layers=(0, 2), **sizes)
+    with pytest.raises(InputError, match=f"^{next(iter(given))}=.*; leave {next(iter(given))} out$"):
+        engine_arguments.engine_arguments("llm", "hypernetwork", config, 4, given)

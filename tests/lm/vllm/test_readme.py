@@ -14,7 +14,7 @@ from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.lm.argument_names import accepted_names
 from genpoe_plugin.lm.vllm import VLLM, GenPoEVLLM
-from genpoe_plugin.vllm_engine.engine_arguments import set_bytes
+from genpoe_plugin.vllm_engine.engine_arguments import slot_bytes
 from genpoe_plugin.vllm_engine.expert_sets import carriers
 from tests.lm.vllm.conftest import SMALL
 from tests.test_readme import ALL, DOCS, commands
@@ -59,5 +59,5 @@ def test_sizes_of_expert_sets():
     for preset, width, rank, told in (("memory", 4096, 64, "80 KiB"), ("paper", 4096, 512, "64 MiB")):
         config = HypernetworkConfig.preset(preset, hidden_size=width, layer=1)
         number, unit = told.split()
-        size = set_bytes(carriers(config, 4), rank, itemsize=2) / {"KiB": 2**10, "MiB": 2**20}[unit]
+        size = slot_bytes(carriers(config, 4), rank, itemsize=2) / {"KiB": 2**10, "MiB": 2**20}[unit]
         assert abs(size - float(number)) < 1 and told in PAGE
