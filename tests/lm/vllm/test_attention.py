@@ -61,7 +61,7 @@ def start(make_parts):
 
 
 CASES = [
-    *((family, PLAIN) for family in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3")),
+    *((family, PLAIN) for family in ("qwen2", "mistral", "gemma")),
     *((family, TRAINED) for family in ("llama", "qwen3", "gemma3")),
     ("llama", {"kv_heads": ((1,), (0, 1)), "addition_rank": 4}),
 ]
@@ -109,11 +109,10 @@ def test_tokens_are_those_of_transformers(start, tokenizer, family, form):
     assert changed > 5, "experts have to matter"
 
 
-@pytest.mark.parametrize("form", [PLAIN, TRAINED])
-def test_likelihoods_are_those_of_transformers(start, tokenizer, form):
+def test_likelihoods_are_those_of_transformers(start, tokenizer):
     from vllm import SamplingParams
 
-    engine, llm, network = start("llama", form)
+    engine, llm, network = start("llama", TRAINED)
     store = ExpertStore(network, llm, tokenizer)
     scoring = SamplingParams(temperature=0, prompt_logprobs=0, max_tokens=1)
     requests = [replace(request, sampling=scoring) for request in make_requests(tokenizer, 12, seed=3)]
