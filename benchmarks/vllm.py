@@ -13,6 +13,7 @@ import gc
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,22 @@ from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.evaluation import reading_layers
 from benchmarks.options import Options, folder_of
 from benchmarks.random_llm import END, MARKS
 from benchmarks.row import Row
-from benchmarks.training import LAYER, WIDTH, language_model, training_set
+from benchmarks.training import LAYER, LAYERS, WIDTH, language_model, training_set
 from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.prompts import closed_book_prompt
+from genpoe_plugin.training.creation import attention_config
 from genpoe_plugin.vllm_engine.engine_arguments import check_vllm
 
 REQUESTS, PASSAGES, REPEATS, BATCH = 256, 4, 3, 64
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**31, "disable_log_stats": True}
 FORMS: dict[str, dict[str, Any]] = {"memory": {"base": "random"}, "paper": {"rank": 64}}
+ATTENTION = "attention"
 ANSWERS = {"until": ["\n"], "max_gen_toks": 32, "do_sample": False}
 EQUAL = {"until": ["no such word"], "max_gen_toks": 16, "do_sample": False}
 
@@ -65,7 +69,7 @@ def ending_words(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def write_parts(folder: Path) -> dict[str, str]:
-    """Write an LLM and a hypernetwork of each form whose experts change its answers."""
+    """Write an LLM and a hypernetwork of each form, whose experts change its answers."""
     model, words = language_model()
     tokenizer = ending_words(words)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -74,7 +78,10 @@ def write_parts(folder: Path) -> dict[str, str]:
     for preset, changes in FORMS.items():
         config = HypernetworkConfig.preset(preset, hidden_size=WIDTH, layer=LAYER, **changes)
         save_hypernetwork(folder / preset, Hypernetwork(config), model, tokenizer, {})
-    return {name: str(folder / name) for name in ("llm", *FORMS)}
+    # The form that `training` measures.
+    attention = replace(attention_config(model, reading_layers(LAYERS)), addition_rank=64, window=4)
+    save_hypernetwork(folder / ATTENTION, Hypernetwork(attention), model, tokenizer, {})
+    return {name: str(folder / name) for name in ("llm", *FORMS, ATTENTION)}
 
 
 def clear_caches(lm: Any) -> None:
@@ -113,18 +120,20 @@ def measure(options: Options) -> list[Row]:
     with folder_of(options) as folder:
         parts = write_parts(folder)
 
-        def hf() -> Any:
+        def hf(form: str = "memory") -> Any:
             arguments = {"device": "cpu", "dtype": "float32", "batch_size": BATCH}
-            return GenPoELM(parts["llm"], hypernetwork=parts["memory"], **arguments)
+            return GenPoELM(parts["llm"], hypernetwork=parts[form], **arguments)
 
         def vllm(mode: str, form: str = "memory") -> Any:
             return GenPoEVLLM(parts["llm"], mode=mode, hypernetwork=parts[form], max_num_seqs=REQUESTS, **ENGINE)
 
         constructors: dict[str, Callable[[], Any]] = {
             "hf": hf,
+            "hf_attention": lambda: hf(ATTENTION),
             "plain_closed_book": lambda: vllm("closed_book"),
             "experts": lambda: vllm("genpoe"),
             "paper_experts": lambda: vllm("genpoe", "paper"),
+            "attention_experts": lambda: vllm("genpoe", ATTENTION),
         }
         for name, construct in constructors.items():
             lm = construct()
@@ -136,6 +145,7 @@ def measure(options: Options) -> list[Row]:
             gc.collect()
         # Long prompts take most of the time and are equally long, so a quarter of the requests is enough.
         rate["plain_rag"] = requests_per_second(vllm("rag"), answers[: count // 4], 1, "plain_rag")
+    attention = rate["attention_experts_equal"]
     cold = count / (expert_seconds + count / rate["experts"])
     return [
         *(Row(f"vllm.{name}_requests_per_second", value, "requests/s") for name, value in rate.items()),
@@ -146,4 +156,7 @@ def measure(options: Options) -> list[Row]:
         Row("vllm.paper_over_plain_closed_book", rate["paper_experts_equal"] / rate["plain_closed_book_equal"], "x"),
         Row("vllm.over_rag", rate["experts"] / rate["plain_rag"], "x"),
         Row("vllm.over_rag_with_experts_made", cold / rate["plain_rag"], "x"),
+        Row("vllm.attention_over_hf", rate["attention_experts"] / rate["hf_attention"], "x", ">= 2"),
+        Row("vllm.attention_over_plain_closed_book", attention / rate["plain_closed_book_equal"], "x", ">= 0.6"),
+        Row("vllm.attention_over_rag", rate["attention_experts"] / rate["plain_rag"], "x", ">= 2"),
     ]

@@ -54,7 +54,7 @@ def test_the_stock_command_ends_in_one_line(llm_dir, model, setup, message):
 @pytest.mark.parametrize(
     ("program", "raised", "output"),
     [
-        ("lm_eval", "InputError('one\\ntwo')", "error: one two\n"),
+        ("lm_eval", "InputError('one\\ntwo')", "error: one\\ntwo\n"),
         ("lm_eval", "ValueError('one')", None),
         ("mine", "InputError('one')", None),
     ],

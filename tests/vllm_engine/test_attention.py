@@ -1,4 +1,4 @@
-"""The bank and its readers without vLLM: chunks of prompts, against one softmax over context and experts in float64."""
+"""The bank of experts in the attention, in every process of a tensor-parallel engine, against one softmax by hand."""
 
 from __future__ import annotations
 
@@ -10,73 +10,88 @@ import torch
 from genpoe_plugin.experts.attention import AttentionShape
 from genpoe_plugin.vllm_engine.attention import ExpertBank, ExpertReader
 
-KV_HEADS, GROUPS, WIDTH, BLOCK, TOKENS = 2, 2, 8, 4, 11
-HEADS = KV_HEADS * GROUPS
-TABLE = [3, 1, 4]
-"""The blocks of the request, in an order of their own."""
+HEADS, KV_HEADS, WIDTH, BLOCK, SCALE = 4, 2, 8, 4, 0.5
+LAYER = 2  # the second of two layers with experts
+SHAPE = AttentionShape((0, LAYER), (tuple(range(KV_HEADS)),) * 2, HEADS, KV_HEADS, WIDTH)
+UNITS = {11: 5, 12: 3}
+# Of each request: the number of its set in each slot, the first token that reads, the tokens of two passes, its blocks.
+SETS, STARTS, PASSES = [11, None, 12], [2, 0, 1], [(6, 4, 5), (1, 1, 3)]
+TABLES = torch.tensor([[5, 2], [1, 7], [3, 0]])
+LENGTHS = [sum(parts) for parts in zip(*PASSES, strict=True)]
 
 
-def whole(query, keys, values, experts, start: int, at: int, window: int | None):
-    """Output of the token ``at``, ``[heads, width]``; experts are (keys, values, bias), or None."""
-    first = 0 if window is None else max(0, at - window + 1)
-    rows = []
-    for head in range(HEADS):
-        kv = head // GROUPS
-        k, v = keys[first : at + 1, kv], values[first : at + 1, kv]
-        logits = k @ query[at, head] * WIDTH**-0.5
-        if experts is not None and at >= start:
-            own_keys, own_values, bias = experts
-            logits = torch.cat([logits, own_keys[kv] @ query[at, head] * WIDTH**-0.5 + bias[head]])
-            v = torch.cat([v, own_values[kv]])
-        rows.append(logits.softmax(0) @ v)
-    return torch.stack(rows)
+def logits(q: torch.Tensor, keys: torch.Tensor, softcap: float) -> torch.Tensor:
+    found = keys @ q * SCALE
+    return softcap * torch.tanh(found / softcap) if softcap else found
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(
-    ("chunks", "start"),
-    [([11], 0), ([4, 7], 6), ([9, 1, 1], 10), ([1] * 11, 0), ([1] * 11, 7), ([8, 1, 1, 1], 10)],
-)
-def test_chunks_are_one_softmax(chunks, start, window):
-    """Also chunks of a single token before the start: later tokens read its key."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("window", "softcap"), [(None, 0.0), (3, 0.0), (None, 2.0)])
+def test_context_and_experts_share_a_softmax(ranks, window, softcap):
+    generator = torch.Generator().manual_seed(ranks)
 
-    def draw(*sizes):
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator)
 
-    query, keys, values = draw(TOKENS, HEADS, WIDTH), draw(TOKENS, KV_HEADS, WIDTH), draw(TOKENS, KV_HEADS, WIDTH)
-    shape = AttentionShape((0,), ((0, 1),), num_heads=HEADS, num_kv_heads=KV_HEADS, head_width=WIDTH)
-    bank = ExpertBank(shape, (0,), 0, 1, BLOCK)
-    bias, units, gates = draw(1, HEADS), draw(3, 2 * KV_HEADS, WIDTH), torch.tensor([0.2, 0.5, 0.3])
-    bank.share(bias, ())
-    bank.add(7, units, gates, torch.float64)
-    bank.set_of_slot = lambda: [7]
-    parts = units.view(3, 2, KV_HEADS, WIDTH).permute(1, 2, 0, 3)  # keys and values, by head
-    experts = (*parts, bias[0, :, None] + (gates / gates.max()).log())
-    reader = ExpertReader(0, bank)
-    attention = SimpleNamespace(
-        num_kv_heads=KV_HEADS,
-        head_size=WIDTH,
-        layer_name="layer",
-        sliding_window=window,
-        impl=SimpleNamespace(scale=WIDTH**-0.5, logits_soft_cap=0),
-    )
-    changed, first = 0, 0
-    for count in chunks:
-        end = first + count
-        places = torch.arange(first, end)
-        metadata = SimpleNamespace(
-            query_start_loc=torch.tensor([0, count]),
-            seq_lens=torch.tensor([end]),
-            block_table=torch.tensor([TABLE]),
-            slot_mapping=torch.tensor(TABLE)[places // BLOCK] * BLOCK + places % BLOCK,
+    bias = random(2, HEADS)
+    units = {number: random(count, SHAPE.vectors, WIDTH) for number, count in UNITS.items()}
+    gates = {number: random(count).exp() for number, count in UNITS.items()}
+    queries = [random(length, HEADS, WIDTH) for length in LENGTHS]
+    keys, values = ([random(length, KV_HEADS, WIDTH) for length in LENGTHS] for _ in range(2))
+
+    def expected(request: int, place: int, head: int, with_experts: bool) -> torch.Tensor:
+        kv_head, q = head * KV_HEADS // HEADS, queries[request][place, head]
+        first = 0 if window is None else max(0, place + 1 - window)
+        scores = logits(q, keys[request][first : place + 1, kv_head], softcap)
+        mixed = values[request][first : place + 1, kv_head]
+        number = SETS[request]
+        if with_experts and number is not None and place >= STARTS[request]:
+            own = units[number].unflatten(1, (2, 2, KV_HEADS))[:, 1, :, kv_head]  # layer, then keys or values
+            added = logits(q, own[:, 0], softcap) + (gates[number] / gates[number].max()).log() + bias[1, head]
+            scores, mixed = torch.cat([scores, added]), torch.cat([mixed, own[:, 1]])
+        return scores.softmax(0) @ mixed
+
+    changed = 0
+    for rank in range(ranks):
+        local = range(rank * HEADS // ranks, (rank + 1) * HEADS // ranks)
+        kv_heads = sorted({head * KV_HEADS // HEADS for head in local})
+        bank = ExpertBank(SHAPE, [LAYER], rank, ranks, BLOCK)
+        bank.share(bias, [])
+        for number in UNITS:
+            bank.add(number, units[number], gates[number], torch.float32)
+        bank.set_of_slot = lambda: [12, None, 11]
+        reader = ExpertReader(LAYER, bank)
+        attention = SimpleNamespace(
+            num_kv_heads=len(kv_heads),
+            head_size=WIDTH,
+            layer_name="attention",
+            sliding_window=window,
+            impl=SimpleNamespace(scale=SCALE, logits_soft_cap=softcap),
         )
-        context = torch.stack([whole(query, keys, values, None, 0, at, window) for at in range(first, end)])
-        output = context.flatten(1).clone()
-        bank.begin(places >= start, torch.zeros(count, dtype=torch.long), {"layer": metadata})
-        reader.join(attention, query[first:end].flatten(1), keys[first:end].flatten(1), output)
-        wanted = torch.stack([whole(query, keys, values, experts, start, at, window) for at in range(first, end)])
-        torch.testing.assert_close(output, wanted.flatten(1), atol=1e-6, rtol=1e-5)
-        changed += int((wanted - context).abs().amax((1, 2)).gt(1e-2).sum())
-        first = end
-    assert changed == TOKENS - start, "experts have to matter"
+        done = [0] * len(SETS)
+        for counts in PASSES:
+            places = [(r, done[r] + n) for r, count in enumerate(counts) for n in range(count)]
+            done = [before + count for before, count in zip(done, counts, strict=True)]
+            metadata = SimpleNamespace(
+                query_start_loc=torch.tensor([0, *counts]).cumsum(0),
+                seq_lens=torch.tensor(done),
+                block_table=TABLES,
+                slot_mapping=torch.tensor([TABLES[r, n // BLOCK] * BLOCK + n % BLOCK for r, n in places]),
+            )
+            slot = {11: 2, 12: 0, None: -1}
+            bank.begin(
+                torch.tensor([n >= STARTS[r] for r, n in places]),
+                torch.tensor([slot[SETS[r]] for r, _ in places]),
+                {"attention": metadata},
+            )
+            query = torch.stack([queries[r][n, list(local)] for r, n in places]).flatten(1)
+            key = torch.stack([keys[r][n, kv_heads] for r, n in places]).flatten(1)
+            output, wanted = (
+                torch.stack([torch.cat([expected(r, n, head, experts) for head in local]) for r, n in places])
+                for experts in (False, True)
+            )
+            changed += int((output - wanted).abs().amax(1).gt(1e-2).sum())
+            reader.join(attention, query, key, output)
+            torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    reading = sum(length - start for length, start, number in zip(LENGTHS, STARTS, SETS, strict=True) if number)
+    assert changed > reading * ranks * 0.9
