@@ -111,7 +111,8 @@ class GenPoEArguments:
     )
     reranker_format: str | None = _argument(
         None,
-        "format of a decoder-LLM reranker whose checkpoint does not say it: `bge`, `qwen3`, or a template file (below)",
+        "format of a decoder-LLM reranker whose checkpoint does not say it: `bge`, `qwen3`, `likelihood`, or a "
+        "template file (below)",
         controls=_RANKED,
         later=True,
     )

@@ -351,7 +351,7 @@ def test_cells_are_run_without_a_shell(tmp_path: Path, monkeypatch: pytest.Monke
 
     def run(command: list[str], **options: Any) -> Any:
         started.append((command, options))
-        return SimpleNamespace(returncode=1)
+        return SimpleNamespace(wait=lambda: 1)
 
     declared = {
         "out": str(tmp_path / "runs"),
@@ -360,7 +360,7 @@ def test_cells_are_run_without_a_shell(tmp_path: Path, monkeypatch: pytest.Monke
         "models": {f"m{number}": {"model": "hf", "pretrained": word} for number, word in enumerate(WORDS)},
     }
     (tmp_path / "matrix.yaml").write_text(json.dumps(declared))
-    monkeypatch.setattr(matrices.subprocess, "run", run)
+    monkeypatch.setattr(matrices.subprocess, "Popen", run)
     with pytest.raises(InputError, match="lm_eval stopped with status 1"):
         run_matrix(read_matrix(tmp_path / "matrix.yaml"))
     assert len(started) == len(WORDS)

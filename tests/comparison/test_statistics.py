@@ -227,5 +227,5 @@ def test_many_comparisons_raise_no_more_false_alarms(numbers):
 
 def test_the_benchmark_has_a_row_for_every_kind():
     rows = coverage.rows(draws=400)
-    assert [row.target for row in rows] == [">= 0.94"] * 5 + ["<= 0.06"] * 3
-    assert all(0.85 <= row.value <= 1 for row in rows[:5]) and all(0 <= row.value <= 0.12 for row in rows[5:])
+    assert [row.target for row in rows] == [">= 0.94"] * 5 + ["<= 0.96"] + ["<= 0.06"] * 3
+    assert all(0.85 <= row.value <= 1 for row in rows[:6]) and all(0 <= row.value <= 0.12 for row in rows[6:])
