@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,16 @@ from lm_eval.tasks._index import TaskIndex
 
 import train_cli.main
 from genpoe_plugin.registration import install, task_folder
+
+
+def started_by(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A stand-in for `subprocess.Popen` whose processes are over at once, with what ``run`` returns."""
+
+    def popen(command: list[str], **options: Any) -> Any:
+        done = run(command, **options)
+        return SimpleNamespace(wait=lambda: done.returncode, kill=lambda: None)
+
+    return popen
 
 
 class InProcess:
@@ -38,8 +49,7 @@ class InProcess:
         return SimpleNamespace(returncode=0)
 
     def Popen(self, command: list[str], **options: Any) -> Any:
-        done = self.run(command, **options)
-        return SimpleNamespace(wait=lambda: done.returncode)
+        return started_by(self.run)(command, **options)
 
     @staticmethod
     def _evaluate(arguments: list[str]) -> None:

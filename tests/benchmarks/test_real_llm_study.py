@@ -17,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.real_llm.ladder import LADDER, cells
 from genpoe_plugin.data.questions import read_questions
 from tests.benchmarks.test_real_llm_table import LIMIT, LmEval, data, letters  # noqa: F401
+from tests.in_process import started_by
 from train_cli.main import main as genpoe
 from train_cli.train_hypernetwork import hypernetwork
 
@@ -54,6 +55,7 @@ class Trains(LmEval):
 def stand_in(monkeypatch) -> Trains:
     trains = Trains()
     monkeypatch.setattr(subprocess, "run", trains)
+    monkeypatch.setattr(subprocess, "Popen", started_by(trains))
     return trains
 
 
@@ -200,6 +202,7 @@ def test_other_trainings_run_when_one_fails(run, stand_in, monkeypatch, tmp_path
         return stand_in(command, **options)
 
     monkeypatch.setattr(subprocess, "run", fails)
+    monkeypatch.setattr(subprocess, "Popen", started_by(fails))
     result = run("--cells", "window_16,window_4", "--jobs", "2")
     assert result.exit_code == 2 and "failed: window_16-0, training" in result.output
     rows = json.loads((tmp_path / "study" / LADDER).read_text())["rows"]

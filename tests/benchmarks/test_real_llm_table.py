@@ -35,6 +35,7 @@ from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.encoder_options import EncoderOptions
 from genpoe_plugin.selection.pipeline import Pipeline
 from genpoe_plugin.training.creation import attention_config, create_attention_experts
+from tests.in_process import started_by
 
 COUNT = 12  # questions per data set
 LIMIT, CURVE, NATS = 8, 5, 4
@@ -386,6 +387,7 @@ class LmEval:
 def lm_eval(monkeypatch) -> LmEval:
     stand_in = LmEval()
     monkeypatch.setattr(subprocess, "run", stand_in)
+    monkeypatch.setattr(subprocess, "Popen", started_by(stand_in))
     monkeypatch.setattr(matrix, "checkpoint_fingerprint", str)
     return stand_in
 
