@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from benchmarks.child import run_child
 from benchmarks.evaluation import Models, Sizes, questions
@@ -209,7 +208,6 @@ def run(name: str, folder: Path, seconds: float) -> dict[str, Any]:
         MB over time. They are also written into ``folder``.
     """
     record = folder / f"{name}.json"
-    torch.set_grad_enabled(False)
     answerer: Answerer = ANSWERERS[name](folder)
     modes = ANSWERERS[name].modes
     numbers = {request: number for number, request in enumerate(every(modes))}
