@@ -61,6 +61,7 @@ def passages_used(run: Run) -> PassagesUsed | None:
     facts = {"mode": fingerprint.get("mode"), "hypernetwork": fingerprint.get("hypernetwork")}
     if "settings" in genpoe:
         facts["settings"] = genpoe["settings"]
+    names, expected = list(facts), list(facts.values())
     place_of = _SamplePlaces(run)
     answer_given = np.full(len(run.doc_ids), UNKNOWN, np.int64)
     ranks, lengths, offsets = (answer_given.copy() for _ in range(3))
@@ -68,7 +69,7 @@ def passages_used(run: Run) -> PassagesUsed | None:
         try:
             if line["task"] != run.task:
                 continue
-            if any(line.get(fact) != value for fact, value in facts.items()):
+            if [line.get(name) for name in names] != expected:
                 raise InputError(
                     f"{trace}: the trace does not belong to {run.results}; give every run its own trace file"
                 )
@@ -128,8 +129,8 @@ def _any_has_answer(passages: list[dict[str, Any]]) -> int:
 
 
 def _rank(retrieved: list[dict[str, Any]]) -> int:
-    if not retrieved or any(passage["has_answer"] is None for passage in retrieved):
+    labels = [passage["has_answer"] for passage in retrieved]
+    if not labels or None in labels:
         return UNKNOWN
     # The trace lists passages in the reranker's order if there is a reranker, else in the retriever's.
-    ranks = (place for place, passage in enumerate(retrieved, 1) if passage["has_answer"])
-    return next(ranks, ABSENT)
+    return next((place for place, label in enumerate(labels, 1) if label), ABSENT)

@@ -230,19 +230,11 @@ class ExpertReader:
         lengths = torch.tensor([rows.lengths[request] for request in requests], device=device)
         longest = max(rows.lengths[request] for request in requests)
         places = torch.arange(longest, device=device)
-        seen = places < lengths[:, None]
-        if rule.window is not None:
-            seen &= lengths[:, None] - 1 - places < rule.window
+        seen = rule.sees(lengths[:, None] - 1, places)
         at = torch.tensor(tokens, device=device)
-        q = query[at]
         assert self._keys is not None
         keys = self._keys[self._context(tables[torch.tensor(requests, device=tables.device)], longest) * seen]
-        logits = rule.logits(torch.einsum("rkgd,rlkd->rkgl", q, keys)).masked_fill(~seen[:, None, None], -torch.inf)
-        experts = self.bank.stacked(self.layer, tuple(numbers))
-        of_experts = rule.logits(torch.einsum("rkgd,rkud->rkgu", q, experts.keys)) + experts.bias
-        context, added = _merge(logits.logsumexp(-1), of_experts)
-        part = torch.einsum("rkgu,rkud->rkgd", added.to(q.dtype), experts.values)
-        output[at] = output[at] * context.to(q.dtype) + part
+        _read(rule, query, output, at, seen, keys, self.bank.stacked(self.layer, tuple(numbers)), own="t")
 
     def _several(
         self,
@@ -265,17 +257,8 @@ class ExpertReader:
         places = torch.arange(length, device=query.device)
         heads = query.shape[1] * query.shape[2]
         for some in tokens.split(max(1, MAX_LOGITS // (heads * (length + experts.keys.shape[1])))):
-            q = query[some]
-            position = (some - end + length)[:, None]
-            seen = places <= position
-            if rule.window is not None:
-                seen &= position - places < rule.window
-            logits = rule.logits(torch.einsum("tkgd,lkd->tkgl", q, keys))
-            logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
-            of_experts = rule.logits(torch.einsum("tkgd,kud->tkgu", q, experts.keys)) + experts.bias
-            context, added = _merge(logits.logsumexp(-1), of_experts)
-            part = torch.einsum("tkgu,kud->tkgd", added.to(q.dtype), experts.values)
-            output[some] = output[some] * context.to(q.dtype) + part
+            seen = rule.sees((some - end + length)[:, None], places)
+            _read(rule, query, output, some, seen, keys, experts, own="")
 
 
 @dataclass(frozen=True)
@@ -286,20 +269,45 @@ class _Rule:
     softcap: float
     window: int | None
 
+    def sees(self, position: Tensor, places: Tensor) -> Tensor:
+        """Whether tokens at these positions see the keys at these places."""
+        seen = places <= position
+        return seen if self.window is None else seen & (position - places < self.window)
+
     def logits(self, products: Tensor) -> Tensor:
         logits = products.float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
-def _merge(context: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """The context's share of the softmax, ``[..., 1]``, and the weights of the experts' units, ``[..., units]``.
+def _read(
+    rule: _Rule,
+    query: Tensor,
+    output: Tensor,
+    tokens: Tensor,
+    seen: Tensor,
+    keys: Tensor,
+    experts: SetInLayer,
+    *,
+    own: str,
+) -> None:
+    """Join the experts of some tokens with their attention over the context, in place.
 
     Args:
-        context: log-sum-exp of the context's logits, ``[...]``.
-        experts: logits of the units, ``[..., units]``.
+        rule: how logits are made.
+        query, output: of all tokens, ``[all tokens, KV heads, query heads per KV head, width]``.
+        tokens: the tokens, ``[tokens]``.
+        seen: which of the context's tokens each of them sees, ``[tokens, context]``.
+        keys: the context's keys, ``[context, KV heads, width]``.
+        experts: the experts.
+        own: ``t`` if every token has its own keys and experts, with a leading dimension ``[tokens]``; else empty.
     """
-    whole = torch.logaddexp(context, experts.logsumexp(-1)).unsqueeze(-1)
-    return (context.unsqueeze(-1) - whole).exp(), (experts - whole).exp()
+    q = query[tokens]
+    context = rule.logits(torch.einsum(f"tkgd,{own}lkd->tkgl", q, keys)).masked_fill(~seen[:, None, None], -torch.inf)
+    units = rule.logits(torch.einsum(f"tkgd,{own}kud->tkgu", q, experts.keys)) + experts.bias
+    of_context = context.logsumexp(-1, keepdim=True)
+    whole = torch.logaddexp(of_context, units.logsumexp(-1, keepdim=True))
+    added = torch.einsum(f"tkgu,{own}kud->tkgd", (units - whole).exp().to(q.dtype), experts.values)
+    output[tokens] = output[tokens] * (of_context - whole).exp().to(q.dtype) + added
 
 
 def join_experts(layer: Any, number: int, bank: ExpertBank) -> None:
