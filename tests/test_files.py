@@ -43,6 +43,13 @@ def end(child: int) -> None:
     os.waitpid(child, 0)
 
 
+def end_when(held: Path, child: int) -> None:
+    """Kill a child once it has made a file."""
+    while not held.exists():
+        time.sleep(0.01)
+    end(child)
+
+
 def test_one_process_writes_and_a_killed_one_needs_no_cleaning(tmp_path: Path) -> None:
     target = tmp_path / "new folder" / "out"
     child = hold(target)
@@ -69,10 +76,7 @@ def test_waiting_for_the_other_and_for_what_it_has_started(tmp_path: Path) -> No
             (tmp_path / "held").touch()
             time.sleep(60)
 
-    child = in_child(work)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
-    end(child)
+    end_when(tmp_path / "held", in_child(work))
     assert not target.exists()
     with only_writer(target, wait=lambda: said.append("waiting")):
         assert said == ["waiting"] and target.read_text() == "by its child"
@@ -94,10 +98,7 @@ def test_temporaries_of_killed_processes_are_deleted_and_nothing_else(tmp_path: 
                 (tmp_path / "held").touch()
                 time.sleep(60)
 
-    child = in_child(work)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
-    end(child)
+    end_when(tmp_path / "held", in_child(work))
     with atomic_file(tmp_path / "out.json") as other:  # another output, whose name begins with this one's
         (tmp_path / ".out.settings").touch()
         assert len([path for path in tmp_path.rglob(".*") if path != other]) == 5

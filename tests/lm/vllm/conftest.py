@@ -33,6 +33,17 @@ SMALL = {
 }
 
 
+def save_parts(folder: Path, llm: Any, tokenizer: Any, network: Any) -> dict[str, str]:
+    """Write an LLM, its tokenizer and a hypernetwork; returns their directories by name."""
+    from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
+
+    paths = {name: folder / name for name in ("llm", "tokenizer", "hypernetwork")}
+    llm.save_pretrained(paths["llm"])
+    tokenizer.save_pretrained(paths["tokenizer"])
+    save_hypernetwork(paths["hypernetwork"], network, llm, tokenizer, {})
+    return {name: str(path) for name, path in paths.items()}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def models():
     """Model classes given to vLLM as they are: those named only, it would look at in a process of its own, for long."""

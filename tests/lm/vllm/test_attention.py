@@ -12,7 +12,7 @@ from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.store import ExpertStore
 from genpoe_plugin.training.creation import attention_config
 from tests.experts.test_trained_attention import trained
-from tests.lm.vllm.conftest import SMALL
+from tests.lm.vllm.conftest import SMALL, save_parts
 from tests.lm.vllm.test_engine import make_requests
 
 # vLLM's attention on a CPU needs heads of 32.
@@ -33,11 +33,7 @@ def make_parts(make_llm, tokenizer, tmp_path):
     def make(family: str = "llama", form: dict = PLAIN, layers: tuple[int, ...] = (0, 2), **changes):
         llm = make_llm(family, **SIZES, **HEADS.get(family, {}), **changes)
         network = trained(replace(attention_config(llm, layers), **form)).eval().requires_grad_(False)
-        paths = {name: tmp_path / name for name in ("llm", "tokenizer", "hypernetwork")}
-        llm.save_pretrained(paths["llm"])
-        tokenizer.save_pretrained(paths["tokenizer"])
-        save_hypernetwork(paths["hypernetwork"], network, llm, tokenizer, {})
-        return llm, network, {name: str(path) for name, path in paths.items()}
+        return llm, network, save_parts(tmp_path, llm, tokenizer, network)
 
     return make
 

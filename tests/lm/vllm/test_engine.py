@@ -7,13 +7,12 @@ import random
 import pytest
 import torch
 
-from genpoe_plugin.checkpoints.checkpoint import save_hypernetwork
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
 from genpoe_plugin.experts.hypernetwork import Hypernetwork
 from genpoe_plugin.experts.injection import inject
 from genpoe_plugin.experts.store import ExpertStore
-from tests.lm.vllm.conftest import SIZES, SMALL
+from tests.lm.vllm.conftest import SIZES, SMALL, save_parts
 
 FACTS = [f"Fact {number}: Rossini wrote {number * number} operas in {1792 + number}." for number in range(12)]
 FORMS = {
@@ -35,11 +34,7 @@ def make_parts(make_llm, tokenizer, tmp_path):
             torch.manual_seed(5)
             config = HypernetworkConfig.from_dict({**values, "base": "random", "generator_gain": 3.0, **form})
             network = Hypernetwork(config).eval().requires_grad_(False)
-        paths = {name: tmp_path / name for name in ("llm", "tokenizer", "hypernetwork")}
-        llm.save_pretrained(paths["llm"])
-        tokenizer.save_pretrained(paths["tokenizer"])
-        save_hypernetwork(paths["hypernetwork"], network, llm, tokenizer, {})
-        return llm, network, {name: str(path) for name, path in paths.items()}
+        return llm, network, save_parts(tmp_path, llm, tokenizer, network)
 
     return make
 
