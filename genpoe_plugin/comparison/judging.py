@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from genpoe_plugin.comparison.runs import QuestionBook, Run, parse_json
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.files import open_text, writing
+from genpoe_plugin.files import only_writer, open_text, writing
 
 METRIC = "judged"
 YES, NO = " yes", " no"
@@ -139,26 +139,30 @@ def _items(run: Run, book: QuestionBook) -> list[_Item]:
 
 def _judged(items: dict[_Item, None], judging: Judging) -> dict[_Item, bool]:
     """Whether each item is right; missing judgements are made and saved."""
-    known = _saved(judging)
-    missing = [item for item in items if item.digest not in known]
-    if missing:
-        with writing(judging.file, "judgements that are saved are kept"):
-            judging.file.parent.mkdir(parents=True, exist_ok=True)
-            with judging.file.open("ab") as file, tqdm(total=len(missing), desc="Judging", unit="answer") as bar:
-                for start in range(0, len(missing), BLOCK):
-                    block = missing[start : start + BLOCK]
-                    prompts = [_fill(judging.prompt, item) for item in block]
-                    found = judging.judge.log_likelihoods(prompts, (YES, NO))
-                    lines = []
-                    for item, (yes, no) in zip(block, found, strict=True):
-                        known[item.digest] = yes > no
-                        facts = {"judge": judging.judge.name, "prompt": judging.prompt_digest, "item": item.digest}
-                        lines.append(json.dumps({**facts, "yes": yes, "no": no}) + "\n")
-                    file.write("".join(lines).encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                    bar.update(len(block))
+    known, _ = _saved(judging)
+    if any(item.digest not in known for item in items):
+        with only_writer(judging.file), writing(judging.file, "judgements that are saved are kept"):
+            known, complete = _saved(judging)  # another process may have added some
+            _judge_missing([item for item in items if item.digest not in known], known, complete, judging)
     return {item: known[item.digest] for item in items}
+
+
+def _judge_missing(missing: Sequence[_Item], known: dict[str, bool], complete: int, judging: Judging) -> None:
+    """Judge and save the missing items, and add them to the known ones, after ``complete`` bytes of the file."""
+    with judging.file.open("ab") as file, tqdm(total=len(missing), desc="Judging", unit="answer") as bar:
+        file.truncate(complete)
+        for start in range(0, len(missing), BLOCK):
+            block = missing[start : start + BLOCK]
+            found = judging.judge.log_likelihoods([_fill(judging.prompt, item) for item in block], (YES, NO))
+            lines = []
+            for item, (yes, no) in zip(block, found, strict=True):
+                known[item.digest] = yes > no
+                facts = {"judge": judging.judge.name, "prompt": judging.prompt_digest, "item": item.digest}
+                lines.append(json.dumps({**facts, "yes": yes, "no": no}) + "\n")
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(block))
 
 
 def _fill(prompt: str, item: _Item) -> str:
@@ -166,29 +170,36 @@ def _fill(prompt: str, item: _Item) -> str:
     return re.sub(r"\{(question|accepted|answer)\}", lambda place: texts[place[1]], prompt)
 
 
-def _saved(judging: Judging) -> dict[str, bool]:
-    """The judgements of this judge with this prompt, by item. A line that a killed run left incomplete is cut off.
+def _saved(judging: Judging) -> tuple[dict[str, bool], int]:
+    """The judgements of this judge with this prompt, by item.
+
+    Returns:
+        The judgements, and the bytes of the complete lines: a killed run may have left an incomplete one.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged or cannot be read.
     """
-    if not judging.file.exists():
-        return {}
-    found = {}
-    with writing(judging.file, "give another folder"), judging.file.open("rb+") as file:
-        complete = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            complete += len(line)
-            try:
-                record = parse_json(line)
-                if (record["judge"], record["prompt"]) == (judging.judge.name, judging.prompt_digest):
-                    found[str(record["item"])] = float(record["yes"]) > float(record["no"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{judging.file}:{number}: not a judgement; delete the file to judge again") from error
-        file.truncate(complete)
-    return found
+    found: dict[str, bool] = {}
+    complete = 0
+    try:
+        with judging.file.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                complete += len(line)
+                try:
+                    record = parse_json(line)
+                    if (record["judge"], record["prompt"]) == (judging.judge.name, judging.prompt_digest):
+                        found[str(record["item"])] = float(record["yes"]) > float(record["no"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(
+                        f"{judging.file}:{number}: not a judgement; delete the file to judge again"
+                    ) from error
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{judging.file}: cannot be read ({error.strerror})") from error
+    return found, complete
 
 
 def _remark(task: str, runs: Sequence[Run], judging: Judging) -> str:

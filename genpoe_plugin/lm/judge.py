@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
 
 from genpoe_plugin.errors import InputError
 
 
 class LMJudge:
-    """An LLM behind a model class of lm_eval that has log-likelihoods.
+    """An LLM behind a model class of lm_eval that has log-likelihoods. It is loaded when it first judges.
 
     Args:
         pretrained: directory or hub name of the LLM.
@@ -20,22 +22,27 @@ class LMJudge:
 
     Attributes:
         name: class and arguments, as they stand beside each judgement.
-
-    Raises:
-        InputError: there is no such model class, or it cannot be loaded.
     """
 
     def __init__(self, pretrained: str, model: str = "hf", model_args: str = "") -> None:
-        arguments = f"pretrained={pretrained}{',' if model_args else ''}{model_args}"
-        self.name = f"{model}:{arguments}"
+        self._pretrained, self._model = pretrained, model
+        self._arguments = f"pretrained={pretrained}{',' if model_args else ''}{model_args}"
+        self.name = f"{model}:{self._arguments}"
+
+    @cached_property
+    def _lm(self) -> LM:
         try:
-            self._lm = get_model(model).create_from_arg_string(arguments)
+            return get_model(self._model).create_from_arg_string(self._arguments)
         except Exception as error:  # each model class has its own errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"--judge {pretrained}: {reason}") from error
+            raise InputError(f"--judge {self._pretrained}: {reason}") from error
 
     def log_likelihoods(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[float]]:
-        """The log-likelihood, in nats, of every continuation after every prompt, ``[prompts, continuations]``."""
+        """The log-likelihood, in nats, of every continuation after every prompt, ``[prompts, continuations]``.
+
+        Raises:
+            InputError: there is no such model class, or it cannot be loaded.
+        """
         requests = [
             Instance("loglikelihood", {}, (prompt, continuation), index, ("judge", number, 1))
             for number, prompt in enumerate(prompts)

@@ -18,6 +18,7 @@ from genpoe_plugin.comparison.latex import latex
 from genpoe_plugin.comparison.leaderboard import Comparison, compare
 from genpoe_plugin.comparison.page import page
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.files import only_writer
 
 N = 20
 DOCS = documents(N, passages=2)
@@ -94,6 +95,14 @@ def test_an_interrupted_run_goes_on(results: Path, monkeypatch: pytest.MonkeyPat
         s.scores[METRIC].tolist() for s in whole.boards[0].systems
     ]
     assert sorted(lines) == sorted(file.read_text().splitlines())
+
+
+def test_two_processes_do_not_judge_into_one_file(results: Path) -> None:
+    with only_writer(results / "judgements.jsonl"), pytest.raises(InputError, match="another process writes it"):
+        compared(results, Even())
+    compared(results, Even())
+    with only_writer(results / "judgements.jsonl"):  # nothing to write
+        compared(results, Even(most=0))
 
 
 def test_other_judges_and_prompts_judge_again(results: Path) -> None:

@@ -34,10 +34,10 @@ def test_log_likelihoods_are_those_of_transformers(llm_dir: Path) -> None:
 
 def test_an_llm_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--judge .*nothing: [^\n]+$"):
-        LMJudge(str(tmp_path / "nothing"))
+        LMJudge(str(tmp_path / "nothing")).log_likelihoods(PROMPTS, (" yes", " no"))
 
 
-def test_compare_judges(llm_dir: Path, tmp_path: Path) -> None:
+def test_compare_judges(llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = documents(6, passages=1)
     write_run(tmp_path / "run", {"em": [1.0] * 3 + [0.0] * 3}, docs=docs)
     judged = ["--judge", str(llm_dir), "--judge-args", ARGUMENTS]
@@ -48,5 +48,9 @@ def test_compare_judges(llm_dir: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()]
     mean = record["boards"][0]["systems"][0]["scores"]["judged"]["mean"]
     assert len(lines) == 6 and mean == sum(line["yes"] > line["no"] for line in lines) / 6
+    # Saved judgements need no LLM.
+    monkeypatch.setattr(LMJudge, "_lm", property(lambda self: pytest.fail("loaded")))
+    again = CliRunner().invoke(main, ["compare", str(tmp_path / "run"), *judged])
+    assert again.exit_code == 0 and "judged %" in again.output
     run = CliRunner().invoke(main, ["compare", str(tmp_path / "run"), "--judge-args", ARGUMENTS])
     assert run.exit_code == 2 and "there is no judge" in run.output
