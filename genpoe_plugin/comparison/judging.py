@@ -149,8 +149,7 @@ def _judged(items: dict[_Item, None], judging: Judging) -> dict[_Item, bool]:
 
 def _judge_missing(missing: Sequence[_Item], known: dict[str, bool], complete: int, judging: Judging) -> None:
     """Judge and save the missing items, and add them to the known ones, after ``complete`` bytes of the file."""
-    with judging.file.open("ab") as file, tqdm(total=len(missing), desc="Judging", unit="answer") as bar:
-        file.truncate(complete)
+    with tqdm(total=len(missing), desc="Judging", unit="answer") as bar:
         for start in range(0, len(missing), BLOCK):
             block = missing[start : start + BLOCK]
             found = judging.judge.log_likelihoods([_fill(judging.prompt, item) for item in block], (YES, NO))
@@ -159,9 +158,11 @@ def _judge_missing(missing: Sequence[_Item], known: dict[str, bool], complete: i
                 known[item.digest] = yes > no
                 facts = {"judge": judging.judge.name, "prompt": judging.prompt_digest, "item": item.digest}
                 lines.append(json.dumps({**facts, "yes": yes, "no": no}) + "\n")
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            with judging.file.open("ab") as file:  # after the first block: no file if there is no such LLM
+                file.truncate(complete)
+                complete += file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
             bar.update(len(block))
 
 

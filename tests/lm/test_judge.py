@@ -37,6 +37,13 @@ def test_an_llm_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
         LMJudge(str(tmp_path / "nothing")).log_likelihoods(PROMPTS, (" yes", " no"))
 
 
+def test_a_judge_that_cannot_be_loaded_leaves_no_file(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {"em": [1.0] * 4}, docs=documents(4, passages=1))
+    run = CliRunner().invoke(main, ["compare", str(tmp_path / "run"), "--judge", str(tmp_path / "nothing")])
+    assert run.exit_code == 2 and "cannot be loaded" in run.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+
+
 def test_compare_judges(llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = documents(6, passages=1)
     write_run(tmp_path / "run", {"em": [1.0] * 3 + [0.0] * 3}, docs=docs)
