@@ -36,8 +36,8 @@ class LMJudge:
         except Exception as error:  # each model class has its own errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"--judge {self._pretrained}: cannot be loaded ({reason}); give a directory or a hub name, and arguments "
-                f"of lm_eval's model class {self._model}"
+                f"--judge {self._pretrained}: cannot be loaded ({reason}); give a directory or a hub name, and "
+                f"arguments of lm_eval's model class {self._model}"
             ) from error
 
     def log_likelihoods(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[float]]:
