@@ -286,7 +286,11 @@ class PassageRequests(TemplateLM):
             ]
         self._trace_requests(requests, selections, placed)
         with timed(self.seconds, "generate"):
-            return super().generate_until(placed, disable_tqdm=disable_tqdm)
+            return self._generate_placed(placed, disable_tqdm)
+
+    def _generate_placed(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        """Generate from prompts that are `PlacedContext`; by default with lm-eval's own class."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         selections = self._select("loglikelihood", requests)

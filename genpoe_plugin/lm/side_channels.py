@@ -12,8 +12,6 @@ and batches prompts, and its code does not know about passages. Each class here 
 - `BatchExperts` holds the experts of the current batch on transformers. lm-eval makes a batch in one method and runs
   the LLM in another, which receives only token ids. The batches of its search for the largest batch size belong to no
   request.
-- `EngineOrder` predicts the order of requests on vLLM. lm-eval's class for vLLM sorts requests after the method that
-  sees the strings and before the method that calls the engine.
 
 Where only the order identifies a row, its token ids are compared as well. If another version of lm-eval uses another
 order, the run stops with an error, and no row gets the experts of another row.
@@ -149,32 +147,3 @@ class BatchExperts:
             [selection.gates for selection in selections],
             [start for _, start in rows],
         )
-
-
-class EngineOrder:
-    """The order in which lm-eval's class for vLLM passes requests to the engine."""
-
-    def __init__(self) -> None:
-        self._prompts: deque[tuple[PlacedContext, list[int]]] = deque()
-        self._scored: deque[tuple[Row, list[int]]] = deque()
-
-    def foresee_prompts(self, prompts: Sequence[PlacedContext], ids: Sequence[list[int]]) -> None:
-        """Record the prompts to generate from, with their token ids."""
-        rows = zip(prompts, ids, strict=True)
-        self._prompts = deque(sorted(rows, key=lambda row: (-len(row[1]), row[0])))
-
-    def foresee_scored(self, rows: Iterable[tuple[Row, list[int]]]) -> None:
-        """Record the rows to score, with their token ids."""
-        self._scored = deque(sorted(rows, key=lambda row: (-len(row[1]), tuple(row[1]))))
-
-    def next_prompt(self, ids: list[int]) -> PlacedContext:
-        """The prompt of the next request; lm-eval may have truncated its token ids."""
-        prompt, whole = self._prompts.popleft()
-        assert ids == whole or len(ids) < len(whole), "requests are in another order than their experts"
-        return prompt
-
-    def next_scored(self, ids: list[int]) -> Row:
-        """The row of the next request; lm-eval may have truncated its token ids on the left."""
-        row, whole = self._scored.popleft()
-        assert ids == whole[len(whole) - len(ids) :], "requests are in another order than their experts"
-        return row

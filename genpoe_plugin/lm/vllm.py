@@ -1,24 +1,31 @@
 """The lm-eval model ``genpoe-vllm``: the modes of ``genpoe`` on vLLM; each request has its own experts.
 
-`genpoe_plugin.lm.requests` prepares the requests, and `genpoe_plugin.vllm_engine` runs them on vLLM.
+`genpoe_plugin.lm.requests` prepares the requests. In modes with experts, `genpoe_plugin.vllm_engine` runs them on vLLM, each
+with its experts; the other modes are lm-eval's own class. Sampling options, truncation, stop sequences and scores are
+lm-eval's in all modes.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import maybe_truncate, postprocess_generated_text
 
 from genpoe_plugin.arguments import NON_DECIDING
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.llm.language_model import load_tokenizer
 from genpoe_plugin.lm.requests import PassageRequests, options
-from genpoe_plugin.lm.side_channels import EngineOrder, PlacedContext, Row
+from genpoe_plugin.lm.side_channels import Row
 from genpoe_plugin.provenance import peak_memory
 from genpoe_plugin.vllm_engine.engine_arguments import check_vllm, engine_arguments, share_device
+
+_log = logging.getLogger(__name__)
 
 check_vllm()
 
@@ -102,7 +109,6 @@ class GenPoEVLLM(PassageRequests, VLLM):
             )
         super().__init__(pretrained, batch_size="auto", **{**vllm_arguments, **engine_options})
         self._pretrained = pretrained
-        self._order = EngineOrder()
         dtype = self.model.llm_engine.model_config.dtype
         facts = {
             "engine": "vllm",
@@ -133,43 +139,64 @@ class GenPoEVLLM(PassageRequests, VLLM):
     def _window_length(self) -> int:
         return self.max_length - 2
 
-    def tok_encode(self, string: Any, *args: Any, **kwargs: Any) -> Any:
-        ids = super().tok_encode(string, *args, **kwargs)
-        if (
-            self._engine is not None
-            and not isinstance(string, str)
-            and all(isinstance(s, PlacedContext) for s in string)
-        ):
-            self._order.foresee_prompts(string, ids)  # lm-eval generates from these next
-        return ids
+    def _generate_placed(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        if self._engine is None:
+            return super()._generate_placed(requests, disable_tqdm)
+        contexts = [request.args[0] for request in requests]
+        eos = self.tokenizer.decode(self.eot_token_id) or self.tokenizer.eos_token
+        asked, caching = [], []
+        for request, context, whole in zip(requests, contexts, self.tok_encode(contexts), strict=True):
+            sampling, until, new_tokens = self.modify_gen_kwargs(
+                request.args[1], eos=eos, default_max_gen_toks=self.max_gen_toks
+            )
+            ids, new_tokens = maybe_truncate(
+                whole, max_gen_toks=new_tokens, max_model_len=self.max_length, side=self.truncation_side, verbose=True
+            )
+            # A line break in a thought does not end the answer; lm-eval cuts at it after the thought.
+            stop = [text for text in until if text == eos] if self.think_end_token else until
+            parameters = SamplingParams(max_tokens=new_tokens, stop=stop, **sampling)
+            row = context.selection, self._start(context, context, len(ids))
+            asked.append(_with_experts(ids, parameters, row))
+            caching.append((context, sampling | {"until": until, "max_gen_toks": new_tokens}))
+        answers = []
+        for output, (context, kwargs) in zip(self._run(asked, disable_tqdm), caching, strict=True):
+            text = postprocess_generated_text(output.outputs[0].text, kwargs["until"], self.think_end_token)
+            self.cache_hook.add_partial("generate_until", (context, kwargs), text)
+            answers.append(text)
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        if self._engine is not None:
-            self._order.foresee_scored([(self._scored_row(request), request[1] + request[2]) for request in requests])
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
-
-    def _model_generate(
-        self,
-        requests: list[list[int]],
-        generate: bool = False,
-        sampling_params: list[SamplingParams] | SamplingParams | None = None,
-    ) -> list[RequestOutput]:
-        """Run the requests on the engine, each with its experts; lm-eval passes them in the order of `EngineOrder`."""
         if self._engine is None:
-            return super()._model_generate(requests, generate, sampling_params)
-        rows = [self._generated_row(ids) if generate else self._order.next_scored(ids) for ids in requests]
-        if not isinstance(sampling_params, list):
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm)
+        asked, context_lengths = [], []
+        for request in requests:
+            _, context, continuation = request
+            whole = context + continuation
+            if (cut := max(0, len(whole) - self._scored_length)) > 0:
+                _log.warning(
+                    "a context with its continuation has %d tokens, more than %d; its first %d tokens are cut",
+                    *(len(whole), self._scored_length, cut),
+                )
             scoring = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
-            sampling_params = [sampling_params or scoring] * len(requests)
-        return self._engine.generate(
-            [
-                ExpertRequest(ids, sampling, selection.strings, selection.gates, start)
-                for ids, sampling, (selection, start) in zip(requests, sampling_params, rows, strict=True)
-            ]
-        )
+            asked.append(_with_experts(whole[cut:], scoring, self._scored_row(request)))
+            context_lengths.append(len(context) - cut)
+        scores = []
+        for output, one, length, (key, *_) in zip(
+            self._run(asked, disable_tqdm), asked, context_lengths, requests, strict=True
+        ):
+            score = self._parse_logprobs(list(one.prompt), output, length)
+            if key is not None:  # lm-eval caches the score of a rolling text as a whole
+                self.cache_hook.add_partial("loglikelihood", key, score)
+            scores.append(score)
+        return scores
 
-    def _generated_row(self, ids: list[int]) -> Row:
-        context = self._order.next_prompt(ids)
-        return context.selection, self._start(context, context, len(ids))
+    def _run(self, requests: list[ExpertRequest], disable_tqdm: bool) -> list[RequestOutput]:
+        assert self._engine is not None
+        return self._engine.generate(requests, progress=not disable_tqdm)
+
+
+def _with_experts(ids: list[int], sampling: SamplingParams, row: Row) -> ExpertRequest:
+    selection, start = row
+    return ExpertRequest(ids, sampling, selection.strings, selection.gates, start)

@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.model import CacheHook, hash_args
 
 from genpoe_plugin.data.questions import Question
-from genpoe_plugin.lm.side_channels import BatchExperts, EngineOrder, OriginalKeys, PlacedContext, Windows
+from genpoe_plugin.lm.side_channels import BatchExperts, OriginalKeys, PlacedContext, Windows
 from genpoe_plugin.prompts import Prompt
 from genpoe_plugin.selection.pipeline import Selection
 
@@ -57,20 +57,6 @@ def test_windows_beyond_the_last_are_of_anyone():
     first, second = selection("a"), selection("b")
     windows = Windows([first, second])
     assert [windows.next() for _ in range(3)] == [first, second, second]
-
-
-def test_the_engines_order_is_checked():
-    order = EngineOrder()
-    short, long = placed("b", "1"), placed("a", "2")
-    order.foresee_prompts([short, long], [[1], [2, 3, 4]])
-    assert order.next_prompt([3, 4]) is long, "the longest first, also if truncated"
-    with pytest.raises(AssertionError, match="another order"):
-        order.next_prompt([9])
-    rows = [((selection("a"), 0), [5, 6]), ((selection("b"), 1), [1, 2, 3])]
-    order.foresee_scored(rows)
-    assert order.next_scored([2, 3]) == rows[1][0]
-    with pytest.raises(AssertionError, match="another order"):
-        order.next_scored([6, 5])
 
 
 def test_an_answer_is_kept_under_the_prompt_that_was_asked():

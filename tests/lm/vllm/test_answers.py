@@ -56,10 +56,13 @@ def generated(monkeypatch):
         ]
 
     def run(lm, requests):
-        model_generate, rows = lm._model_generate, []
+        # With experts, our own engine runs the requests; else lm-eval's class does.
+        engine = getattr(lm, "_engine", None)
+        target, name = (engine, "generate") if engine else (lm, "_model_generate")
+        original, rows = getattr(target, name), []
 
-        def generate(**arguments):
-            result = model_generate(**arguments)
+        def generate(*args, **arguments):
+            result = original(*args, **arguments)
             if isinstance(result, list):
                 rows.extend(noted_by_vllm(result))
             else:
@@ -67,7 +70,7 @@ def generated(monkeypatch):
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(lm, "_model_generate", generate)
+            patch.setattr(target, name, generate)
             return lm.generate_until(requests), rows
 
     return run
