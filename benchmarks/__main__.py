@@ -12,7 +12,7 @@ from benchmarks.row import Row, table, write
 from train_cli.main import LazyCommand, MainGroup
 
 ALL = ("training", "retrieval", "experts", "evaluation", "compare")
-ON_REQUEST = ("bm25", "forms", "gpu", "real-retrieval", "real-size", "rerankers", "soak", "vllm")
+ON_REQUEST = ("bm25", "forms", "gpu", "real-retrieval", "real-size", "rerankers", "soak", "vllm", "vllm-processes")
 """Not part of `all`: these need hours of training, a data folder, a GPU or vLLM."""
 
 

@@ -26,6 +26,9 @@ from train_cli.main import LazyCommand, LazyGroup
         "router": LazyCommand(
             "benchmarks.real_llm.router:router", "Measure the attention on the passage with the answer among several."
         ),
+        "vllm": LazyCommand(
+            "benchmarks.real_llm.engine:vllm", "Compare a real LLM on vLLM with transformers and prompts."
+        ),
         "figure": LazyCommand("benchmarks.real_llm.figure:figure", "Draw the method with a real example."),
         "adapter": LazyCommand("benchmarks.real_llm.lora:adapter", "Train the LoRA adapter of RAG for `study`."),
         "demo-questions": LazyCommand(

@@ -1,7 +1,7 @@
 """The lm-eval model ``genpoe-vllm``: the modes of ``genpoe`` on vLLM; each request has its own experts.
 
-`genpoe_plugin.lm.requests` prepares the requests. In modes with experts, `genpoe_plugin.vllm_engine` runs them on vLLM, each
-with its experts; the other modes are lm-eval's own class. Sampling options, truncation, stop sequences and scores are
+`genpoe_plugin.lm.requests` prepares the requests. In modes with experts, `genpoe_plugin.vllm_engine` runs them, each
+with its experts; the other modes use lm-eval's own class. Sampling options, truncation, stop sequences and scores are
 lm-eval's in all modes.
 """
 

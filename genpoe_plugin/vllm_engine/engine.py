@@ -125,10 +125,12 @@ class ExpertEngine:
         config = llm.llm_engine.vllm_config
         assert config.lora_config is not None and config.lora_config.max_cpu_loras is not None
         self.capacity: int = config.lora_config.max_cpu_loras
-        # vLLM's scheduler does not count the adapters of requests that are in another pipeline stage, and fails when
-        # more than max_loras of them return. So at most max_loras are in use at a time.
-        several_stages = config.parallel_config.pipeline_parallel_size > 1
-        self.at_once = config.lora_config.max_loras if several_stages else self.capacity
+        self.at_once = self.capacity
+        if config.parallel_config.pipeline_parallel_size > 1:
+            llm.collective_rpc("genpoe_prepare")
+            # vLLM's scheduler does not count the adapters of requests that are in another pipeline stage, and fails
+            # when more than max_loras of them return. So at most max_loras are in use at a time.
+            self.at_once = config.lora_config.max_loras
         self.num_passages: int = config.model_config.hf_config.genpoe["num_passages"]
         set_size = set_bytes(store.config, self.num_passages, store.dtype)
         self._sets_per_message = max(1, MESSAGE_BYTES // set_size)

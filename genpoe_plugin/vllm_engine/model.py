@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.gemma import GemmaForCausalLM
+from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -129,6 +130,10 @@ class GenPoEMistralForCausalLM(WithExperts, MistralForCausalLM):
 
 
 class GenPoEGemmaForCausalLM(WithExperts, GemmaForCausalLM):
+    pass
+
+
+class GenPoEGemma2ForCausalLM(WithExperts, Gemma2ForCausalLM):
     pass
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma3")
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3")
 """The supported families of LLMs, as in the names of their classes."""
 
 

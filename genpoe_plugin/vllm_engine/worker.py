@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import load
 from torch import Tensor
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
@@ -20,6 +21,17 @@ class ExpertWorker:
     """Methods that vLLM adds to each of its workers (``worker_extension_cls``)."""
 
     model_runner: Any
+
+    def genpoe_prepare(self) -> None:
+        """Create the buffer for the output of the previous pipeline stage.
+
+        vLLM 0.32 on CPUs creates it in a trial pass, which it leaves out with ``enforce_eager``.
+        """
+        runner = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
 
     def genpoe_exchange(self, removed: Sequence[int], added: bytes) -> None:
         """Unload some expert sets and load others.
