@@ -40,6 +40,25 @@ class SetInLayer:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """The requests of a forward pass of the engine, and where it caches their keys.
+
+    Attributes:
+        starts: the first token of each request, and the end of the last one.
+        lengths: number of tokens of each request so far, with those of this pass.
+        slots: for each layer's name, the cache slot of every token.
+        tables: for each layer's name, the numbers of the cache blocks of every request, ``[requests, blocks]``.
+        block_sizes: for each layer's name, tokens in a cache block.
+    """
+
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    slots: Mapping[str, Tensor]
+    tables: Mapping[str, Tensor]
+    block_sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Rows:
     """The requests of a forward pass that have experts.
 
@@ -47,15 +66,13 @@ class Rows:
         served: which tokens the experts act on, ``[tokens]``.
         single: requests with one token in this pass, which reads experts, as (request, token, set).
         several: requests with several tokens, as (request, first token, end, set).
-        lengths: number of tokens of each request so far, with those of this pass.
-        metadata: the engine's attention metadata, by layer name.
+        batch: all requests of the pass.
     """
 
     served: Tensor
     single: list[tuple[int, int, int]]
     several: list[tuple[int, int, int, int]]
-    lengths: list[int]
-    metadata: Mapping[str, Any]
+    batch: Batch
 
 
 class ExpertBank:
@@ -65,11 +82,14 @@ class ExpertBank:
         shape: layers and heads of the experts.
         layers: the layers that read them.
         rank, ranks: number of this process and number of processes with tensor parallelism.
-        block_size: tokens in a block of the engine's KV cache.
+
+    Attributes:
+        set_of_slot: returns the number of the set in each adapter slot.
+        batch: returns the batch of the current forward pass; None in a trial pass.
     """
 
-    def __init__(self, shape: AttentionShape, layers: Sequence[int], rank: int, ranks: int, block_size: int) -> None:
-        self.shape, self.layers, self.block_size = shape, tuple(layers), block_size
+    def __init__(self, shape: AttentionShape, layers: Sequence[int], rank: int, ranks: int) -> None:
+        self.shape, self.layers = shape, tuple(layers)
         # With fewer KV heads than processes, several processes hold the same head.
         kv_heads = max(1, shape.num_kv_heads // ranks)
         first = rank * shape.num_kv_heads // ranks
@@ -80,6 +100,7 @@ class ExpertBank:
         self.queries: dict[int, QueryAddition] = {}
         self.sets: dict[int, dict[int, SetInLayer]] = {}
         self.set_of_slot: Callable[[], Sequence[int | None]] = list
+        self.batch: Callable[[], Batch | None] = lambda: None
         self.rows: Rows | None = None
         self._stacked: dict[int, tuple[tuple[int, ...], SetInLayer]] = {}
 
@@ -125,24 +146,21 @@ class ExpertBank:
             del self.sets[number]
         self._stacked.clear()
 
-    def begin(self, active: Tensor, slots: Tensor, metadata: Mapping[str, Any] | None) -> None:
+    def begin(self, active: Tensor, slots: Tensor) -> None:
         """Start a forward pass.
 
         Args:
             active: whether each token is at or after the start of its request, ``[tokens]``.
             slots: the adapter slot of each token, -1 for none.
-            metadata: the engine's attention metadata; None in a pass without requests.
         """
         self.rows = None
-        if not metadata or not self.sets:
+        if not self.sets or (batch := self.batch()) is None:
             return
-        some = next(iter(metadata.values()))
-        starts, lengths = some.query_start_loc.tolist(), some.seq_lens.tolist()
         of_slot = self.set_of_slot()
         single, several = [], []
         slot_of, acts = slots.tolist(), active.tolist()
         served = torch.zeros(len(active), dtype=torch.bool)
-        for request, (first, end) in enumerate(pairwise(starts)):
+        for request, (first, end) in enumerate(pairwise(batch.starts)):
             if first == end or slot_of[first] < 0 or (number := of_slot[slot_of[first]]) not in self.sets:
                 continue
             assert number is not None
@@ -152,7 +170,7 @@ class ExpertBank:
             elif acts[first]:
                 single.append((request, first, number))
         if served.any():  # also if none of them reads now: later tokens need the keys of this pass
-            self.rows = Rows(served.to(active.device) & active, single, several, lengths, metadata)
+            self.rows = Rows(served.to(active.device) & active, single, several, batch)
 
     def stacked(self, layer: int, numbers: tuple[int, ...]) -> SetInLayer:
         """Several sets in a layer, padded to the same number of units, with a leading dimension."""
@@ -197,14 +215,16 @@ class ExpertReader:
         kv_heads, width = attention.num_kv_heads, attention.head_size
         query = query.view(len(query), kv_heads, -1, width)
         output = output.view(query.shape)
-        metadata = rows.metadata[attention.layer_name]
-        self._store(key.view(-1, kv_heads, width), metadata.slot_mapping)
+        name = attention.layer_name
+        self._store(key.view(-1, kv_heads, width), rows.batch.slots[name])
+        table, block = rows.batch.tables[name], rows.batch.block_sizes[name]
         scale, softcap = attention.impl.scale, attention.impl.logits_soft_cap or 0.0
         rule = _Rule(scale, softcap, attention.sliding_window)
         if rows.single:
-            self._single(rows, rule, query, output, metadata.block_table)
+            self._single(rows, rule, query, output, table, block)
         for request, first, end, number in rows.several:
-            self._several(rows, rule, query, output, metadata.block_table[request], request, first, end, number)
+            context = _slots(table[request], rows.batch.lengths[request], block)
+            self._several(rows, rule, query, output, context, first, end, number)
 
     def _store(self, key: Tensor, slots: Tensor) -> None:
         slots = slots[: len(key)].long()
@@ -218,22 +238,17 @@ class ExpertReader:
         real = slots >= 0
         self._keys[slots[real]] = key[: len(slots)][real]
 
-    def _context(self, table: Tensor, length: int) -> Tensor:
-        """The slots of a request's tokens: ``[..., length]`` for block tables ``[..., blocks]``."""
-        places = torch.arange(length, device=table.device)
-        blocks = table.long()[..., places // self.bank.block_size]
-        return blocks * self.bank.block_size + places % self.bank.block_size
-
-    def _single(self, rows: Rows, rule: _Rule, query: Tensor, output: Tensor, tables: Tensor) -> None:
+    def _single(self, rows: Rows, rule: _Rule, query: Tensor, output: Tensor, tables: Tensor, block: int) -> None:
         requests, tokens, numbers = (list(column) for column in zip(*rows.single, strict=True))
         device = query.device
-        lengths = torch.tensor([rows.lengths[request] for request in requests], device=device)
-        longest = max(rows.lengths[request] for request in requests)
+        found = [rows.batch.lengths[request] for request in requests]
+        lengths, longest = torch.tensor(found, device=device), max(found)
         places = torch.arange(longest, device=device)
         seen = rule.sees(lengths[:, None] - 1, places)
         at = torch.tensor(tokens, device=device)
         assert self._keys is not None
-        keys = self._keys[self._context(tables[torch.tensor(requests, device=tables.device)], longest) * seen]
+        own_tables = tables[torch.tensor(requests, device=tables.device)]
+        keys = self._keys[_slots(own_tables, longest, block) * seen]
         _read(rule, query, output, at, seen, keys, self.bank.stacked(self.layer, tuple(numbers)), own="t")
 
     def _several(
@@ -242,23 +257,28 @@ class ExpertReader:
         rule: _Rule,
         query: Tensor,
         output: Tensor,
-        table: Tensor,
-        request: int,
+        context: Tensor,
         first: int,
         end: int,
         number: int,
     ) -> None:
-        length, experts = rows.lengths[request], self.bank.sets[number][self.layer]
+        length, experts = len(context), self.bank.sets[number][self.layer]
         tokens = first + rows.served[first:end].nonzero().flatten()
         if not len(tokens):
             return
         assert self._keys is not None
-        keys = self._keys[self._context(table, length)]
+        keys = self._keys[context]
         places = torch.arange(length, device=query.device)
         heads = query.shape[1] * query.shape[2]
         for some in tokens.split(max(1, MAX_LOGITS // (heads * (length + experts.keys.shape[1])))):
             seen = rule.sees((some - end + length)[:, None], places)
             _read(rule, query, output, some, seen, keys, experts, own="")
+
+
+def _slots(table: Tensor, length: int, block: int) -> Tensor:
+    """The cache slots of a request's tokens: ``[..., length]`` for block tables ``[..., blocks]``."""
+    places = torch.arange(length, device=table.device)
+    return table.long()[..., places // block] * block + places % block
 
 
 @dataclass(frozen=True)

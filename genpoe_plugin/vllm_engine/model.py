@@ -9,7 +9,6 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -60,13 +59,13 @@ class WithExperts:
         self._has_branch = False
         self.bank: ExpertBank | None = None
         if config.head == "attention":
-            self._join(AttentionShape.of(config), settings["layers"], vllm_config)
+            self._join(AttentionShape.of(config), settings["layers"])
         else:
             self._branch_beside_mlp(config, settings["num_passages"], tokens)
 
-    def _join(self, shape: AttentionShape, layers: Sequence[int], vllm_config: VllmConfig) -> None:
+    def _join(self, shape: AttentionShape, layers: Sequence[int]) -> None:
         ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self.bank = ExpertBank(shape, layers, *ranks, vllm_config.cache_config.block_size)
+        self.bank = ExpertBank(shape, layers, *ranks)
         for number in layers:
             # With pipeline parallelism, a layer may be in another process.
             if not isinstance(layer := self.model.layers[number], PPMissingLayer):  # type: ignore[attr-defined]
@@ -97,7 +96,7 @@ class WithExperts:
         if self.bank is not None:
             slots = self.genpoe.slots(len(positions))
             if slots is not None:
-                self.bank.begin(self.genpoe(positions), slots, get_forward_context().attn_metadata)
+                self.bank.begin(self.genpoe(positions), slots)
         if self._has_branch:
             # Here and not in the layer: the layer has no positions, and this code is outside of the compiled part.
             self.branch.set_active(self.genpoe(positions))

@@ -9,11 +9,12 @@ from typing import Any
 from safetensors.torch import load
 from torch import Tensor
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.forward_context import get_forward_context
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from genpoe_plugin.experts.attention import QueryAddition
-from genpoe_plugin.vllm_engine.attention import ExpertBank
+from genpoe_plugin.vllm_engine.attention import Batch, ExpertBank
 from genpoe_plugin.vllm_engine.expert_sets import GATES, SHARED, UNITS, adapters
 
 
@@ -52,6 +53,7 @@ class ExpertWorker:
         bank = self.model_runner.get_model().bank
         if bank is not None:
             bank.set_of_slot = lambda: manager._adapter_manager.lora_index_to_id
+            bank.batch = lambda: _current_batch(self.model_runner)
             bank.keep(list(manager.list_adapters()))
             device, dtype = self.model_runner.device, self.model_runner.dtype
             if shared:
@@ -73,3 +75,26 @@ def _share(bank: ExpertBank, parts: dict[str, Tensor]) -> None:
     """Give the bank what `shared_parts` made."""
     count = sum(name.startswith("read") for name in parts)
     bank.share(parts["bias"], [QueryAddition(parts[f"read{n}"], parts[f"write{n}"]) for n in range(count)])
+
+
+def _current_batch(runner: Any) -> Batch | None:
+    """The batch of the current forward pass; None in a trial pass, which has no requests.
+
+    It comes from the runner, because attention metadata differ between backends.
+    """
+    context = get_forward_context()
+    if context.attn_metadata is None:
+        return None
+    batch = runner.input_batch
+    count = batch.num_reqs
+    starts = runner.query_start_loc.np[: count + 1]
+    tables, block_sizes = {}, {}
+    for group, cached in enumerate(runner.kv_cache_config.kv_cache_groups):
+        # A kernel's blocks may be smaller than those of the cache, so their size is that of this table.
+        table = batch.block_table[group]
+        for layer in cached.layer_names:
+            tables[layer] = table.get_device_tensor(count)
+            block_sizes[layer] = table.block_size
+    lengths = batch.num_computed_tokens_cpu[:count] + starts[1:] - starts[:-1]
+    assert isinstance(context.slot_mapping, dict)
+    return Batch(starts.tolist(), lengths.tolist(), context.slot_mapping, tables, block_sizes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genpoe_plugin.experts.attention import AttentionShape
-from genpoe_plugin.vllm_engine.attention import ExpertBank, ExpertReader
+from genpoe_plugin.vllm_engine.attention import Batch, ExpertBank, ExpertReader
 
 HEADS, KV_HEADS, WIDTH, BLOCK, SCALE = 4, 2, 8, 4, 0.5
 LAYER = 2  # the second of two layers with experts
@@ -55,7 +55,7 @@ def test_context_and_experts_share_a_softmax(ranks, window, softcap):
     for rank in range(ranks):
         local = range(rank * HEADS // ranks, (rank + 1) * HEADS // ranks)
         kv_heads = sorted({head * KV_HEADS // HEADS for head in local})
-        bank = ExpertBank(SHAPE, [LAYER], rank, ranks, BLOCK)
+        bank = ExpertBank(SHAPE, [LAYER], rank, ranks)
         bank.share(bias, [])
         for number in UNITS:
             bank.add(number, units[number], gates[number], torch.float32)
@@ -72,17 +72,18 @@ def test_context_and_experts_share_a_softmax(ranks, window, softcap):
         for counts in PASSES:
             places = [(r, done[r] + n) for r, count in enumerate(counts) for n in range(count)]
             done = [before + count for before, count in zip(done, counts, strict=True)]
-            metadata = SimpleNamespace(
-                query_start_loc=torch.tensor([0, *counts]).cumsum(0),
-                seq_lens=torch.tensor(done),
-                block_table=TABLES,
-                slot_mapping=torch.tensor([TABLES[r, n // BLOCK] * BLOCK + n % BLOCK for r, n in places]),
+            batch = Batch(
+                starts=[sum(counts[:n]) for n in range(len(counts) + 1)],
+                lengths=done,
+                slots={"attention": torch.tensor([TABLES[r, n // BLOCK] * BLOCK + n % BLOCK for r, n in places])},
+                tables={"attention": TABLES},
+                block_sizes={"attention": BLOCK},
             )
+            bank.batch = lambda batch=batch: batch
             slot = {11: 2, 12: 0, None: -1}
             bank.begin(
                 torch.tensor([n >= STARTS[r] for r, n in places]),
                 torch.tensor([slot[SETS[r]] for r, _ in places]),
-                {"attention": metadata},
             )
             query = torch.stack([queries[r][n, list(local)] for r, n in places]).flatten(1)
             key = torch.stack([keys[r][n, kv_heads] for r, n in places]).flatten(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genpoe_plugin.experts.attention import AttentionShape
-from genpoe_plugin.vllm_engine.attention import ExpertBank, ExpertReader
+from genpoe_plugin.vllm_engine.attention import Batch, ExpertBank, ExpertReader
 
 KV_HEADS, GROUPS, WIDTH, BLOCK, TOKENS = 2, 2, 8, 4, 11
 HEADS = KV_HEADS * GROUPS
@@ -46,7 +46,7 @@ def test_chunks_are_one_softmax(chunks, start, window):
 
     query, keys, values = draw(TOKENS, HEADS, WIDTH), draw(TOKENS, KV_HEADS, WIDTH), draw(TOKENS, KV_HEADS, WIDTH)
     shape = AttentionShape((0,), ((0, 1),), num_heads=HEADS, num_kv_heads=KV_HEADS, head_width=WIDTH)
-    bank = ExpertBank(shape, (0,), 0, 1, BLOCK)
+    bank = ExpertBank(shape, (0,), 0, 1)
     bias, units, gates = draw(1, HEADS), draw(3, 2 * KV_HEADS, WIDTH), torch.tensor([0.2, 0.5, 0.3])
     bank.share(bias, ())
     bank.add(7, units, gates, torch.float64)
@@ -65,15 +65,17 @@ def test_chunks_are_one_softmax(chunks, start, window):
     for count in chunks:
         end = first + count
         places = torch.arange(first, end)
-        metadata = SimpleNamespace(
-            query_start_loc=torch.tensor([0, count]),
-            seq_lens=torch.tensor([end]),
-            block_table=torch.tensor([TABLE]),
-            slot_mapping=torch.tensor(TABLE)[places // BLOCK] * BLOCK + places % BLOCK,
+        batch = Batch(
+            starts=[0, count],
+            lengths=[end],
+            slots={"layer": torch.tensor(TABLE)[places // BLOCK] * BLOCK + places % BLOCK},
+            tables={"layer": torch.tensor([TABLE])},
+            block_sizes={"layer": BLOCK},
         )
+        bank.batch = lambda batch=batch: batch
         context = torch.stack([whole(query, keys, values, None, 0, at, window) for at in range(first, end)])
         output = context.flatten(1).clone()
-        bank.begin(places >= start, torch.zeros(count, dtype=torch.long), {"layer": metadata})
+        bank.begin(places >= start, torch.zeros(count, dtype=torch.long))
         reader.join(attention, query[first:end].flatten(1), keys[first:end].flatten(1), output)
         wanted = torch.stack([whole(query, keys, values, experts, start, at, window) for at in range(first, end)])
         torch.testing.assert_close(output, wanted.flatten(1), atol=1e-6, rtol=1e-5)
