@@ -1,7 +1,8 @@
 """``real-llm pipeline``: the whole pipeline on real text, in every mode, over the number of passages.
 
-One corpus, retrieval by a sentence encoder, and evaluations that are declared for `genpoe compare --run`: one matrix
-for the retrieved passages, and two for the passages that multi-hop questions need.
+One corpus, retrieval by a sentence encoder, by BM25 or by both, a reranker if there is one, and evaluations that are
+declared for `genpoe compare --run`: one matrix for the retrieved passages, and two for the passages that multi-hop
+questions need.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ import yaml
 
 from benchmarks.real_llm.commands import run_genpoe, whole_name
 from benchmarks.real_llm.layers import Shape
-from benchmarks.real_llm.pipeline_data import DATA_SETS, RETRIEVERS, evaluated_file, retrieve, write_evaluated
+from benchmarks.real_llm.pipeline_data import (
+    DATA_SETS,
+    RETRIEVED,
+    RETRIEVERS,
+    evaluated_file,
+    rerank,
+    retrieve,
+    write_evaluated,
+)
 from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.files import atomic_file
 
 COUNTS = [1, 2, 4, 8]
 """Passages per question."""
-TEMPERATURES = {"dense": 0.05, "bm25": 1.0}
-"""Temperature of sharp gates: cosine similarities differ by little, scores of BM25 by more."""
+TEMPERATURES = {"dense": 0.05, "bm25": 1.0, "hybrid": 0.005, "reranker": 1.0}
+"""Temperature of sharp gates, by the scores that they are made of: cosine similarities and reciprocal ranks differ by
+little, scores of BM25 and of rerankers by more."""
 PURPOSES = ("retrieved", "hops", "reversed")
 
 
@@ -44,6 +54,15 @@ class DataSets(click.ParamType):
 @click.option("--retrieval", required=True, type=click.Path(path_type=Path), help="Folder for index and passages.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs.")
 @click.option("--retriever", default="dense", show_default=True, type=click.Choice(RETRIEVERS))
+@click.option("--reranker", help="Directory or hub name of a reranker for the retrieved passages.")
+@click.option("--reranker-format", help="Its format, if its checkpoint does not say it; see `genpoe rerank`.")
+@click.option(
+    "--num-retrieved",
+    default=RETRIEVED,
+    show_default=True,
+    type=click.IntRange(1, RETRIEVED),
+    help="Passages per question that are evaluated or reranked.",
+)
 @click.option("--encoder", help="Directory of a sentence encoder.  [default: all-MiniLM-L6-v2, from its package]")
 @click.option(
     "--data-sets", "names", default=tuple(DATA_SETS), type=DataSets(), metavar="NAME,...", help="[default: all]"
@@ -66,6 +85,9 @@ def pipeline(
     retrieval: Path,
     out: Path,
     retriever: str,
+    reranker: str | None,
+    reranker_format: str | None,
+    num_retrieved: int,
     encoder: str | None,
     names: tuple[str, ...],
     limit: int,
@@ -84,13 +106,13 @@ def pipeline(
     Shape.of(llm)
     read_config(hypernetwork)
     retrieve(data, retrieval, retriever, encoder, device)
-    write_evaluated(data, retrieval, out, retriever, names, limit)
+    write_evaluated(data, retrieval, out, retriever, names, limit, num_retrieved)
+    reranked = rerank(out, names, reranker, reranker_format, device) if reranker else {}
     for purpose in PURPOSES:
-        files = {
-            DATA_SETS[name].task: str(file.resolve())
-            for name in names
-            if (file := evaluated_file(out, name, purpose)).is_file()
-        }
+        found = {name: evaluated_file(out, name, purpose) for name in names}
+        if purpose == "retrieved":
+            found |= reranked
+        files = {DATA_SETS[name].task: str(file.resolve()) for name, file in found.items() if file.is_file()}
         if not files:
             continue
         options = {
@@ -100,7 +122,9 @@ def pipeline(
             "metadata": {"genpoe_data": files},
         }
         models = {"pretrained": whole_name(llm), "hypernetwork": whole_name(hypernetwork), "dtype": dtype}
-        declared = matrix(purpose, models, gate_temperature or TEMPERATURES[retriever], out.resolve(), options)
+        temperature = gate_temperature or TEMPERATURES["reranker" if reranker else retriever]
+        sharp = {"gates": "softmax" if reranker else "retriever", "gate_temperature": temperature}
+        declared = matrix(purpose, models, sharp, out.resolve(), options)
         path = out / f"{purpose}.yaml"
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
@@ -108,14 +132,14 @@ def pipeline(
 
 
 def matrix(
-    purpose: str, model_args: dict[str, Any], temperature: float, out: Path, options: dict[str, Any]
+    purpose: str, model_args: dict[str, Any], sharp: dict[str, Any], out: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The declaration of `genpoe compare --run` for the files of a purpose.
 
     Args:
         purpose: one of `PURPOSES`.
         model_args: model arguments of all runs.
-        temperature: temperature of sharp gates.
+        sharp: arguments of sharp gates.
         out: folder of the study.
         options: options of lm_eval.
     """
@@ -123,7 +147,6 @@ def matrix(
     # The expert of every passage is generated once for all runs.
     shared = {**model_args, "expert_store": str(out / "experts")}
     equal = {"gates": "uniform"}
-    sharp = {"gates": "retriever", "gate_temperature": temperature}
     models: dict[str, Any]
     if purpose == "retrieved":
         models = {

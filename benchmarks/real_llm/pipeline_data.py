@@ -19,7 +19,7 @@ from genpoe_plugin.prompts import normalise_question
 
 RETRIEVED = 20
 """Retrieved passages per question."""
-RETRIEVERS = ("dense", "bm25")
+RETRIEVERS = ("dense", "bm25", "hybrid")
 SEED = 0
 PARAGRAPHS = "wikipedia_paragraphs*.jsonl*"
 WITH_PASSAGES = (
@@ -102,31 +102,26 @@ def retrieve(data: Path, out: Path, retriever: str, encoder: str | None, device:
         encoder: directory of the sentence encoder of ``dense``; all-MiniLM-L6-v2 by default.
         device: device of the encoder.
     """
-    corpus, index = out / "corpus.tsv", out / ("index" if retriever == "dense" else retriever)
+    corpus, places = out / "corpus.tsv", {"dense": out / "index", "bm25": out / "bm25"}
     write_corpus(data, corpus)
-    if not index.is_dir():
-        build = ("index", "build", "--passages", corpus, "--out", index)
-        if retriever == "dense":
-            options = (
-                "--encoder",
-                encoder or encoder_name(),
-                "--shards",
-                out / "shards",
-                "--factory",
-                "Flat",
-                "--device",
-                device,
-            )
+    parts = ("dense", "bm25") if retriever == "hybrid" else (retriever,)
+    for part in parts:
+        if places[part].is_dir():
+            continue
+        build = ("index", "build", "--passages", corpus, "--out", places[part])
+        if part == "dense":
+            options = ("--encoder", encoder or encoder_name(), "--shards", out / "shards", "--factory", "Flat")
+            run_genpoe(*build, *options, "--device", device)
         else:
-            options = ("--retriever", retriever)
-        run_genpoe(*build, *options)
+            run_genpoe(*build, "--retriever", part)
+    index = "+".join(str(places[part]) for part in parts)
     for name, data_set in DATA_SETS.items():
         source, found = out / f"{name}.questions.jsonl", retrieved_file(out, name, retriever)
         if not source.is_file():
             write_questions(source, _bare(read_questions(file_in(data, data_set.pattern)), data_set.max_questions))
         if not found.is_file():
-            words = ("retrieve", "--index", index, "--questions", source, "--out", found)
-            run_genpoe(*words, "--num-retrieved", str(RETRIEVED), "--device", device)
+            command = ("retrieve", "--index", index, "--questions", source, "--out", found)
+            run_genpoe(*command, "--num-retrieved", str(RETRIEVED), "--device", device)
 
 
 def retrieved_file(out: Path, name: str, retriever: str) -> Path:
@@ -140,12 +135,44 @@ def _bare(questions: Iterator[Question], count: int) -> list[Question]:
     return [Question(question.question, question.answers) for question in sample(list(distinct.values()), count, SEED)]
 
 
+def rerank(out: Path, names: Sequence[str], reranker: str, format: str | None, device: str) -> dict[str, Path]:
+    """Rerank the retrieved passages of the evaluated questions, by the command that users have.
+
+    Args:
+        out: folder that `write_evaluated` wrote.
+        names: data sets.
+        reranker: directory or hub name.
+        format: its format; None if its checkpoint says it.
+        device: device of the reranker.
+
+    Returns:
+        The file of each data set that has questions.
+    """
+    files = {}
+    for name in names:
+        source, found = (evaluated_file(out, name, kind) for kind in ("retrieved", "reranked"))
+        if not source.is_file():
+            continue
+        command = ("rerank", source, "--reranker", reranker, "--out", found, "--device", device)
+        run_genpoe(*command, *(("--reranker-format", format) if format else ()))
+        files[name] = found
+    return files
+
+
 def evaluated_file(out: Path, name: str, purpose: str) -> Path:
     """The file of the questions of a data set that lm_eval reads."""
     return out / "questions" / f"{name}.{purpose}.jsonl"
 
 
-def write_evaluated(data: Path, retrieval: Path, out: Path, retriever: str, names: Sequence[str], limit: int) -> None:
+def write_evaluated(
+    data: Path,
+    retrieval: Path,
+    out: Path,
+    retriever: str,
+    names: Sequence[str],
+    limit: int,
+    num_retrieved: int = RETRIEVED,
+) -> None:
     """Write the files that lm_eval reads, with at most ``limit`` questions of each data set.
 
     The files of ``retrieved`` have the retrieved passages. Those of ``hops`` and ``reversed`` have multi-hop questions
@@ -158,10 +185,11 @@ def write_evaluated(data: Path, retrieval: Path, out: Path, retriever: str, name
         retriever: one of `RETRIEVERS`.
         names: data sets to evaluate.
         limit: maximum number of questions of each data set.
+        num_retrieved: passages of each question.
     """
     for name, data_set in DATA_SETS.items():
         questions = [
-            question
+            replace(question, passages=question.passages[:num_retrieved])
             for question in (read_questions(retrieved_file(retrieval, name, retriever)) if name in names else ())
             if not data_set.answerable or any(entry.has_answer for entry in question.passages)
         ][:limit]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from benchmarks.__main__ import main
+from benchmarks.real_llm import pipeline_data
 from benchmarks.real_llm.pipeline import COUNTS, PURPOSES, matrix
 from benchmarks.real_llm.pipeline_data import (
     DATA_SETS,
@@ -26,6 +29,8 @@ from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.passages import Passage, read_passages
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
+
+SHARP = {"gates": "retriever", "gate_temperature": 0.25}
 
 
 def ctx(number: int, text: str, **more: object) -> dict[str, object]:
@@ -115,7 +120,7 @@ def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
     options = {"device": "cpu", "metadata": {"genpoe_data": {"genpoe_nq": "nq.jsonl"}}}
     path = tmp_path / "matrix.yaml"
     path.write_text(
-        yaml.safe_dump(matrix(purpose, {"pretrained": "llm", "hypernetwork": "experts"}, 0.25, tmp_path, options))
+        yaml.safe_dump(matrix(purpose, {"pretrained": "llm", "hypernetwork": "experts"}, SHARP, tmp_path, options))
     )
     declared = read_matrix(path)
     assert declared.tasks == ("genpoe_nq",) and declared.out == tmp_path / purpose
@@ -165,3 +170,35 @@ def test_an_unknown_data_set_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["real-llm", "pipeline", *map(str, words), "--data-sets", "nq,trivia"])
     assert result.exit_code == 2 and "'trivia' is not one of nq, squad" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_hybrid_retrieval_and_a_reranker(data, tmp_path, monkeypatch):
+    """The commands of users: both indexes, retrieval over both, and the reranker over what is evaluated."""
+    commands = []
+
+    def run(*words):
+        words = list(map(str, words))
+        commands.append(words)
+        if words[:2] == ["index", "build"]:
+            Path(words[words.index("--out") + 1]).mkdir()
+        elif words[0] == "retrieve":
+            found = [retrieved("q0?", False, True, True), retrieved("q1?", True)]
+            write_questions(words[words.index("--out") + 1], found)
+        elif words[0] == "rerank":
+            questions = [replace(one, passages=one.passages[::-1]) for one in read_questions(words[1])]
+            write_questions(words[words.index("--out") + 1], questions)
+
+    monkeypatch.setattr(pipeline_data, "run_genpoe", run)
+    (data / "dpr-trivia.dev.tsv").write_text("who?\t['me']\n")
+    pipeline_data.retrieve(data, tmp_path, "hybrid", "minilm", "cpu")
+    built = [words[words.index("--out") + 1] for words in commands[:2]]
+    assert built == [str(tmp_path / "index"), str(tmp_path / "bm25")]
+    indexes = {words[words.index("--index") + 1] for words in commands[2:]}
+    assert indexes == {"+".join(built)} and len(commands) == 2 + len(DATA_SETS)
+    write_evaluated(data, tmp_path, tmp_path, "hybrid", ["nq"], 1, 2)
+    files = pipeline_data.rerank(tmp_path, ["nq", "squad"], "scorer", "likelihood", "cpu")
+    assert files == {"nq": evaluated_file(tmp_path, "nq", "reranked")}
+    (question,) = read_questions(files["nq"])
+    assert [entry.passage.text for entry in question.passages] == ["text 2", "text 1"]
+    assert commands[-1][:4] == ["rerank", str(evaluated_file(tmp_path, "nq", "retrieved")), "--reranker", "scorer"]
+    assert commands[-1][-2:] == ["--reranker-format", "likelihood"]
