@@ -7,6 +7,7 @@ questions need.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,28 @@ from benchmarks.real_llm.pipeline_data import (
 from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.files import atomic_file
 
-COUNTS = [1, 2, 4, 8]
+COUNTS = (1, 2, 4, 8)
 """Passages per question."""
+MAX_IN_PROMPT = 4
+"""Larger numbers of passages are not put into prompts: they take most of the time and exceed some LLMs' context."""
 TEMPERATURES = {"dense": 0.05, "bm25": 1.0, "hybrid": 0.005, "reranker": 1.0}
 """Temperature of sharp gates, by the scores that they are made of: cosine similarities and reciprocal ranks differ by
 little, scores of BM25 and of rerankers by more."""
 PURPOSES = ("retrieved", "hops", "reversed")
+
+
+class Counts(click.ParamType):
+    """Positive whole numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not whole numbers from 1 with commas between them, such as 1,4", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
 
 
 class DataSets(click.ParamType):
@@ -67,6 +84,7 @@ class DataSets(click.ParamType):
 @click.option(
     "--data-sets", "names", default=tuple(DATA_SETS), type=DataSets(), metavar="NAME,...", help="[default: all]"
 )
+@click.option("--num-passages", "counts", default=COUNTS, type=Counts(), metavar="K,...", help="[default: 1,2,4,8]")
 @click.option("--limit", default=500, show_default=True, type=click.IntRange(2), help="Questions of each data set.")
 @click.option(
     "--gate-temperature",
@@ -90,6 +108,7 @@ def pipeline(
     num_retrieved: int,
     encoder: str | None,
     names: tuple[str, ...],
+    counts: tuple[int, ...],
     limit: int,
     gate_temperature: float | None,
     dtype: str,
@@ -124,7 +143,7 @@ def pipeline(
         models = {"pretrained": whole_name(llm), "hypernetwork": whole_name(hypernetwork), "dtype": dtype}
         temperature = gate_temperature or TEMPERATURES["reranker" if reranker else retriever]
         sharp = {"gates": "softmax" if reranker else "retriever", "gate_temperature": temperature}
-        declared = matrix(purpose, models, sharp, out.resolve(), options)
+        declared = matrix(purpose, models, counts, sharp, out.resolve(), options)
         path = out / f"{purpose}.yaml"
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
@@ -132,13 +151,19 @@ def pipeline(
 
 
 def matrix(
-    purpose: str, model_args: dict[str, Any], sharp: dict[str, Any], out: Path, options: dict[str, Any]
+    purpose: str,
+    model_args: dict[str, Any],
+    counts: Sequence[int],
+    sharp: dict[str, Any],
+    out: Path,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """The declaration of `genpoe compare --run` for the files of a purpose.
 
     Args:
         purpose: one of `PURPOSES`.
         model_args: model arguments of all runs.
+        counts: numbers of passages per question.
         sharp: arguments of sharp gates.
         out: folder of the study.
         options: options of lm_eval.
@@ -151,13 +176,13 @@ def matrix(
     if purpose == "retrieved":
         models = {
             "closed": {"modes": ["closed_book"]},
-            # Prompts with eight passages are left out: they take most of the time and exceed some LLMs' context.
-            "rag": {"modes": ["rag"], "num_passages": COUNTS[:-1]},
-            "equal": {"modes": ["genpoe"], "num_passages": COUNTS, **equal},
-            "sharp": {"modes": ["genpoe"], "num_passages": COUNTS[1:], **sharp},
+            "rag": {"modes": ["rag"], "num_passages": [count for count in counts if count <= MAX_IN_PROMPT]},
+            "equal": {"modes": ["genpoe"], "num_passages": list(counts), **equal},
+            "sharp": {"modes": ["genpoe"], "num_passages": [count for count in counts if count > 1], **sharp},
             "both": {"modes": ["genpoe_rag"], "num_passages": [1]},
             "control": {"modes": ["genpoe", "genpoe_rag"], "num_passages": [1], "passages": ["shuffled"]},
         }
+        models = {name: one for name, one in models.items() if one.get("num_passages") != []}
     else:
         models = {"hops": {"modes": ["rag", "genpoe"], "num_passages": [1, 2], **equal}}
     return {"out": str(out / purpose), "tasks": tasks, "options": options, "model_args": shared, "models": models}

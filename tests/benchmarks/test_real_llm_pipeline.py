@@ -120,7 +120,9 @@ def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
     options = {"device": "cpu", "metadata": {"genpoe_data": {"genpoe_nq": "nq.jsonl"}}}
     path = tmp_path / "matrix.yaml"
     path.write_text(
-        yaml.safe_dump(matrix(purpose, {"pretrained": "llm", "hypernetwork": "experts"}, SHARP, tmp_path, options))
+        yaml.safe_dump(
+            matrix(purpose, {"pretrained": "llm", "hypernetwork": "experts"}, COUNTS, SHARP, tmp_path, options)
+        )
     )
     declared = read_matrix(path)
     assert declared.tasks == ("genpoe_nq",) and declared.out == tmp_path / purpose
@@ -134,6 +136,18 @@ def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
         assert any(cell.arguments.get("passages") == "shuffled" for cell in declared.cells)
     else:
         assert gates == {(1, None), (2, None)}
+
+
+def test_one_passage_needs_no_sharp_gates(tmp_path):
+    declared = matrix("retrieved", {"pretrained": "llm"}, (1,), SHARP, tmp_path, {"metadata": {"genpoe_data": {}}})
+    assert "sharp" not in declared["models"] and declared["models"]["rag"]["num_passages"] == [1]
+
+
+@pytest.mark.parametrize("counts", ["0", "1,x", ""])
+def test_wrong_numbers_of_passages_are_refused(counts, tmp_path):
+    words = ["--llm", "x", "--hypernetwork", "y", "--data", tmp_path, "--retrieval", "r", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, ["real-llm", "pipeline", *map(str, words), "--num-passages", counts])
+    assert result.exit_code == 2 and "is not whole numbers from 1" in result.output
 
 
 def test_hard_negatives_are_near_the_question_and_have_no_answer():
