@@ -261,7 +261,6 @@ def left_behind(out: Path) -> dict[str, object]:
       without the addresses of functions;
     - of its response cache (an SQLite file), the entries count; of an expert store, whose files have random names, the
       experts by passage; of lm_eval's log, which has times, nothing;
-    - scores of rerankers count to four decimals, because a resumed run has other batches;
     - temporary files of an expert store and of a trace, which several processes may write, do not count;
     - of the comparison, the scores, intervals and tests count, not the costs, which are times.
     """
@@ -276,8 +275,6 @@ def left_behind(out: Path) -> dict[str, object]:
             found[name] = _scores(path)
         elif path.name == "comparison.json":
             found[name] = _without_times(json.loads(path.read_text()))
-        elif name in ("found.jsonl", "reranked.jsonl"):
-            found[name] = re.sub(rb'("rerank_score": -?\d+\.\d{4})\d*', rb"\1", path.read_bytes())
         elif "comparison/" not in name and path.name != "lm_eval.log":
             found[name] = path.read_bytes()
         else:

@@ -160,6 +160,7 @@ def make_file(read: Read, total: int, output: Output, work: Rerank, header: dict
         read(),
         work,
         header,
+        reranks="reranker" in header,
         form=output.form,
         qrels=qrels,
         write_qrels_to=output.write_qrels,

@@ -116,6 +116,7 @@ def make_results(
     work: Callable[[Iterator[Question]], Iterator[Question]],
     header: Mapping[str, Any],
     *,
+    reranks: bool = False,
     form: str = "genpoe",
     qrels: Qrels | None = None,
     write_qrels_to: Path | None = None,
@@ -132,6 +133,8 @@ def make_results(
         questions: the questions.
         work: yields the processed questions, in order.
         header: everything that decides the result, as JSON; a ``.part`` file with another header is refused.
+        reranks: whether ``work`` is `rerank_all`. A later call then begins with a whole block, because the last digits
+            of a score depend on the other pairs of its batch.
         form: output format, one of `questions.FORMATS`; only ours contains the header, and a TREC run no texts.
         qrels: grades of passages by question id, which decide ``has_answer`` and the measures in place of answers.
         write_qrels_to: file for qrels that say which passages have an answer.
@@ -150,7 +153,7 @@ def make_results(
     if out.is_dir():
         raise InputError(f"{out}: a directory; give the name of a file")
     with only_writer(out):
-        return _make_results(out, questions, work, header, form, qrels, write_qrels_to, total, progress)
+        return _make_results(out, questions, work, header, reranks, form, qrels, write_qrels_to, total, progress)
 
 
 def _make_results(
@@ -158,6 +161,7 @@ def _make_results(
     questions: Iterable[Question],
     work: Callable[[Iterator[Question]], Iterator[Question]],
     header: Mapping[str, Any],
+    reranks: bool,
     form: str,
     qrels: Qrels | None,
     write_qrels_to: Path | None,
@@ -167,6 +171,8 @@ def _make_results(
     part = out.with_name(f"{out.name}.part")
     with _writing(part):
         done = _begin(part, header)
+        if reranks:
+            done = _cut_to_whole_blocks(part)
     remaining = iter(questions)
     for number, (question, before) in enumerate(zip_longest(islice(remaining, done), _read(part)), 1):
         if question is None or before is None or question.question != before.question:
@@ -217,6 +223,19 @@ def _begin(part: Path, header: Mapping[str, Any]) -> int:
             file.seek(0)
             file.write(first)
     return max(lines - 1, 0)
+
+
+def _cut_to_whole_blocks(part: Path) -> int:
+    """Remove questions after the last whole block of `rerank_all` from ``part``; return the number of the others."""
+    blocks = list(_blocks(_read(part), lambda question: len(question.passages), SCORE_BLOCK))
+    if blocks and sum(len(question.passages) for question in blocks[-1]) < SCORE_BLOCK:
+        blocks.pop()
+    done = sum(map(len, blocks))
+    with part.open("r+b") as file:
+        for _ in range(1 + done):  # the header, too
+            file.readline()
+        file.truncate(file.tell())
+    return done
 
 
 def _difference(line: bytes, header: Mapping[str, Any]) -> str:

@@ -149,6 +149,35 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path, monkeypatch
         assert len(quality.retrieved) == 40 and not part.exists()
 
 
+class ByBatch(ByNumber):
+    """Its scores depend on the other pairs of the call, as the last digits of a real reranker's do."""
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> np.ndarray:
+        return super().score(pairs) + np.float32(sum(len(passage) for _, passage in pairs) / 1000)
+
+
+@pytest.mark.parametrize("block", [1, 10, 30, 10_000])
+def test_a_resumed_run_scores_the_same_pairs_together(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORE_BLOCK", block)
+
+    def work(asked: Iterator[Question]) -> Iterator[Question]:
+        return rerank_all(asked, ByBatch())  # type: ignore[arg-type]
+
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # keep the part
+    make_results(out, QUESTIONS, work, {"a": 1}, reranks=True)
+    monkeypatch.undo()
+    monkeypatch.setattr("genpoe_plugin.selection.result_files.SCORE_BLOCK", block)
+    wanted, lines = out.read_bytes(), part.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 41
+    for kept in (0, 1, 2, 5, 15, 39, 40, 41):
+        part.write_bytes(b"".join(lines[:kept]) + b'{"questi')
+        make_results(out, QUESTIONS, work, {"a": 1}, reranks=True)
+        assert out.read_bytes() == wanted
+
+
 def test_an_interrupt_says_what_is_kept(tmp_path: Path) -> None:
     with pytest.raises(
         KeyboardInterrupt, match=r"3 questions are saved in .*out\.json\.part; rerun the same command to resume"
