@@ -124,7 +124,7 @@ def pipeline(
     # A wrong name is found before the index is built.
     Shape.of(llm)
     read_config(hypernetwork)
-    retrieve(data, retrieval, retriever, encoder, device)
+    retrieve(data, retrieval, retriever, names, encoder, device)
     write_evaluated(data, retrieval, out, retriever, names, limit, num_retrieved)
     reranked = rerank(out, names, reranker, reranker_format, device) if reranker else {}
     for purpose in PURPOSES:

@@ -92,13 +92,14 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def retrieve(data: Path, out: Path, retriever: str, encoder: str | None, device: str) -> None:
+def retrieve(data: Path, out: Path, retriever: str, names: Sequence[str], encoder: str | None, device: str) -> None:
     """Build the index over the corpus and retrieve for all questions, by the commands that users have.
 
     Args:
         data: data folder.
         out: folder of the corpus, the indexes and the retrieved passages.
         retriever: one of `RETRIEVERS`.
+        names: data sets.
         encoder: directory of the sentence encoder of ``dense``; all-MiniLM-L6-v2 by default.
         device: device of the encoder.
     """
@@ -115,7 +116,8 @@ def retrieve(data: Path, out: Path, retriever: str, encoder: str | None, device:
         else:
             run_genpoe(*build, "--retriever", part)
     index = "+".join(str(places[part]) for part in parts)
-    for name, data_set in DATA_SETS.items():
+    for name in names:
+        data_set = DATA_SETS[name]
         source, found = out / f"{name}.questions.jsonl", retrieved_file(out, name, retriever)
         if not source.is_file():
             write_questions(source, _bare(read_questions(file_in(data, data_set.pattern)), data_set.max_questions))
