@@ -1,11 +1,11 @@
 """Requests per second on vLLM with experts, against experts on transformers and against vLLM without experts.
 
 There are 256 requests of one question each, each with its own four passages of a hundred words. Answers have eight
-tokens on average and at most 32. They are sampled: a greedy random LLM repeats itself, and the lengths of its answers depend
-on the form of the experts. A second measurement has 16 tokens in all answers: the same work for every variant, and the
-best case for batches on transformers. Times cover the whole lm-eval call except generating experts, which is the same
-for both libraries and has rows of its own. Between repeats, vLLM's caches of prompts and expert sets are cleared; the
-experts stay in the store, as they do for a second task.
+tokens on average and at most 32. They are sampled: a greedy random LLM repeats itself, and the lengths of its answers
+depend on the form of the experts. A second measurement has 16 tokens in all answers: the same work for every variant,
+and the best case for batches on transformers. Times cover the whole lm-eval call except generating experts, which is
+the same for both libraries and has rows of its own. Between repeats, vLLM's caches of prompts and expert sets are
+cleared; the experts stay in the store, as they do for a second task.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def replaces() -> None:
         (replaces, 3, 0, set()),
         (appends, 0, 2, {"wrong_interrupts"}),  # a traceback
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_faulty_commands_are_found(work, kills: int, interrupts: int, bad, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(faults, "make_world", lambda folder: None)
