@@ -17,8 +17,8 @@ demo-world: .venv/installed  ## no download: an invented world, with training
 leaderboard: demo-world  ## all modes, controls and seeds of the world, on one page
 	$(BIN)/genpoe compare --run demo-world-out/matrix.yaml --jobs 2
 
-test: .venv/installed
-	$(BIN)/python -m pytest
+test: .venv/installed  ## one process per core, each with one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-vllm: .venv-vllm/installed  ## genpoe-vllm, on vLLM for CPUs, in a separate environment
 	.venv-vllm/bin/python -m pytest tests/lm/vllm tests/vllm_engine
