@@ -20,7 +20,7 @@ from benchmarks.retrieval import interleaved_times
 from benchmarks.row import Row
 from genpoe_plugin.retrieval.bm25 import FILES, BM25Retriever
 
-FULL, QUICK = 200_000, 5_000  # passages
+FULL, QUICK = 1_000_000, 5_000  # passages
 VOCABULARY, WORDS, QUESTION_WORDS = 300_000, 100, 8
 QUESTIONS, K, ROUNDS = 64, 20, 5
 
