@@ -144,7 +144,7 @@ class GenPoEVLLM(PassageRequests, VLLM):
             return super()._generate_placed(requests, disable_tqdm)
         contexts = [request.args[0] for request in requests]
         eos = self.tokenizer.decode(self.eot_token_id) or self.tokenizer.eos_token
-        asked, caching = [], []
+        asked, ends = [], []
         for request, context, whole in zip(requests, contexts, self.tok_encode(contexts), strict=True):
             sampling, until, new_tokens = self.modify_gen_kwargs(
                 request.args[1], eos=eos, default_max_gen_toks=self.max_gen_toks
@@ -157,13 +157,17 @@ class GenPoEVLLM(PassageRequests, VLLM):
             parameters = SamplingParams(max_tokens=new_tokens, stop=stop, **sampling)
             row = context.selection, self._start(context, context, len(ids))
             asked.append(_with_experts(ids, parameters, row))
-            caching.append((context, sampling | {"until": until, "max_gen_toks": new_tokens}))
-        answers = []
-        for output, (context, kwargs) in zip(self._run(asked, disable_tqdm), caching, strict=True):
-            text = postprocess_generated_text(output.outputs[0].text, kwargs["until"], self.think_end_token)
-            self.cache_hook.add_partial("generate_until", (context, kwargs), text)
-            answers.append(text)
-        return answers
+            ends.append(until)
+        answers: dict[int, str] = {}
+
+        def keep(number: int, output: RequestOutput) -> None:
+            text = postprocess_generated_text(output.outputs[0].text, ends[number], self.think_end_token)
+            # At once and under the request's own arguments, so that an interrupted run with a cache can resume.
+            self.cache_hook.add_partial("generate_until", requests[number].args, text)
+            answers[number] = text
+
+        self._engine.generate(asked, progress=not disable_tqdm, finished=keep)
+        return [answers[number] for number in range(len(asked))]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
@@ -182,19 +186,16 @@ class GenPoEVLLM(PassageRequests, VLLM):
             scoring = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
             asked.append(_with_experts(whole[cut:], scoring, self._scored_row(request)))
             context_lengths.append(len(context) - cut)
-        scores = []
-        for output, one, length, (key, *_) in zip(
-            self._run(asked, disable_tqdm), asked, context_lengths, requests, strict=True
-        ):
-            score = self._parse_logprobs(list(one.prompt), output, length)
-            if key is not None:  # lm-eval caches the score of a rolling text as a whole
-                self.cache_hook.add_partial("loglikelihood", key, score)
-            scores.append(score)
-        return scores
+        scores: dict[int, tuple[float, bool]] = {}
 
-    def _run(self, requests: list[ExpertRequest], disable_tqdm: bool) -> list[RequestOutput]:
-        assert self._engine is not None
-        return self._engine.generate(requests, progress=not disable_tqdm)
+        def keep(number: int, output: RequestOutput) -> None:
+            key, *_ = requests[number]
+            scores[number] = self._parse_logprobs(list(asked[number].prompt), output, context_lengths[number])
+            if key is not None:  # lm-eval caches the score of a rolling text as a whole
+                self.cache_hook.add_partial("loglikelihood", key, scores[number])
+
+        self._engine.generate(asked, progress=not disable_tqdm, finished=keep)
+        return [scores[number] for number in range(len(requests))]
 
 
 def _with_experts(ids: list[int], sampling: SamplingParams, row: Row) -> ExpertRequest:

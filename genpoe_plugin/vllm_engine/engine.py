@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,12 +187,19 @@ class ExpertEngine:
         begin = len(ids) - tokens_from(prompt, start, tokenizer) if start else 0
         return ExpertRequest(ids, sampling, strings, weights, begin)
 
-    def generate(self, requests: Sequence[ExpertRequest], *, progress: bool = True) -> list[RequestOutput]:
+    def generate(
+        self,
+        requests: Sequence[ExpertRequest],
+        *,
+        progress: bool = True,
+        finished: Callable[[int, RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
         """Generate the outputs of all requests, in their order; expert sets are loaded when they are needed.
 
         Args:
             requests: the requests.
             progress: whether to show a progress bar.
+            finished: called with the index and the output of each request as soon as it is complete.
 
         Raises:
             InputError: a request has more passages than ``num_passages``, or not one gate per passage.
@@ -222,6 +229,8 @@ class ExpertEngine:
                         outputs[number] = output
                         if requests[number].passages:
                             self._loaded[requests[number].key].users -= 1
+                        if finished is not None:
+                            finished(number, output)
                         bar.update()
         finally:
             bar.close()

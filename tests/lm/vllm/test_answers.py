@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, hash_args
 
 from tests.lm.vllm.conftest import SMALL
 
@@ -168,6 +169,38 @@ def test_experts_of_an_earlier_run(make_vllm, generation, many, tmp_path, monkey
     exact = make_vllm(expert_store=str(tmp_path))
     exact.generate_until(requests)
     assert len([*tmp_path.iterdir()]) == 2, "of another precision, they are others"
+
+
+@pytest.mark.parametrize("method", ["generate_until", "loglikelihood"])
+def test_finished_answers_are_cached_when_a_run_is_interrupted(
+    make_vllm, generation, choices, many, monkeypatch, method
+):
+    requests = (generation if method == "generate_until" else choices)(many[:12])
+    lm = make_vllm()
+    wanted = getattr(lm, method)(requests)
+    hook = CacheHook(None)
+    hook.dbdict = {}
+    lm.set_cache_hook(hook)
+    step, steps = lm.model.llm_engine.step, iter(range(12))
+
+    def interrupted():
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm.model.llm_engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(lm, method)(requests)
+    kept = [hook.dbdict.get(hash_args(method, request.args)) for request in requests]
+    assert 0 < sum(one is not None for one in kept) < len(requests)
+    for one, answer in zip(kept, wanted, strict=True):
+        if method == "generate_until":
+            assert one in (None, answer)
+        elif one is not None:
+            assert one == (pytest.approx(answer[0], abs=1e-4), answer[1])
+    # The engine serves the next requests as before.
+    assert len(getattr(lm, method)(requests)) == len(wanted)
 
 
 def test_nothing_to_do(make_vllm):
