@@ -37,6 +37,6 @@ def read_parquet_rows(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}, row {number}"
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n", 1)[0]
         raise InputError(f"{path}: not a complete Parquet file ({reason})") from error

@@ -48,8 +48,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         file = directory / name
         if name != file.name:
             raise InputError(f"{path}: names {name!r}, which is not a file of its directory; build the index again")
-        if not file.is_file() or file.stat().st_size != size:
-            actual = f"{file.stat().st_size:,} bytes" if file.is_file() else "no file"
+        try:
+            actual_size = file.stat().st_size if file.is_file() else None
+        except OSError as error:  # the name is too long for a file
+            raise invalid(directory) from error
+        if actual_size != size:
+            actual = "no file" if actual_size is None else f"{actual_size:,} bytes"
             raise InputError(f"{file}: {actual} where {size:,} bytes were written; build the index again")
     return manifest
 
