@@ -26,6 +26,7 @@ from benchmarks.child import run_child
 from benchmarks.evaluation import Models, Sizes, questions
 from benchmarks.options import Options, folder_of
 from benchmarks.row import Row
+from benchmarks.vllm import run_in_one_process
 from genpoe_plugin.model import GenPoEModel
 from genpoe_plugin.prompts import closed_book_prompt
 
@@ -79,8 +80,7 @@ class Engine:
     modes = ("closed_book", "genpoe")
 
     def __init__(self, folder: Path) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        run_in_one_process()
         from genpoe_plugin.vllm_engine.engine import ExpertEngine
 
         options: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**28}

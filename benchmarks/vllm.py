@@ -85,6 +85,15 @@ def write_parts(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("llm", *FORMS, ATTENTION)}
 
 
+def run_in_one_process() -> None:
+    """Let vLLM run quietly in this process, where it does not reserve a core of a small machine for a second one.
+
+    Call it before vLLM is imported.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 def clear_caches(lm: Any) -> None:
     """Clear the prompts and expert sets that a vLLM engine has cached."""
     engine = getattr(lm.model, "llm_engine", None)
@@ -108,9 +117,7 @@ def requests_per_second(lm: Any, instances: Sequence[Instance], repeats: int, na
 def measure(options: Options) -> list[Row]:
     """Measure every model class, one after the other, and the ratios."""
     check_vllm()
-    # In one process, vLLM does not reserve a core of a small machine for a second one.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    run_in_one_process()
     from genpoe_plugin.lm.hf import GenPoELM
     from genpoe_plugin.lm.vllm import GenPoEVLLM
 

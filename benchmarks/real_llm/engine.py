@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
 from benchmarks.row import Row, table, write
+from benchmarks.vllm import clear_caches, run_in_one_process
 from genpoe_plugin.data.answers import exact_match
 from genpoe_plugin.data.passages import passage_from_ctx
 from genpoe_plugin.data.questions import Question, read_questions
@@ -49,8 +49,7 @@ def vllm(
     logits are equal within 0.001.
     """
     check_vllm()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    run_in_one_process()
     questions = [question for question in read_questions(file) if len(question.passages) >= max(NUMBERS)]
     if not questions:
         raise InputError(f"{file}: no question has {max(NUMBERS)} passages")
@@ -152,19 +151,10 @@ def _measure(
 
 def _timed(lm: Any, instances: Sequence[Instance]) -> tuple[list[str], float]:
     """Answers and requests per second, with experts made and empty caches of the engine."""
-    _clear(lm)
+    clear_caches(lm)
     before = lm.seconds["generate"]
     answers = lm.generate_until(list(instances))
     return answers, len(instances) / (lm.seconds["generate"] - before)
-
-
-def _clear(lm: Any) -> None:
-    """Clear the prompts and expert sets that a vLLM engine has cached."""
-    engine = getattr(lm.model, "llm_engine", None)
-    if engine is not None:
-        engine.reset_prefix_cache()
-        for number in engine.list_loras() if lm.store is not None else ():
-            engine.remove_lora(number)
 
 
 def _first_tokens(lm: Any, instances: Sequence[Instance]) -> dict[str, float]:
@@ -173,7 +163,7 @@ def _first_tokens(lm: Any, instances: Sequence[Instance]) -> dict[str, float]:
     for instance in tqdm(instances, desc="Timing first tokens"):
         context, options = instance.args
         one = replace(instance, arguments=(context, {**options, "max_gen_toks": 1}))
-        _clear(lm)
+        clear_caches(lm)
         for state in found:
             before = lm.seconds["generate"]
             lm.generate_until([one], disable_tqdm=True)

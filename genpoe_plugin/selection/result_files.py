@@ -98,7 +98,7 @@ def rerank_all(
     """
     from genpoe_plugin.selection.reranking import rerank  # torch
 
-    for block in _blocks(questions, lambda question: len(question.passages), SCORE_BLOCK):
+    for block in _score_blocks(questions):
         ranked = [
             replace(question, passages=tuple(sorted(question.passages, key=lambda passage: passage.rank)))
             for question in block
@@ -227,10 +227,9 @@ def _begin(part: Path, header: Mapping[str, Any]) -> int:
 
 def _cut_to_whole_blocks(part: Path) -> int:
     """Remove questions after the last whole block of `rerank_all` from ``part``; return the number of the others."""
-    blocks = list(_blocks(_read(part), lambda question: len(question.passages), SCORE_BLOCK))
-    if blocks and sum(len(question.passages) for question in blocks[-1]) < SCORE_BLOCK:
-        blocks.pop()
-    done = sum(map(len, blocks))
+    blocks = _score_blocks(_read(part))
+    # Only the last one can be smaller.
+    done = sum(len(block) for block in blocks if sum(map(_passages, block)) >= SCORE_BLOCK)
     with part.open("r+b") as file:
         for _ in range(1 + done):  # the header, too
             file.readline()
@@ -300,6 +299,15 @@ def labelled(question: Question) -> Question:
         for passage in question.passages
     )
     return replace(question, passages=tuple(passages))
+
+
+def _score_blocks(questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """The questions whose passages are scored together."""
+    return _blocks(questions, _passages, SCORE_BLOCK)
+
+
+def _passages(question: Question) -> int:
+    return len(question.passages)
 
 
 def _blocks(questions: Iterable[Question], size: Callable[[Question], int], least: int) -> Iterator[list[Question]]:

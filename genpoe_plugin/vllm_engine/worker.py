@@ -88,13 +88,13 @@ def _current_batch(runner: Any) -> Batch | None:
     batch = runner.input_batch
     count = batch.num_reqs
     starts = runner.query_start_loc.np[: count + 1]
-    tables, block_sizes = {}, {}
+    tables: dict[str, Tensor] = {}
+    block_sizes: dict[str, int] = {}
     for group, cached in enumerate(runner.kv_cache_config.kv_cache_groups):
         # A kernel's blocks may be smaller than those of the cache, so their size is that of this table.
         table = batch.block_table[group]
-        for layer in cached.layer_names:
-            tables[layer] = table.get_device_tensor(count)
-            block_sizes[layer] = table.block_size
+        tables |= dict.fromkeys(cached.layer_names, table.get_device_tensor(count))
+        block_sizes |= dict.fromkeys(cached.layer_names, table.block_size)
     lengths = batch.num_computed_tokens_cpu[:count] + starts[1:] - starts[:-1]
     assert isinstance(context.slot_mapping, dict)
     return Batch(starts.tolist(), lengths.tolist(), context.slot_mapping, tables, block_sizes)
