@@ -27,14 +27,15 @@ from benchmarks.real_llm.pipeline_data import (
 )
 from genpoe_plugin.checkpoints.checkpoint import read_config
 from genpoe_plugin.files import atomic_file
+from genpoe_plugin.selection.recognition import recognise
 
 COUNTS = (1, 2, 4, 8)
 """Passages per question."""
 MAX_IN_PROMPT = 4
 """Larger numbers of passages are not put into prompts: they take most of the time and exceed some LLMs' context."""
-TEMPERATURES = {"dense": 0.05, "bm25": 1.0, "hybrid": 0.005, "reranker": 1.0}
-"""Temperature of sharp gates, by the scores that they are made of: cosine similarities and reciprocal ranks differ by
-little, scores of BM25 and of rerankers by more."""
+TEMPERATURES = {"dense": 0.05, "bm25": 1.0, "reranker": 1.0}
+"""Temperature of sharp gates, by the scores that they are made of: cosine similarities differ by little, scores of BM25
+and of rerankers by more. Reciprocal ranks say little about a passage, so the hybrid alone has no sharp gates."""
 PURPOSES = ("retrieved", "hops", "reversed")
 
 
@@ -89,7 +90,7 @@ class DataSets(click.ParamType):
 @click.option(
     "--gate-temperature",
     type=click.FloatRange(0, min_open=True),
-    help="Temperature of sharp gates.  [default: by retriever]",
+    help="Temperature of sharp gates.  [default: by retriever or reranker; hybrid alone: no sharp gates]",
 )
 @click.option("--dtype", default="float32", show_default=True, help="Data type of the LLM.")
 @click.option("--device", default="cpu", show_default=True)
@@ -124,6 +125,8 @@ def pipeline(
     # A wrong name is found before the index is built.
     Shape.of(llm)
     read_config(hypernetwork)
+    if reranker:
+        recognise(reranker, reranker_format)
     retrieve(data, retrieval, retriever, names, encoder, device)
     write_evaluated(data, retrieval, out, retriever, names, limit, num_retrieved)
     reranked = rerank(out, names, reranker, reranker_format, device) if reranker else {}
@@ -141,9 +144,9 @@ def pipeline(
             "metadata": {"genpoe_data": files},
         }
         models = {"pretrained": whole_name(llm), "hypernetwork": whole_name(hypernetwork), "dtype": dtype}
-        temperature = gate_temperature or TEMPERATURES["reranker" if reranker else retriever]
+        temperature = gate_temperature or TEMPERATURES.get("reranker" if reranker else retriever)
         sharp = {"gates": "softmax" if reranker else "retriever", "gate_temperature": temperature}
-        declared = matrix(purpose, models, counts, sharp, out.resolve(), options)
+        declared = matrix(purpose, models, counts, sharp if temperature else None, out.resolve(), options)
         path = out / f"{purpose}.yaml"
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
@@ -154,7 +157,7 @@ def matrix(
     purpose: str,
     model_args: dict[str, Any],
     counts: Sequence[int],
-    sharp: dict[str, Any],
+    sharp: dict[str, Any] | None,
     out: Path,
     options: dict[str, Any],
 ) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def matrix(
         purpose: one of `PURPOSES`.
         model_args: model arguments of all runs.
         counts: numbers of passages per question.
-        sharp: arguments of sharp gates.
+        sharp: arguments of sharp gates; None to leave them out.
         out: folder of the study.
         options: options of lm_eval.
     """
@@ -174,11 +177,12 @@ def matrix(
     equal = {"gates": "uniform"}
     models: dict[str, Any]
     if purpose == "retrieved":
+        several = [count for count in counts if count > 1]
         models = {
             "closed": {"modes": ["closed_book"]},
             "rag": {"modes": ["rag"], "num_passages": [count for count in counts if count <= MAX_IN_PROMPT]},
             "equal": {"modes": ["genpoe"], "num_passages": list(counts), **equal},
-            "sharp": {"modes": ["genpoe"], "num_passages": [count for count in counts if count > 1], **sharp},
+            "sharp": {"modes": ["genpoe"], "num_passages": several if sharp else [], **(sharp or {})},
             "both": {"modes": ["genpoe_rag"], "num_passages": [1]},
             "control": {"modes": ["genpoe", "genpoe_rag"], "num_passages": [1], "passages": ["shuffled"]},
         }

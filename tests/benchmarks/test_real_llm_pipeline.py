@@ -29,6 +29,7 @@ from genpoe_plugin.data.answers import has_answer
 from genpoe_plugin.data.passages import Passage, read_passages
 from genpoe_plugin.data.questions import Question, RetrievedPassage, read_questions, write_questions
 from genpoe_plugin.errors import InputError
+from train_cli.main import main as genpoe
 
 SHARP = {"gates": "retriever", "gate_temperature": 0.25}
 
@@ -141,6 +142,8 @@ def test_runs_are_a_matrix_of_compare(purpose, tmp_path):
 def test_one_passage_needs_no_sharp_gates(tmp_path):
     declared = matrix("retrieved", {"pretrained": "llm"}, (1,), SHARP, tmp_path, {"metadata": {"genpoe_data": {}}})
     assert "sharp" not in declared["models"] and declared["models"]["rag"]["num_passages"] == [1]
+    without = matrix("retrieved", {"pretrained": "llm"}, COUNTS, None, tmp_path, {"metadata": {"genpoe_data": {}}})
+    assert "sharp" not in without["models"] and without["models"]["equal"]["num_passages"] == list(COUNTS)
 
 
 @pytest.mark.parametrize("counts", ["0", "1,x", ""])
@@ -184,6 +187,16 @@ def test_an_unknown_data_set_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["real-llm", "pipeline", *map(str, words), "--data-sets", "nq,trivia"])
     assert result.exit_code == 2 and "'trivia' is not one of nq, squad" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_reranker_is_refused_before_anything_is_built(llm_dir, data, tmp_path):
+    created = ["experts", "create", "--llm", str(llm_dir), "--layers", "0,2", "--out", str(tmp_path / "experts")]
+    assert CliRunner().invoke(genpoe, created).exit_code == 0
+    words = ["--llm", llm_dir, "--hypernetwork", tmp_path / "experts", "--data", data, "--reranker", llm_dir]
+    words += ["--retrieval", tmp_path / "retrieval", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, ["real-llm", "pipeline", *map(str, words)])
+    assert result.exit_code == 2 and "--reranker-format" in result.output, result.output
+    assert not (tmp_path / "retrieval").exists() and not (tmp_path / "out").exists()
 
 
 def test_hybrid_retrieval_and_a_reranker(data, tmp_path, monkeypatch):
