@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -30,6 +31,7 @@ from genpoe_plugin.comparison.leaderboard import compare
 from genpoe_plugin.comparison.markdown import markdown
 from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
 from genpoe_plugin.comparison.page import page
+from genpoe_plugin.data.parquet import read_parquet_rows
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.experts.config import HypernetworkConfig
@@ -196,6 +198,35 @@ def test_offsets_of_passages_are_checked_before_they_are_followed(index: Path) -
     described(index)
     with pytest.raises(InputError, match=r"passages\.arrow: damaged"):
         PassageIndex.load(index).passage(2)
+
+
+def test_passages_without_text_are_refused(index: Path) -> None:
+    """No corpus has one, and zeros in the file are read as such."""
+    path = index / "passages.arrow"
+    with pa.memory_map(str(path)) as file:
+        texts = pa.ipc.open_file(file).get_batch(0).column("text")
+        offsets = texts.buffers()[1].to_pybytes()[: 4 * (len(texts) + 1)]
+    path.write_bytes(path.read_bytes().replace(offsets, bytes(len(offsets))))
+    described(index)
+    with pytest.raises(InputError, match=r"passages\.arrow: damaged .*without text"):
+        PassageIndex.load(index).passage(2)
+
+
+def test_a_manifest_with_a_name_that_is_too_long_for_a_file_is_refused(index: Path) -> None:
+    manifest = json.loads((index / MANIFEST).read_text())
+    manifest["files"]["a" * 5000] = {"bytes": 1, "sha256": ""}
+    (index / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="not a valid index manifest"):
+        PassageIndex.load(index)
+
+
+def test_text_in_a_parquet_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(struct.pack("<2i", 0, 2)), pa.py_buffer(b"a\xff")]
+    )
+    pq.write_table(pa.table({"question": broken}), tmp_path / "questions.parquet")
+    with pytest.raises(InputError, match=r"questions\.parquet: not a complete Parquet file \(.*utf-8"):
+        list(read_parquet_rows(tmp_path / "questions.parquet"))
 
 
 # Links

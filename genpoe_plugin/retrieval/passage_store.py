@@ -87,6 +87,8 @@ class PassageStore:
         rows = min(BLOCK, self._count - number * BLOCK)
         if batch.num_rows != rows or any(column.null_count for column in batch.columns):
             raise _damaged(self._path, f"block {number} has not {rows} passages")
+        if pc.min(pc.binary_length(batch.column("text"))).as_py() == 0:  # no corpus has one
+            raise _damaged(self._path, f"block {number} has a passage without text")
         return batch
 
 
