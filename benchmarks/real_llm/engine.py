@@ -177,19 +177,21 @@ def _margins(lm: Any, instances: Sequence[Instance], answers: Sequence[str], exp
 
     margins = []
     for instance, answer, other in zip(instances, answers, expected, strict=True):
-        if answer == other:
+        if _whole(answer) == _whole(other):
             continue
         passages = [passage_from_ctx(ctx, "request").string for ctx in instance.doc["ctxs"]]
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, stop=STOP, logprobs=2)
         request = lm._engine.request(instance.args[0], passages, sampling)
         output = lm._engine.generate([request], progress=False)[0].outputs[0]
-        text = ""
-        for token, entries in zip(output.token_ids, output.logprobs, strict=True):
-            text += lm.tokenizer.decode([token])
-            if not other.startswith(text.split(STOP[0])[0]) or STOP[0] in text:
-                best, second = sorted((entry.logprob for entry in entries.values()), reverse=True)[:2]
-                margins.append(best - second)
-                break
-        else:
-            margins.append(float("inf"))
+        ids = list(output.token_ids)
+        same = 0
+        while same < len(ids) - 1 and other.startswith(_whole(lm.tokenizer.decode(ids[: same + 1]))):
+            same += 1
+        best, second = sorted((entry.logprob for entry in output.logprobs[same].values()), reverse=True)[:2]
+        margins.append(best - second)
     return margins
+
+
+def _whole(text: str) -> str:
+    """A text without an unfinished character at its end, which vLLM leaves out."""
+    return text.rstrip("\ufffd")
