@@ -87,7 +87,8 @@ def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> li
         return (*words, *options)
 
     unanswerable, several = ("--unanswerable", "0.25"), ("--num-passages", "4")
-    one, middle = (layers[-1],), ("--layer", str(layers[0]))
+    # The best single layer of Gemma 3 and of Qwen2.5 is in the middle of their best three or four.
+    one, first = (layers[(len(layers) - 1) // 2],), ("--layer", str(layers[0]))
     found = [
         Cell(LORA, None),
         Cell("window_4", attention()),
@@ -105,8 +106,8 @@ def cells(layers: Sequence[int], more_layers: Sequence[int] | None = None) -> li
         Cell("window_4_one_layer", attention(own=one)),
         Cell("window_4_beside_mlp", attention("--place", "mlp")),
         Cell("window_4_beside_one_mlp", attention("--place", "mlp", own=one)),
-        Cell("memory", ("--preset", "memory", *middle)),
-        Cell("paper", ("--preset", "paper", *middle)),
+        Cell("memory", ("--preset", "memory", *first)),
+        Cell("paper", ("--preset", "paper", *first)),
     ]
     if more_layers is not None:
         more = [Cell(f"window_{size}_more_layers", attention(window=size, own=more_layers)) for size in (4, 16)]

@@ -158,12 +158,12 @@ def test_cell_names_are_unique():
 
 def test_cells_have_valid_training_options():
     shared = ["--model", "llm", "--data", "questions.jsonl", "--out", "out"]
-    for cell in cells((1, 2)):
+    for cell in cells((1, 2, 3)):
         if cell.options is not None:
             hypernetwork.make_context("hypernetwork", [*shared, *cell.options])  # which refuses unknown ones
-    beside = {cell.name: cell.options for cell in cells((1, 2)) if "--place" in (cell.options or ())}
+    beside = {cell.name: cell.options for cell in cells((1, 2, 3)) if "--place" in (cell.options or ())}
     layers = {name: options[options.index("--layers") + 1] for name, options in beside.items()}
-    assert layers == {"window_4_beside_mlp": "1,2", "window_4_beside_one_mlp": "2"}
+    assert layers == {"window_4_beside_mlp": "1,2,3", "window_4_beside_one_mlp": "2"}
 
 
 def test_parallel_jobs_run_all_rows(run, stand_in, data, tmp_path):  # noqa: F811
