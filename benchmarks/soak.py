@@ -1,8 +1,8 @@
 """Mixed requests for an hour: memory must stay flat, and no answer may differ from that of a fresh process.
 
 Requests are drawn at random: a mode, a batch of 1 to 16 questions, up to four passages each, and an answer or its
-likelihood. They go to `GenPoEModel`, and where vLLM is installed to `ExpertEngine` as well. A fresh process computes
-each distinct request again, one at a time.
+likelihood. They go to `GenPoEModel`, and where vLLM is installed to `ExpertEngine` as well; the experts are in the LLM's
+attention. A fresh process computes each distinct request again, one at a time.
 
 Memory is the resident memory of the process. Its growth is a straight line through the means of blocks of the second
 half, because caches still fill in the first half. The noise is the line's standard error.
@@ -28,12 +28,11 @@ from benchmarks.options import Options, folder_of
 from benchmarks.row import Row
 from benchmarks.vllm import run_in_one_process
 from genpoe_plugin.model import GenPoEModel
-from genpoe_plugin.prompts import closed_book_prompt
+from genpoe_plugin.prompts import EXPERT_MODES, MODES, PROMPT_MODES, closed_book_prompt, knowledge_block
 
 FULL, QUICK = 3600.0, 10.0  # seconds
 SIZES = Sizes(192, 6, 32, 0, 0, 0, (), (), (), 0)
 POOL, PASSAGES, WORDS, NEW_TOKENS, MAX_BATCH = 200, 4, 30, 8, 16
-MODES = ("closed_book", "rag", "genpoe", "genpoe_rag")
 BLOCKS = 10
 TOLERANCE = 1e-3  # nats between likelihoods
 
@@ -75,9 +74,9 @@ class Transformers:
 
 
 class Engine:
-    """`ExpertEngine` over a directory of `Models`; it answers closed-book and with experts."""
+    """`ExpertEngine` over a directory of `Models`."""
 
-    modes = ("closed_book", "genpoe")
+    modes = MODES
 
     def __init__(self, folder: Path) -> None:
         run_in_one_process()
@@ -85,7 +84,7 @@ class Engine:
 
         options: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**28}
         options |= {"disable_log_stats": True, "max_num_seqs": MAX_BATCH, "enforce_eager": True}
-        self.engine = ExpertEngine.load(str(folder / "llm"), str(folder / "memory"), num_passages=PASSAGES, **options)
+        self.engine = ExpertEngine.load(str(folder / "llm"), str(folder / "attention"), num_passages=PASSAGES, **options)
 
     def answer(self, requests: Sequence[Request]) -> list[str | float]:
         from vllm import SamplingParams
@@ -93,13 +92,15 @@ class Engine:
         made = []
         for request in requests:
             doc = POOL_DOCS[request.question]
-            passages = [ctx["text"] for ctx in doc["ctxs"][: request.passages]] if request.mode == "genpoe" else []
-            prompt = closed_book_prompt(doc["question"])
+            passages = [ctx["text"] for ctx in doc["ctxs"][: request.passages]]
+            knowledge = knowledge_block(passages) if request.mode in PROMPT_MODES else ""
+            prompt = knowledge + closed_book_prompt(doc["question"])
             sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
             if request.scores:
                 prompt += f" {doc['answers'][0]}"
                 sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-            made.append(self.engine.request(prompt, passages, sampling))
+            experts = passages if request.mode in EXPERT_MODES else ()
+            made.append(self.engine.request(prompt, experts, sampling, start=len(knowledge)))
         outputs = self.engine.generate(made, progress=False)
         if not requests[0].scores:
             return [output.outputs[0].text for output in outputs]
