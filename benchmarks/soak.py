@@ -1,8 +1,8 @@
 """Mixed requests for an hour: memory must stay flat, and no answer may differ from that of a fresh process.
 
 Requests are drawn at random: a mode, a batch of 1 to 16 questions, up to four passages each, and an answer or its
-likelihood. They go to `GenPoEModel`, and where vLLM is installed to `ExpertEngine` as well; the experts are in the LLM's
-attention. A fresh process computes each distinct request again, one at a time.
+likelihood. They go to `GenPoEModel`, and where vLLM is installed to `ExpertEngine` as well. The experts are in
+the attention of the LLM. A fresh process computes each distinct request again, one at a time.
 
 Memory is the resident memory of the process. Its growth is a straight line through the means of blocks of the second
 half, because caches still fill in the first half. The noise is the line's standard error.
@@ -84,7 +84,9 @@ class Engine:
 
         options: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 2**28}
         options |= {"disable_log_stats": True, "max_num_seqs": MAX_BATCH, "enforce_eager": True}
-        self.engine = ExpertEngine.load(str(folder / "llm"), str(folder / "attention"), num_passages=PASSAGES, **options)
+        self.engine = ExpertEngine.load(
+            str(folder / "llm"), str(folder / "attention"), num_passages=PASSAGES, **options
+        )
 
     def answer(self, requests: Sequence[Request]) -> list[str | float]:
         from vllm import SamplingParams

@@ -26,6 +26,9 @@ from train_cli.main import LazyCommand, LazyGroup
         "router": LazyCommand(
             "benchmarks.real_llm.router:router", "Measure the attention on the passage with the answer among several."
         ),
+        "rankings": LazyCommand(
+            "benchmarks.real_llm.rankings:rankings", "MRR of several rankings of the same questions."
+        ),
         "vllm": LazyCommand(
             "benchmarks.real_llm.engine:vllm", "Compare a real LLM on vLLM with transformers and prompts."
         ),
