@@ -92,6 +92,17 @@ def reranker(
 
 
 @data.command()
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File of questions with passages.")
+def join(parts: tuple[Path, ...], out: Path) -> None:
+    """Join the files of `genpoe rerank --part`, in any order, to the file that one process would have written."""
+    from genpoe_plugin.selection.parts import join_parts
+
+    count = join_parts(parts, out)
+    click.echo(f"{out}: {count:,} questions of {len(parts)} parts")
+
+
+@data.command()
 @click.option(
     "--questions", required=True, type=click.Path(path_type=Path), help="Questions with passages, any format."
 )

@@ -10,6 +10,7 @@ import click
 from genpoe_plugin.data.questions import read_header
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.files import file_digest
+from genpoe_plugin.selection.parts import Part
 from train_cli.result_options import (
     Output,
     count_questions,
@@ -23,11 +24,30 @@ from train_cli.result_options import (
 )
 
 
+class PartType(click.ParamType):
+    """A part such as ``2/4``."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
+        if isinstance(value, Part):
+            return value
+        try:
+            return Part.parse(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a part such as 2/4, the second of four", param, ctx)
+
+
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--reranker", required=True, help="Directory or hub name.")
 @click.option("--questions", type=click.Path(path_type=Path), help="The questions of RESULTS, if those are a TREC run.")
 @click.option("--index", help="Index with the passages of a TREC run.")
+@click.option(
+    "--part",
+    type=PartType(),
+    help="Rerank only this part, such as 2/4; `genpoe data join` joins the files of all parts.",
+)
 @run_options
 @reranking_options
 @result_options
@@ -36,6 +56,7 @@ def rerank(
     reranker: str,
     questions: Path | None,
     index: str | None,
+    part: Part | None,
     passages: Path | None,
     reranker_format: str | None,
     llm: str | None,
@@ -51,6 +72,8 @@ def rerank(
     RESULTS are files of `genpoe retrieve` or of DPR, or a TREC run, also as .gz. Rerun the same command to resume.
     """
     output = Output(out, form, qrels, write_qrels)
+    if part is not None and form != "genpoe":
+        raise InputError(f"--part: only files of --format genpoe can be joined, not {form}")
     header: dict[str, Any] = {"results_sha256": file_digest(results)}
     if questions is not None:
         read = read_with_run(questions, results, index, passages)
@@ -63,5 +86,9 @@ def rerank(
         read = read_file(results, output)
         header = read_header(results) | header
     total = count_questions(read, results, with_passages=True)
+    if part is not None:
+        whole, header["part"] = read, str(part)
+        total = sum(1 for _ in part.questions(whole))
+        read = lambda: part.questions(whole)  # noqa: E731
     work, reranker_fields = load_reranker(reranker, reranker_format, llm, gguf_file, device)
     make_file(read, total, output, work, header | reranker_fields)

@@ -98,7 +98,7 @@ def rerank_all(
     """
     from genpoe_plugin.selection.reranking import rerank  # torch
 
-    for block in _score_blocks(questions):
+    for block in score_blocks(questions):
         ranked = [
             replace(question, passages=tuple(sorted(question.passages, key=lambda passage: passage.rank)))
             for question in block
@@ -227,7 +227,7 @@ def _begin(part: Path, header: Mapping[str, Any]) -> int:
 
 def _cut_to_whole_blocks(part: Path) -> int:
     """Remove questions after the last whole block of `rerank_all` from ``part``; return the number of the others."""
-    blocks = _score_blocks(_read(part))
+    blocks = score_blocks(_read(part))
     # Only the last one can be smaller.
     done = sum(len(block) for block in blocks if sum(map(_passages, block)) >= SCORE_BLOCK)
     with part.open("r+b") as file:
@@ -301,7 +301,7 @@ def labelled(question: Question) -> Question:
     return replace(question, passages=tuple(passages))
 
 
-def _score_blocks(questions: Iterable[Question]) -> Iterator[list[Question]]:
+def score_blocks(questions: Iterable[Question]) -> Iterator[list[Question]]:
     """The questions whose passages are scored together."""
     return _blocks(questions, _passages, SCORE_BLOCK)
 
