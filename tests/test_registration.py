@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from genpoe_plugin import registration
+from genpoe_plugin import interrupts, registration
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -219,8 +219,11 @@ print(json.dumps([list(model_registry), "build_with_ours" in index.TaskIndex.bui
 def test_an_end_of_a_run_of_ours_that_is_one_line(error, line, ours, monkeypatch, capsys) -> None:
     """Those of other models keep their traceback."""
     others: list[type[BaseException]] = []
+    ended: list[bool] = []
+    monkeypatch.setattr(interrupts, "end_by_signal", lambda: ended.append(True))
     monkeypatch.setattr(sys, "excepthook", lambda kind, *_: others.append(kind))
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lm_eval"])
     for module in (target.partition(":")[0] for target in OURS.values()):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -230,3 +233,4 @@ def test_an_end_of_a_run_of_ours_that_is_one_line(error, line, ours, monkeypatch
     sys.excepthook(type(error), error, None)
     expected = ([], f"{line}\n") if ours and line else ([type(error)], "")
     assert (others, capsys.readouterr().err) == expected
+    assert bool(ended) == (ours and isinstance(error, KeyboardInterrupt))

@@ -1,3 +1,3 @@
-from train_cli.main import main
+from train_cli.main import run
 
-main(prog_name="genpoe")
+run()

@@ -9,6 +9,7 @@ import click
 
 from genpoe_plugin import __version__
 from genpoe_plugin.errors import InputError
+from genpoe_plugin.interrupts import STATUS, exit_at_once
 
 
 class LazyCommand(NamedTuple):
@@ -70,7 +71,7 @@ class MainGroup(LazyGroup):
             ctx.exit(2)
         except KeyboardInterrupt as error:
             click.echo(str(error) or "interrupted", err=True)
-            ctx.exit(130)
+            ctx.exit(STATUS)
 
 
 @click.group(
@@ -108,3 +109,13 @@ def main() -> None:
 )
 def train() -> None:
     """Train the reranker or the hypernetwork."""
+
+
+def run() -> None:
+    """The command ``genpoe``: `main`, which ends at once when it is interrupted."""
+    try:
+        main(prog_name="genpoe")
+    except SystemExit as end:
+        if end.code == STATUS:
+            exit_at_once()
+        raise
