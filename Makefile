@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo demo-world leaderboard test test-vllm test-lowest test-newest lint wheel-test docs clean
+.PHONY: demo demo-world leaderboard test robustness test-vllm test-lowest test-newest lint wheel-test docs clean
 
 # Tests of the features that rely on dependencies.
 DEPENDENCIES := tests/experts/test_injection.py tests/experts/test_attention.py tests/checkpoints/test_checkpoint.py \
@@ -19,6 +19,10 @@ leaderboard: demo-world  ## all modes, controls and seeds of the world, on one p
 
 test: .venv/installed  ## one process per core, each with one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+robustness: .venv/installed  ## a sample of kills, interrupts and damaged files
+	$(BIN)/python -m benchmarks faults --kills 20 --interrupts 6
+	$(BIN)/python -m benchmarks fuzz --seconds 30
 
 test-vllm: .venv-vllm/installed  ## genpoe-vllm, on vLLM for CPUs, in a separate environment
 	.venv-vllm/bin/python -m pytest tests/lm/vllm tests/vllm_engine

@@ -187,10 +187,13 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _genpoe(arguments: list[str]) -> None:
     from genpoe_plugin.comparison import matrix
-    from train_cli.main import main
+    from genpoe_plugin.selection import result_files
+    from train_cli.main import run
 
     matrix.subprocess = _LmEvalRuns()  # type: ignore[attr-defined]
-    main(arguments, prog_name="genpoe")
+    result_files.SCORE_BLOCK = 16  # so that some kills are between blocks
+    sys.argv = ["genpoe", *arguments]
+    run()
 
 
 def _lm_eval(arguments: list[str]) -> None:

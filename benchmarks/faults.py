@@ -21,7 +21,7 @@ import click
 
 from benchmarks.fault_commands import COMMANDS, Command, left_behind, make_world
 from benchmarks.forked import Forked, prepared
-from benchmarks.row import Row, table, write
+from benchmarks.row import Row, missed, table, write
 
 MOST_KILLS = 3  # of one command, before it is run to its end
 INTERRUPT_SECONDS = 2.0
@@ -35,14 +35,19 @@ ENDED_BY_INTERRUPT = (130, -signal.SIGINT)
 @click.option("--interrupts", default=18, show_default=True, type=click.IntRange(0), help="SIGINTs in all.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the moments.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write rows, machine and command here.")
-def faults(kills: int, interrupts: int, seed: int, path: Path | None) -> None:
-    """Kill and interrupt commands at random moments, run them again, and compare what they leave behind."""
+@click.pass_context
+def faults(ctx: click.Context, kills: int, interrupts: int, seed: int, path: Path | None) -> None:
+    """Kill and interrupt commands at random moments, run them again, and compare what they leave behind.
+
+    The exit status is 1 if something is lost or different, or an interrupt is wrong or slow.
+    """
     with tempfile.TemporaryDirectory() as folder, working_in(Path(folder)):
         rows = measure(COMMANDS, kills, interrupts, seed)
     click.echo(table(rows))
     if path is not None:
         write(rows, path)
         click.echo(f"rows: {path}")
+    ctx.exit(1 if missed(rows) else 0)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +66,11 @@ def table(rows: Sequence[Row]) -> str:
         aim = f"aim {row.target}" if row.target else ""
         lines.append(f"{row.name:<{width}} {row.value:>12,.3f} {row.unit:<14} {aim:<12} {verdict}".rstrip())
     return "\n".join(lines)
+
+
+def missed(rows: Iterable[Row]) -> bool:
+    """Whether one of the aims is missed."""
+    return any(row.holds is False for row in rows)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

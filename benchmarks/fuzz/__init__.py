@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.row import Row, table, write
+from benchmarks.row import Row, missed, table, write
 
 
 @click.command()
@@ -15,10 +15,14 @@ from benchmarks.row import Row, table, write
 @click.option("--seed", type=click.IntRange(0), help="Repeat the one input of --reader that has this seed.")
 @click.option("--first", default=0, show_default=True, type=click.IntRange(0), help="Seed of the first input.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write rows, machine and command here.")
-def fuzz(seconds: float, names: tuple[str, ...], seed: int | None, first: int, path: Path | None) -> None:
+@click.pass_context
+def fuzz(
+    ctx: click.Context, seconds: float, names: tuple[str, ...], seed: int | None, first: int, path: Path | None
+) -> None:
     """Damage valid files of every kind that is read, at random, and read them.
 
-    Expected is a result, or an error of one line. Every other input is printed with its reader and seed.
+    Expected is a result, or an error of one line. Every other input is printed with its reader and seed, and the exit
+    status is 1.
     """
     import torch
 
@@ -50,3 +54,4 @@ def fuzz(seconds: float, names: tuple[str, ...], seed: int | None, first: int, p
     if path is not None:
         write(rows, path)
         click.echo(f"rows: {path}")
+    ctx.exit(1 if missed(rows) else 0)

@@ -104,7 +104,7 @@ def test_an_input_is_repeated_by_its_seed(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert [again for _, again in fuzz("faulty", first=finding.seed, inputs=1)] == [finding]
     arguments = ["fuzz", "--reader", "faulty", "--seed", str(found[0].seed), "--json", str(tmp_path / "rows.json")]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0 and str(found[0]) in result.output
+    assert result.exit_code == 1 and str(found[0]) in result.output
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert (rows["fuzz.inputs"]["value"], rows["fuzz.unexpected"]["value"]) == (1, 1)
     assert rows["fuzz.unexpected"]["holds"] is False
