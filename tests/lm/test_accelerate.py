@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from genpoe_plugin.lm.hf import GenPoELM
 
 CONTROLS = ("retrieved", "shuffled", "random", "constant")
+OTHER_MODES = ("closed_book", "rag", "genpoe_rag")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,10 @@ def two_runs(llm_dir, hypernetwork_dir, index_dir, evaluate, in_two_processes, t
             # An odd number of docs, so that one of two processes gets a request of padding.
             lm = GenPoELM(**arguments, passages=control, trace=str(folder / f"{control}.jsonl"))
             reports[control] = report(lm, "genpoe_demo", limit=5, gen_kwargs="max_gen_toks=8")
+        for mode in OTHER_MODES:
+            without = dict(arguments) if mode == "genpoe_rag" else {**arguments, "hypernetwork": None}
+            lm = GenPoELM(**without, mode=mode)
+            reports[mode] = report(lm, "genpoe_demo", limit=5, gen_kwargs="max_gen_toks=8")
         trace = str(folder / "others.jsonl")
         lm = GenPoELM(**arguments, mode="genpoe_rag", index=str(index_dir), num_passages=2, trace=trace)
         reports["others"] = report(lm, "local_choice", "local_rolling", "local_text")
@@ -58,12 +63,12 @@ def test_each_process_has_its_share(two_runs):
         assert all(("results" in report) == (rank == 0) for report in reports.values())
 
 
-@pytest.mark.parametrize("name", [*CONTROLS, "cached", "again"])
+@pytest.mark.parametrize("name", [*CONTROLS, *OTHER_MODES, "cached", "again"])
 def test_two_processes_answer_like_one(two_runs, name):
     (alone, _), (shared, _), _ = two_runs
     assert shared[name]["samples"] == alone[name]["samples"]
     assert shared[name]["results"] == alone[name]["results"]
-    assert len(alone[name]["samples"]) == (5 if name in CONTROLS else 6)
+    assert len(alone[name]["samples"]) == (6 if name in ("cached", "again") else 5)
 
 
 @pytest.mark.parametrize("name", [*CONTROLS, "cached"])
