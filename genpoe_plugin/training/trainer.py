@@ -14,13 +14,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
 
 from genpoe_plugin.errors import InputError
@@ -157,6 +158,10 @@ def _read_record(path: Path) -> Progress:
         raise InputError(f"{path}: not the record of a training run; give another directory") from error
 
 
+class _UnfinishedStep(Exception):
+    """Raised after Ctrl-C in a step that has changed nothing yet."""
+
+
 class _Run:
     """One run of the training loop."""
 
@@ -193,7 +198,10 @@ class _Run:
             if progress.step == 0 or self._unvalidated(progress):
                 self._validate(progress)
             while progress.step < self.steps:
-                loss, stop = self._step(progress.step, asked_to_stop)
+                try:
+                    loss, stop = self._step(progress.step, asked_to_stop)
+                except _UnfinishedStep:
+                    self._stop(progress)
                 if not math.isfinite(loss):
                     raise InputError(f"the loss at step {progress.step + 1} is {loss}; try a lower learning rate")
                 progress.losses.append((progress.step + 1, loss, self.arguments.rate_at(progress.step, self.steps)))
@@ -220,8 +228,19 @@ class _Run:
     def _saved_message(self, progress: Progress) -> str:
         return f"saved at step {progress.step} of {self.steps} in {self.out}; rerun the same command to resume"
 
+    def _stop(self, progress: Progress) -> NoReturn:
+        """Save the last finished step after Ctrl-C."""
+        if not progress.step:
+            raise KeyboardInterrupt("stopped before the first step; rerun the same command to start")
+        self._save(progress)
+        raise KeyboardInterrupt(self._saved_message(progress))
+
     def _step(self, step: int, asked_to_stop: Callable[[], bool]) -> tuple[float, bool]:
-        """Run one optimizer step; return the mean loss of its batch, and whether any process should stop."""
+        """Run one optimizer step; return the mean loss of its batch, and whether any process should stop.
+
+        Raises:
+            _UnfinishedStep: interrupted before the optimizer has changed anything.
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         size = self.arguments.batch_size
         batch = batch_at(step, self.learner.examples, size * processes, self.arguments.seed)
@@ -237,13 +256,15 @@ class _Run:
             group["lr"] = rate
         self.learner.module.train()
         total = 0.0
-        for start in range(0, share, micro):
-            with self._synchronised(start + micro >= share), self._precision():
-                losses = self.learner.losses(draws[start : start + micro], step)
-                loss = (losses * torch.tensor(weights[start : start + micro], device=losses.device)).sum()
-                # The weights already average over all processes; the factor undoes accelerate's own averaging.
-                self.accelerator.backward(loss * processes)
-            total += loss.item()
+        # A step depends on nothing but its number and the weights, so an unfinished one can be left and run again.
+        with self._stops_at_once(asked_to_stop):
+            for start in range(0, share, micro):
+                with self._synchronised(start + micro >= share), self._precision():
+                    losses = self.learner.losses(draws[start : start + micro], step)
+                    loss = (losses * torch.tensor(weights[start : start + micro], device=losses.device)).sum()
+                    # The weights already average over all processes; the factor undoes accelerate's own averaging.
+                    self.accelerator.backward(loss * processes)
+                total += loss.item()
         sums = torch.tensor([total, float(asked_to_stop())], dtype=torch.float64, device=self.device)
         if processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
@@ -252,6 +273,21 @@ class _Run:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sums[0].item(), sums[1].item() > 0
+
+    @contextmanager
+    def _stops_at_once(self, asked_to_stop: Callable[[], bool]) -> Iterator[None]:
+        """Turn Ctrl-C in the block into `_UnfinishedStep`. Several processes wait for each other, so they finish."""
+        if self.accelerator.num_processes > 1:
+            yield
+            return
+        try:
+            with _immediate_interrupt(), _noticed_in_backward(self.device):
+                if asked_to_stop():
+                    raise KeyboardInterrupt
+                yield
+        except KeyboardInterrupt as interrupt:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise _UnfinishedStep from interrupt
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -285,10 +321,7 @@ class _Run:
         except KeyboardInterrupt:
             if not alone:
                 raise
-            if not progress.step:
-                raise KeyboardInterrupt("stopped before the first step; rerun the same command to start") from None
-            self._save(progress)
-            raise KeyboardInterrupt(self._saved_message(progress)) from None
+            self._stop(progress)
         if not measures:
             return
         earlier = [_quality(validation) for validation in progress.validations[1:]]
@@ -366,8 +399,30 @@ def _immediate_interrupt() -> Iterator[None]:
 
 
 @contextmanager
+def _noticed_in_backward(device: torch.device) -> Iterator[None]:
+    """Let Ctrl-C interrupt a backward pass on a CPU, which is one call of C++ and takes most of a step.
+
+    Python handles signals between two of its own instructions. Hooks that do nothing give it some of them, at the
+    output of every module.
+    """
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: None)
+
+    if device.type != "cpu":
+        yield
+        return
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C until the end of a step, so that the saved state is consistent; a second Ctrl-C acts at once.
+    """Delay Ctrl-C where the state would be inconsistent; a second Ctrl-C acts at once.
 
     Yields:
         A function that returns whether Ctrl-C was pressed.

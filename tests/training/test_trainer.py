@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -200,20 +201,110 @@ def test_a_killed_run_does_not_begin_again(tmp_path: Path) -> None:
     assert steps == list(range(8, 15))
 
 
-def test_ctrl_c_saves_after_the_step_and_says_how_to_go_on(tmp_path: Path) -> None:
+def interrupt_then_wait() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)  # what Ctrl-C must not wait for
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose backward pass calls a function."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return gradients[0], None
+
+
+class InPass(Regression):
+    """Calls a function in a forward or backward pass of step 6."""
+
+    def __init__(self, call: Callable[[], None], where: str) -> None:
+        super().__init__()
+        self.call, self.where = call, where
+
+    def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
+        losses = super().losses(draws, step)
+        if step == 5 and self.where == "forward":
+            self.call()
+        return Backward.apply(losses, self.call) if step == 5 and self.where == "backward" else losses
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_ctrl_c_in_a_step_stops_at_once_and_says_how_to_resume(tmp_path: Path, where: str) -> None:
     run(Regression(), tmp_path / "whole")
-    learner, out = Regression(), tmp_path / "stopped"
-    learner.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 5 else None
+    out = tmp_path / "stopped"
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match=r"saved at step 6 of 15 in .*; rerun the same command to resume"):
-        run(learner, out)
-    assert signal.getsignal(signal.SIGINT) is handler
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt, match=r"saved at step 5 of 15 in .*; rerun the same command to resume"):
+        run(InPass(interrupt_then_wait, where), out)
+    assert time.monotonic() - begin < 10 and signal.getsignal(signal.SIGINT) is handler
     steps: list[int] = []
     again = Regression()
     again.before_step = steps.append
     run(again, out)
-    assert steps == list(range(6, 15))
+    assert steps == list(range(5, 15))
     assert same(weights(out), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_in_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    learner = Regression()
+    learner.before_step = lambda step: interrupt_then_wait()
+    with pytest.raises(KeyboardInterrupt, match="stopped before the first step; rerun the same command to start"):
+        run(learner, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Deep(Regression):
+    """Sixty layers, whose backward pass takes long enough to press Ctrl-C in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(*(nn.Linear(256, 256) for _ in range(60)))
+
+    def losses(self, draws: Sequence[Draw], step: int) -> Tensor:
+        losses = self.module(torch.randn(2048, 256))[: len(draws)].mean(1)
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return losses
+
+
+def test_ctrl_c_in_a_long_backward_pass_does_not_wait_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, unfinished = Deep(), []
+    zero_grad = torch.optim.AdamW.zero_grad
+
+    def record(self: torch.optim.AdamW, **arguments: Any) -> None:
+        unfinished.append(next(learner.module.parameters()).grad is None)
+        zero_grad(self, **arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", record)
+    with pytest.raises(KeyboardInterrupt, match="stopped before the first step"):
+        run(learner, tmp_path / "out")
+    assert unfinished == [True]
+
+
+def test_ctrl_c_in_the_optimizer_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the weights must not be saved with the other half of the step before."""
+    run(Regression(), tmp_path / "whole")
+    step = torch.optim.AdamW.step
+    calls: list[int] = []
+
+    def interrupted(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="saved at step 6 of 15"):
+        run(Regression(), tmp_path / "stopped")
+    run(Regression(), tmp_path / "stopped")
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
 
 
 class Validated(Regression):
@@ -230,8 +321,7 @@ class Validated(Regression):
 
     def validate(self, process: int, processes: int) -> dict[str, float]:
         if self.done in self.interrupted:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(30)  # what Ctrl-C must not wait for
+            interrupt_then_wait()
         self.validated.append(self.done)
         return {"score": float(self.module[0].weight.sum())}
 
@@ -262,11 +352,11 @@ def test_ctrl_c_in_a_step_leaves_its_validation_for_later(tmp_path: Path) -> Non
     whole = run(Validated(), tmp_path / "whole", settings)
     learner = Validated()
     learner.before_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 5 else None
-    with pytest.raises(KeyboardInterrupt, match="saved at step 6 of 15"):
+    with pytest.raises(KeyboardInterrupt, match="saved at step 5 of 15"):
         run(learner, tmp_path / "stopped", settings)
     assert learner.validated == [0, 3]
     again = Validated()
-    again.done = 6
+    again.done = 5
     assert run(again, tmp_path / "stopped", settings) == whole
 
 
