@@ -1,4 +1,4 @@
-"""The exception for errors in user input."""
+"""The exception for errors in user input, and text of others in messages."""
 
 LONGEST = 2000  # characters of a message
 
@@ -14,8 +14,14 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
-        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+        super().__init__(printable(message))
 
 
-def _printable(character: str) -> str:
+def printable(text: str) -> str:
+    """The text with escapes for characters that cannot be printed, such as line breaks and a terminal's control
+    characters."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()

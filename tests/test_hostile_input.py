@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.synthetic_results import documents, genpoe_facts, write_run
@@ -31,6 +33,7 @@ from genpoe_plugin.comparison.leaderboard import compare
 from genpoe_plugin.comparison.markdown import markdown
 from genpoe_plugin.comparison.matrix import read_matrix, run_matrix
 from genpoe_plugin.comparison.page import page
+from genpoe_plugin.comparison.terminal import show
 from genpoe_plugin.data.parquet import read_parquet_rows
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
@@ -116,6 +119,8 @@ def test_sizes_are_compared_before_memory_is_allocated(
     (directory / "config.json").write_text(json.dumps(record))
     made = []
     create = torch.empty
+    with torch.device("meta"):  # at its first use, torch notes which functions create tensors
+        create(1)
 
     def empty(*size: Any, **options: Any) -> torch.Tensor:
         tensor = create(*size, **options)
@@ -312,6 +317,16 @@ def test_no_text_becomes_markup_in_markdown(tmp_path: Path) -> None:
     tokens += [child for token in tokens for child in token.children or ()]
     markup = [token.content for token in tokens if token.type in ("html_block", "html_inline", "image", "link_open")]
     assert len(tokens) > 200 and markup == []
+
+
+def test_no_text_acts_on_the_terminal(tmp_path: Path) -> None:
+    """Neither control characters, such as those that clear the screen or reverse the text, nor rich's markup."""
+    results(tmp_path / "hostile", "\x1b[2J\x1b]0;title\x07\u202e\r[red]x[/red]")
+    stream = io.StringIO()
+    show(compare([tmp_path / "hostile"], draws=20), Console(file=stream, width=400, color_system=None))
+    printed = stream.getvalue()
+    assert set(printed) & {"\x1b", "\x07", "\r", "\u202e"} == set()
+    assert r"\x1b[2J\x1b]0;title\x07\u202e\r[red]x[/red]" in printed.replace("\n", "")
 
 
 def test_records_stay_in_their_folder(tmp_path: Path) -> None:

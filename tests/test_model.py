@@ -330,6 +330,8 @@ def test_ask_shows_every_mode(llm_dir, checkpoint):
     assert [line.split()[0] for line in lines[:4]] == list(MODES)
     shares = [line for line in lines[4:] if "% of the attention, as experts: Rossini" in line]
     assert len(shares) == (GenPoEModel.from_pretrained(str(llm_dir), checkpoint).has_router)
+    hostile = CliRunner().invoke(main, [*map(str, words[:-1]), "\x1b[2Jclears", "--max-new-tokens", "1"])
+    assert hostile.exit_code == 0 and "\x1b" not in hostile.output
     missing = CliRunner().invoke(main, [*map(str, words[:4]), "--hypernetwork", "no/such", "--passage", "a"])
     assert missing.exit_code == 2 and "neither a directory nor a reachable hub repository" in missing.stderr
 
