@@ -184,6 +184,30 @@ def test_faiss_allocates_no_more_than_the_file_has_and_its_tables(index: Path) -
         PassageIndex.load(index).search(np.ones((1, 4), np.float32), 1)
 
 
+def test_vectors_that_end_too_early_are_refused_without_a_crash(index: Path) -> None:
+    """FAISS would crash on some lengths, which is why another process reads them here."""
+    code = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from genpoe_plugin.errors import InputError
+from genpoe_plugin.retrieval.index import PassageIndex
+index = Path(sys.argv[1])
+whole, manifest = (index / "index.faiss").read_bytes(), json.loads((index / "index.json").read_text())
+for length in range(len(whole)):
+    (index / "index.faiss").write_bytes(whole[:length])
+    manifest["files"]["index.faiss"]["bytes"] = length
+    (index / "index.json").write_text(json.dumps(manifest))
+    try:
+        PassageIndex.load(index).search(np.ones((1, 4), np.float32), 1)
+        sys.exit(f"{length} bytes of {len(whole)} are an index")
+    except InputError:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(index)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_index_of_other_vectors_than_its_manifest_says_is_refused(index: Path) -> None:
     described(index, dimension=8)
     with pytest.raises(InputError, match="damaged index"):

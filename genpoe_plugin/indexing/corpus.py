@@ -46,7 +46,7 @@ def check_corpus(passages: str | Path | Iterable[Passage], *, progress: bool = F
         digest.update(f"{passage.id}\0{passage.title}\0{passage.text}\0".encode())
         hashes.append(hash(passage.id))
     if not hashes:
-        raise InputError(f"{passages if isinstance(passages, str | Path) else 'passages'}: no passages to encode")
+        raise InputError(f"{passages if isinstance(passages, str | Path) else 'passages'}: no passages in it")
     if repeated := _repeated(hashes):
         seen: dict[str, str] = {}
         for passage, where in _located(passages):

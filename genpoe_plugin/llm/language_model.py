@@ -33,6 +33,8 @@ def loading(name: str) -> Iterator[None]:
     """Raise an `InputError` where transformers cannot load the LLM ``name``."""
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error

@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.hub import commit_of
 from genpoe_plugin.llm.gguf_files import begin_as_stored, check_gguf, gguf_path
+from genpoe_plugin.llm.language_model import loading
 from genpoe_plugin.lm.first_token import FirstTokenClock
 from genpoe_plugin.lm.requests import PassageRequests, options
 from genpoe_plugin.lm.side_channels import BatchExperts
@@ -87,9 +88,18 @@ class GenPoELM(PassageRequests, HFLM):
             self._documents.join(self.gather_object(self._documents.seen))
             self._trace.join(self.gather_object(self._trace.lines))
 
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        with loading(pretrained):
+            super()._get_config(pretrained, **options)
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        with loading(pretrained):
+            super()._create_model(pretrained, **options)
+
     def _create_tokenizer(self, pretrained: str | PreTrainedModel, tokenizer: Any, **options: Any) -> None:
         """Create the tokenizer as HFLM does; a GGUF file decides whether it adds BOS."""
-        super()._create_tokenizer(pretrained, tokenizer, **options)
+        with loading(str(pretrained if isinstance(pretrained, str) else pretrained.name_or_path)):
+            super()._create_tokenizer(pretrained, tokenizer, **options)
         if options.get("gguf_file") is not None and not tokenizer and isinstance(pretrained, str):
             revision, subfolder = options.get("revision"), options.get("subfolder") or ""
             path = gguf_path(pretrained, options["gguf_file"], revision=revision, subfolder=subfolder)

@@ -39,6 +39,7 @@ FIELDS = {
     "search": dict,
     "files": dict,
 }
+MAPPED = 1 << 26  # bytes from which a file of vectors is memory-mapped
 # The header of every FAISS file: four letters for its type, the dimension, and the number of vectors.
 HEADER = struct.Struct("<4siq")
 LARGE = 2**12  # of a search parameter: those of any size are below this in small indexes
@@ -66,7 +67,7 @@ class PassageIndex:
     def load(cls, directory: str | Path) -> PassageIndex:
         """Open an index and check the sizes and headers of its files.
 
-        The vectors are memory-mapped at the first search.
+        The vectors are read, or memory-mapped, at the first search.
 
         Raises:
             InputError: the directory is not an index, or the index is incomplete or damaged.
@@ -209,7 +210,9 @@ class PassageIndex:
 
 
 def open_vectors(paths: Sequence[Path]) -> Any:
-    """Open a FAISS index from its files, memory-mapped as far as its type allows.
+    """Open a FAISS index from its files; large files are memory-mapped as far as their type allows.
+
+    FAISS crashes on some damaged files that it maps and refuses them when it reads them, so small files are read.
 
     Raises:
         InputError: a file is damaged.
@@ -217,7 +220,8 @@ def open_vectors(paths: Sequence[Path]) -> Any:
     parts = []
     for path in paths:
         try:
-            parts.append(read_faiss(path, faiss.IO_FLAG_MMAP_IFC))
+            large = path.stat().st_size >= MAPPED
+            parts.append(read_faiss(path, faiss.IO_FLAG_MMAP_IFC if large else 0))
         except RuntimeError as error:
             raise InputError(f"{path}: damaged ({faiss_reason(error)}); build the index again") from error
     if len(parts) == 1:

@@ -126,7 +126,7 @@ PASSAGES: list[tuple[str, Content, str]] = [
     ("an id with two texts", f"{ctx()}\n{ctx(text='other')}\n", "is already the id of another passage"),
     ("ctxs as number", '{"ctxs": 7}', "expected a list of JSON objects"),
     ("stop words only", '{"id": 1, "text": "the of and"}', "no words but stop words"),
-    ("no passages", "[]", "no passages to encode"),
+    ("no passages", "[]", "no passages in it"),
     ("a pickle as passages", pickle.dumps([1]), "unpickling can run any code"),
 ]
 PLAIN = "{q} Q0 {p} 1 2.5 tag\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -79,6 +80,13 @@ def test_other_errors_and_programs_keep_their_tracebacks(program, raised, output
 def test_a_name_that_is_none_is_answered_before_anything_is_loaded(arguments, message):
     with pytest.raises(InputError, match=message):
         GenPoELM.create_from_arg_string(f"pretrained=nothing,mode=closed_book,{arguments}", {"batch_size": 1})
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_llm_that_cannot_be_loaded_is_one_line(llm_dir, tmp_path, missing):
+    shutil.copytree(llm_dir, tmp_path / "llm", ignore=shutil.ignore_patterns(missing, "tokenizer_config.json"))
+    with pytest.raises(InputError, match=r"^LLM .*llm: cannot be loaded \(.*\); give a directory or a hub name$"):
+        GenPoELM(str(tmp_path / "llm"), mode="closed_book", device="cpu")
 
 
 def test_lm_eval_hands_on_what_is_wrong_with_a_file(tmp_path):
