@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shlex
 import struct
 import subprocess
@@ -182,6 +183,22 @@ def test_faiss_allocates_no_more_than_the_file_has_and_its_tables(index: Path) -
     described(index)
     with pytest.raises(InputError, match="damaged"):
         PassageIndex.load(index).search(np.ones((1, 4), np.float32), 1)
+
+
+def test_faiss_allocates_no_lists_beyond_the_limit(tmp_path: Path) -> None:
+    """Each list of an IVF index takes 48 bytes, however few of them the file has."""
+    index_passages(PASSAGES, Encoder(), tmp_path / "index", factory="IVF1,Flat", progress=False)
+    vectors = tmp_path / "index/index.faiss"
+    head, kind, lists = vectors.read_bytes().partition(b"ilar")
+    assert kind and struct.unpack("<Q", lists[:8]) == (1,)
+    vectors.write_bytes(head + kind + struct.pack("<Q", 1 << 28) + lists[8:])
+    described(tmp_path / "index")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(
+        InputError, match=r"index\.faiss: damaged \(it asks for more than 2,\d+,\d+,\d+ bytes of memory\)"
+    ):
+        PassageIndex.load(tmp_path / "index").search(np.ones((1, 4), np.float32), 1)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_vectors_that_end_too_early_are_refused_without_a_crash(index: Path) -> None:

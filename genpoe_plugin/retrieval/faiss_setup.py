@@ -12,7 +12,8 @@ Two defaults of faiss-cpu make exact search fifteen times slower on recent CPUs 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +68,40 @@ def read_faiss(path: Path, flags: int = 0) -> Any:
     Raises:
         RuntimeError: FAISS cannot read it.
     """
-    # A damaged file may state more bytes than it has, for which FAISS would allocate memory: its limit is a terabyte.
-    # Tables that it computes for some types while it reads count as well; it makes none of more than TABLES.
+    # A damaged file may state more bytes than it has, for which FAISS would allocate memory: its limit is a terabyte,
+    # and none for the number of lists of an IVF index, hence the limit of the process. Tables that it computes for some
+    # types while it reads count as well; it makes none of more than TABLES.
+    most = path.stat().st_size + TABLES
     limited = hasattr(faiss, "set_deserialization_vector_byte_limit")  # newer than faiss-cpu 1.11
     before = faiss.get_deserialization_vector_byte_limit() if limited else 0
     try:
         if limited:
-            faiss.set_deserialization_vector_byte_limit(path.stat().st_size + TABLES)
-        return faiss.read_index(str(path), flags)
-    except MemoryError as error:
-        raise RuntimeError(str(error)) from error
+            faiss.set_deserialization_vector_byte_limit(most)
+        with _memory_limit(most), suppress(MemoryError):
+            return faiss.read_index(str(path), flags)
     finally:
         if limited:
             faiss.set_deserialization_vector_byte_limit(before)
+    raise RuntimeError(f"it asks for more than {most:,} bytes of memory")
+
+
+@contextmanager
+def _memory_limit(count: int) -> Iterator[None]:
+    """Let the process have ``count`` more bytes of address space in the block, where the system can limit it."""
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):  # not Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([used + count, *limits]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def faiss_reason(error: Exception) -> str:
