@@ -26,6 +26,9 @@ from train_cli.main import LazyCommand, LazyGroup
         "router": LazyCommand(
             "benchmarks.real_llm.router:router", "Measure the attention on the passage with the answer among several."
         ),
+        "gates": LazyCommand(
+            "benchmarks.real_llm.gates:gates", "Compare temperatures of the gates by the answers' likelihood."
+        ),
         "rankings": LazyCommand(
             "benchmarks.real_llm.rankings:rankings", "MRR of several rankings of the same questions."
         ),
