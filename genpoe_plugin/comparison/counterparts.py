@@ -41,8 +41,14 @@ def rag_of(settings: Settings, others: Sequence[Settings]) -> int | None:
 
 def _with_changes(settings: Settings, changes: dict[str, Any], others: Sequence[Settings]) -> int | None:
     # "kind" and "dtype" are not arguments of the model; `deciding` keeps them unchanged.
-    target = key(without_seed(deciding(settings | changes)))
-    return next((place for place, other in enumerate(others) if key(other) == target), None)
+    target = _without_needless_gates(without_seed(deciding(settings | changes)))
+    return next((place for place, other in enumerate(others) if _without_needless_gates(other) == target), None)
+
+
+def _without_needless_gates(settings: Settings) -> str:
+    """The settings as text, without those of the gates for one passage, whose gate is always 1."""
+    needless = ("gates", "gate_temperature") if settings.get("num_passages") == 1 else ()
+    return key({name: value for name, value in settings.items() if name not in needless})
 
 
 def _with_same_llm(settings: Settings, wanted: dict[str, Any], others: Sequence[Settings]) -> int | None:

@@ -161,6 +161,15 @@ def test_experts_without_knowledge_are_flagged(
     assert (NO_KNOWLEDGE in text) == flagged
 
 
+@pytest.mark.parametrize(("count", "compared"), [(1, True), (2, False)])
+def test_a_control_may_have_other_gates_for_a_single_passage(tmp_path: Path, count: int, compared: bool) -> None:
+    for name, passages, gates in (("r", "retrieved", "uniform"), ("s", "shuffled", "softmax")):
+        run = facts("genpoe", passages, count)
+        run["genpoe"]["arguments"]["gates"] = gates
+        write_run(tmp_path / name, scores(0.7 if name == "r" else 0.1), docs=DOCS, **run)
+    assert (board_of(tmp_path).systems[0].caution is None) == compared
+
+
 def test_rag_needs_no_shuffled_control(tmp_path: Path) -> None:
     write_run(tmp_path / "r", scores(0.7), docs=DOCS, **facts("rag"))
     (system,) = board_of(tmp_path).systems
