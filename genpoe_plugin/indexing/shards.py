@@ -141,7 +141,7 @@ class Shards:
         manifest = _read_json(path, "start over in another directory")
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             raise InputError(f"{path}: not a manifest of shards of version {VERSION}; give another directory")
-        if not all(isinstance(manifest.get(field), kind) for field, kind in FIELDS.items()):
+        if not all(type(manifest.get(field)) is kind for field, kind in FIELDS.items()):  # a bool is no number
             raise InputError(f"{path}: damaged (fields are missing); start over in another directory")
         count, size, dimension = (manifest[field] for field in ("count", "shard_size", "dimension"))
         if min(count, size, dimension) < 1 or _number(count, size) > MOST or manifest["dtype"] not in DTYPES:

@@ -25,14 +25,17 @@ def gathered(shards: Shards, rows: np.ndarray) -> np.ndarray:
     Raises:
         InputError: a shard is missing or damaged.
     """
-    vectors = np.empty((len(rows), shards.dimension), np.float32)
+    vectors = None
     for number in shards.numbers:
         first = number * shards.rows(0)
         begin, end = np.searchsorted(rows, [first, first + shards.rows(number)])
         if begin < end:
             # The memory mapping ends with this statement, so the shard does not stay in memory.
-            vectors[begin:end] = shards.vectors(number)[rows[begin:end] - first]
-    return vectors
+            part = shards.vectors(number)[rows[begin:end] - first]
+            if vectors is None:  # only now is it known that the shards have this dimension
+                vectors = np.empty((len(rows), shards.dimension), np.float32)
+            vectors[begin:end] = part
+    return np.empty((0, shards.dimension), np.float32) if vectors is None else vectors
 
 
 def sampled_rows(count: int, number: int, seed: int) -> np.ndarray:

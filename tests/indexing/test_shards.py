@@ -14,6 +14,7 @@ import pytest
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.indexing.shards import Shards
+from genpoe_plugin.indexing.vectors import gathered
 from genpoe_plugin.retrieval.passage_store import BLOCK
 
 Corpus = Callable[[np.ndarray], tuple[list[Passage], object]]
@@ -132,7 +133,12 @@ def test_a_folder_goes_on_only_as_it_was_begun(fixed_corpus: Corpus, numbers: np
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 2}, "version 1"), ({"format": "other"}, "version 1"), ({"count": "7"}, "fields are missing")],
+    [
+        ({"version": 2}, "version 1"),
+        ({"format": "other"}, "version 1"),
+        ({"count": "7"}, "fields are missing"),
+        ({"dimension": True}, "fields are missing"),
+    ],
 )
 def test_another_description_is_refused(
     fixed_corpus: Corpus, numbers: np.ndarray, tmp_path: Path, change: dict, message: str
@@ -145,6 +151,16 @@ def test_another_description_is_refused(
         path.write_text(content)
         with pytest.raises(InputError, match=r"shards.json: damaged"):
             Shards.open(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("dimension", [10**9, 10**30])
+def test_a_dimension_of_no_shard_is_refused_before_memory_is_allocated(
+    fixed_corpus: Corpus, numbers: np.ndarray, tmp_path: Path, dimension: int
+) -> None:
+    path = make(fixed_corpus, numbers, tmp_path / "shards").directory / "shards.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dimension": dimension}))
+    with pytest.raises(InputError, match=r"shard-00000.npy: damaged .*vectors of shape"):
+        gathered(Shards.open(tmp_path / "shards"), np.arange(3))
 
 
 def test_what_is_no_folder_of_shards(fixed_corpus: Corpus, numbers: np.ndarray, tmp_path: Path) -> None:
