@@ -54,6 +54,7 @@ def test_a_message_is_one_printable_line() -> None:
     assert str(error) == r"data\x1b[2J\r\n.tsv:\u202e no \ud800 such\tfile, 東京 żółć"
     long = str(InputError(f"{'a' * 10**6}; delete it"))
     assert len(long) < 2100 and long.startswith("aaa") and long.endswith("; delete it")
+    assert len(str(InputError("\t" * 10**6))) < 2100
 
 
 # Safetensors

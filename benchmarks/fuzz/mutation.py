@@ -94,10 +94,17 @@ def _values(suffix: str) -> Change | None:
     if suffix == ".safetensors":
         return _in_header
     if suffix in (".yaml", ".yml"):
-        return lambda content, rng: _changed(yaml.safe_load(content), rng, VALUES + YAML_VALUES).encode()
+        return _in_yaml
     if suffix in LINES:
         return _in_a_line
     return (lambda content, rng: _changed(json.loads(content), rng).encode()) if suffix == ".json" else None
+
+
+def _in_yaml(content: bytes, rng: random.Random) -> bytes:
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content)):
+        # An earlier change may have put aliases of aliases there, which would be written out.
+        raise ValueError("aliases")
+    return _changed(yaml.safe_load(content), rng, VALUES + YAML_VALUES).encode()
 
 
 def _in_a_line(content: bytes, rng: random.Random) -> bytes:
