@@ -358,9 +358,10 @@ def _files(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 def _content(path: Path) -> str:
     """A digest of a file or folder; a hub name is returned unchanged."""
-    if path.is_file():
+    # Unlike those of Path, these two are also false for a name that is too long for a file.
+    if os.path.isfile(path):
         return file_digest(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return str(path)
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):

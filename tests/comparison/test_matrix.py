@@ -144,6 +144,13 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, lm_eval: LmEval) -> None
     assert {len(system.runs) for system in board.systems if system.control in ("shuffled", "random", "constant")} == {3}
 
 
+def test_a_name_that_is_too_long_for_a_file_is_a_name_of_the_hub(tmp_path: Path, lm_eval: LmEval) -> None:
+    name = "9" * 5000
+    text = f"out: {{out}}\ntasks: t\nmodels:\n  m: {{{{pretrained: '{name}', modes: [closed_book]}}}}\n"
+    run_matrix(read_matrix(declare(tmp_path, text)))
+    assert len(lm_eval.commands) == 1 and f"pretrained={name}," in " ".join(lm_eval.commands[0])
+
+
 @pytest.mark.parametrize("what", ["data", "batch_size", "experts", "reranker_format"])
 def test_a_folder_of_another_matrix_is_refused(
     tmp_path: Path, lm_eval: LmEval, what: str, monkeypatch: pytest.MonkeyPatch
