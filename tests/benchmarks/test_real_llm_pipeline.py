@@ -146,6 +146,19 @@ def test_one_passage_needs_no_sharp_gates(tmp_path):
     assert "sharp" not in without["models"] and without["models"]["equal"]["num_passages"] == list(COUNTS)
 
 
+def test_the_matrix_beside_the_results_is_that_of_the_command():
+    file = Path(pipeline_data.__file__).parents[1] / "real" / "pipeline.yaml"
+    files = {f"genpoe_{name}": f"PIPELINE/questions/{name}.retrieved.jsonl" for name in ("nq", "squad", "tqa")}
+    options = {
+        "device": "cpu",
+        "batch_size": 20,
+        "gen_kwargs": {"max_gen_toks": 16},
+        "metadata": {"genpoe_data": files},
+    }
+    models = {"pretrained": "LLM", "hypernetwork": "EXPERTS", "dtype": "float32"}
+    assert yaml.safe_load(file.read_text()) == matrix("retrieved", models, (1,), None, Path("PIPELINE"), options)
+
+
 @pytest.mark.parametrize("counts", ["0", "1,x", ""])
 def test_wrong_numbers_of_passages_are_refused(counts, tmp_path):
     words = ["--llm", "x", "--hypernetwork", "y", "--data", tmp_path, "--retrieval", "r", "--out", tmp_path / "out"]
