@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import select
@@ -97,6 +98,8 @@ class Forked:
 
 def _run(work: Callable[[], object], log: Path, own_group: bool) -> None:
     status = 1
+    # They are of the forking process, and would delete its temporary folders.
+    atexit._clear()
     try:
         if own_group:
             os.setsid()
@@ -118,5 +121,4 @@ def _run(work: Callable[[], object], log: Path, own_group: bool) -> None:
         threading._shutdown()  # type: ignore[attr-defined]
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not the functions of `atexit`: they would delete the temporary folders of the forking process.
         os._exit(status)

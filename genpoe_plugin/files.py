@@ -183,6 +183,22 @@ def lock_file(target: str | Path) -> Path:
     return Path(target).with_name(f".{Path(target).name}.lock")
 
 
+def clear_leftovers(target: str | Path, *work: Path) -> None:
+    """Delete what a process has left that was killed just after it had completed ``target``.
+
+    Args:
+        target: the complete output.
+        work: directories of unfinished work for it.
+
+    Raises:
+        InputError: another process writes ``target``.
+    """
+    if lock_file(target).exists():
+        with only_writer(target):
+            for directory in work:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
 def _delete_temporaries(target: Path) -> None:
     beside = target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY}")
     for path in [*beside, *(target.rglob(f".*{TEMPORARY}") if target.is_dir() else ())]:

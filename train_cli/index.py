@@ -196,7 +196,14 @@ def build(
         _build_bm25(passages, out, k1, b)
         return
     from genpoe_plugin.errors import InputError
-    from genpoe_plugin.indexing.building import already_built, build_index, check_directory, shards_directory
+    from genpoe_plugin.files import clear_leftovers
+    from genpoe_plugin.indexing.building import (
+        already_built,
+        build_index,
+        building_directory,
+        check_directory,
+        shards_directory,
+    )
     from genpoe_plugin.indexing.shards import Shards
     from genpoe_plugin.retrieval.encoder_options import DEFAULT_OPTIONS, EncoderOptions
     from genpoe_plugin.retrieval.faiss_setup import make_index
@@ -217,6 +224,8 @@ def build(
         if factory is not None:
             make_index(factory, model.dimension)  # checks the string before the long work
         if already_built(out, passages, model, **settings, queries=queries):
+            if _process_info().rank == 0:
+                clear_leftovers(out, building_directory(out))
             click.echo(f"{out}: already built from the same passages with the same settings")
             return
         with shards_directory(out, folder) as target:
@@ -253,6 +262,7 @@ def _refuse_options_of_others(context: click.Context, retriever: str) -> None:
 
 def _build_bm25(passages: Path | None, out: Path, k1: float | None, b: float | None) -> None:
     from genpoe_plugin.errors import InputError
+    from genpoe_plugin.files import clear_leftovers
     from genpoe_plugin.indexing import bm25_building
 
     if passages is None:
@@ -261,6 +271,7 @@ def _build_bm25(passages: Path | None, out: Path, k1: float | None, b: float | N
         return
     k1, b = bm25_building.K1 if k1 is None else k1, bm25_building.B if b is None else b
     if bm25_building.already_built(out, passages, k1=k1, b=b):
+        clear_leftovers(out)
         click.echo(f"{out}: already built from the same passages with the same settings")
         return
     built = bm25_building.build_bm25(passages, out, k1=k1, b=b)

@@ -128,10 +128,14 @@ def test_the_same_command_does_not_build_again(encoder: Path, tmp_path: Path, mo
     (tmp_path / "passages.tsv").write_text(TSV)
     options = ["--passages", tmp_path / "passages.tsv", "--encoder", encoder, "--out", tmp_path / "index"]
     assert run("index", "build", *options).exit_code == 0
+    # What a process leaves that is killed just after the index is complete.
+    (tmp_path / ".index.lock").touch()
+    (tmp_path / "index.building").mkdir()
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "encode_shards", lambda *a, **o: pytest.fail("encoded again"))
         again = run("index", "build", *options)
     assert again.exit_code == 0 and "already built" in again.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "passages.tsv"]
     assert run("index", "build", *options, "--factory", "SQ8").stdout.endswith("SQ8, recall@3 1.000\n")
 
 
@@ -261,7 +265,9 @@ def test_an_index_of_words(tmp_path: Path) -> None:
     assert info.stdout.count("verified") == len(json.loads((tmp_path / "index" / "index.json").read_text())["files"])
 
     options = ["--passages", tmp_path / "passages.tsv", "--out", tmp_path / "index", "--retriever", "bm25"]
+    (tmp_path / ".index.lock").touch()  # of a process that was killed just after the index was complete
     assert "already built" in run("index", "build", *options, "--k1", 0.9, "--b", 0.4).stdout
+    assert not (tmp_path / ".index.lock").exists()
     assert "already built" not in run("index", "build", *options).stdout
     assert "k1 1.5, b 0.75" in run("index", "info", tmp_path / "index").stdout
     result = run("index", "tune", tmp_path / "index", "--shards", tmp_path / "shards")
