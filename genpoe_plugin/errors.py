@@ -1,5 +1,7 @@
 """The exception for errors in user input, and text of others in messages."""
 
+import unicodedata
+
 LONGEST = 2000  # characters of a message
 
 
@@ -23,6 +25,19 @@ def printable(text: str) -> str:
     """The text with escapes for characters that cannot be printed, such as line breaks and a terminal's control
     characters."""
     return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def harmless(text: str) -> str:
+    """The text with escapes for control characters and for marks that reverse or hide text, for a terminal.
+
+    Other characters stay, also spaces of any kind and those that join letters or emoji.
+    """
+    return text if text.isprintable() else "".join(one if _is_harmless(one) else _escaped(one) for one in text)
+
+
+def _is_harmless(character: str) -> bool:
+    category = unicodedata.category(character)
+    return character in "\u200c\u200d" or not (category[0] == "C" or category in ("Zl", "Zp"))
 
 
 def _escaped(character: str) -> str:

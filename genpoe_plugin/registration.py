@@ -69,10 +69,9 @@ def errors_in_one_line() -> None:
             previous_hook(kind, error, trace)
         elif issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
-            if "vllm" not in sys.modules:  # whose other processes end when this one is taken apart
-                from genpoe_plugin.interrupts import end_by_signal
+            from genpoe_plugin.interrupts import end_by_signal
 
-                end_by_signal()
+            end_by_signal()
         elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
             print(f"error: {error.filename or 'output'}: cannot be written ({error.strerror})", file=sys.stderr)
         elif kind.__module__ == "sqlite3" and kind.__name__ == "OperationalError":

@@ -52,3 +52,23 @@ def test_only_interrupted_processes_are_not_taken_apart(code: str, status: int, 
     done = subprocess.run([sys.executable, "-c", SLOW + code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (status, error)
     assert done.stdout == "works\nat exit\n" + ("" if quick else "taken apart\n")
+
+
+def test_a_second_ctrl_c_stops_functions_of_atexit_that_hang() -> None:
+    hangs = "import time\natexit.register(lambda: (os.kill(os.getpid(), 2), time.sleep(60)))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW + hangs + COMMAND.format(status=130)], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted; saved\n")
+
+
+@pytest.mark.parametrize(("code", "status"), [(COMMAND, 130), (LM_EVAL, -signal.SIGINT)], ids=["genpoe", "lm_eval"])
+def test_with_vllm_python_ends_the_process(code: str, status: int) -> None:
+    """Its other processes end when this one is taken apart."""
+    code = (
+        SLOW
+        + 'sys.modules["vllm"] = types.ModuleType("vllm")\n'
+        + code.format(status=130, end="raise KeyboardInterrupt")
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status and done.stdout == "works\nat exit\ntaken apart\n"

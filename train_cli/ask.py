@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from genpoe_plugin.errors import printable
+from genpoe_plugin.errors import harmless
 
 
 @click.command()
@@ -51,8 +51,8 @@ def ask(
         passages = tuple(entry.passage.string for entry in retrieved)
     for mode in MODES:
         (answer,) = genpoe.generate([question], [passages], mode=mode, max_new_tokens=max_new_tokens)
-        click.echo(f"{mode:12} {printable(first_line(answer))}")
+        click.echo(f"{mode:12} {harmless(first_line(answer))}")
     if genpoe.has_router:
         (masses,) = genpoe.router_mass([question], [passages])
         for passage, mass in zip(passages, masses, strict=True):
-            click.echo(f"{mass:8.1%} of the attention, as experts: {printable(passage[:60])}")
+            click.echo(f"{mass:8.1%} of the attention, as experts: {harmless(passage[:60])}")

@@ -74,6 +74,8 @@ def rerank(
     output = Output(out, form, qrels, write_qrels)
     if part is not None and form != "genpoe":
         raise InputError(f"--part: only files of --format genpoe can be joined, not {form}")
+    if part is not None and write_qrels is not None:
+        raise InputError("--write-qrels: not with --part, which has a part of the questions alone")
     header: dict[str, Any] = {"results_sha256": file_digest(results)}
     if questions is not None:
         read = read_with_run(questions, results, index, passages)

@@ -11,7 +11,7 @@ from rich.table import Table
 from genpoe_plugin.comparison import cells
 from genpoe_plugin.comparison.leaderboard import Comparison, System
 from genpoe_plugin.comparison.summary import summary
-from genpoe_plugin.errors import printable
+from genpoe_plugin.errors import harmless
 
 MAX_METRICS = 3  # a terminal has no room for more columns
 
@@ -54,4 +54,4 @@ def _last_ranked(systems: Sequence[System], system: System) -> bool:
 def _escaped(text: str) -> str:
     """Text with names and words of others, which must have no effect: neither rich's markup nor a terminal's control
     characters."""
-    return escape("\n".join(map(printable, text.split("\n"))))
+    return escape("\n".join(map(harmless, text.split("\n"))))

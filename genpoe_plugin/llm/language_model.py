@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -36,8 +38,11 @@ def loading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LLM {name}: cannot be loaded ({reason}); give a directory or a hub name") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # of the hub's cache
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        advice = "" if os.path.isdir(name) else "; give a directory or a hub name"
+        raise InputError(f"LLM {name}: cannot be loaded ({reason}){advice}") from error
 
 
 def source(name: str, gguf_file: str | None = None) -> tuple[str, dict[str, str]]:

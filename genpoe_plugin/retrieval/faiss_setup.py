@@ -12,9 +12,11 @@ Two defaults of faiss-cpu make exact search fifteen times slower on recent CPUs 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from genpoe_plugin.errors import InputError
@@ -37,6 +39,7 @@ import faiss as _faiss  # noqa: E402
 if _set_here:
     del os.environ["OPENBLAS_CORETYPE"]
 
+MAPPED = 1 << 26  # bytes from which a file of vectors is memory-mapped
 TABLES = 1 << 31  # bytes of the largest table that FAISS computes for the distances of an IVFPQ index
 faiss: Any = _faiss  # Any, because FAISS's type stubs are incomplete and partly wrong
 faiss.cvar.distance_compute_blas_threshold = 20
@@ -66,28 +69,46 @@ def read_faiss(path: Path, flags: int = 0) -> Any:
         flags: FAISS's flags, such as ``IO_FLAG_MMAP_IFC``.
 
     Raises:
+        InputError: it needs more memory than it may have.
         RuntimeError: FAISS cannot read it.
     """
     # A damaged file may state more bytes than it has, for which FAISS would allocate memory: its limit is a terabyte,
     # and none for the number of lists of an IVF index, hence the limit of the process. Tables that it computes for some
     # types while it reads count as well; it makes none of more than TABLES.
-    most = path.stat().st_size + TABLES
+    size = path.stat().st_size
+    most = size + TABLES
     limited = hasattr(faiss, "set_deserialization_vector_byte_limit")  # newer than faiss-cpu 1.11
-    before = faiss.get_deserialization_vector_byte_limit() if limited else 0
-    try:
-        if limited:
-            faiss.set_deserialization_vector_byte_limit(most)
-        with _memory_limit(most), suppress(MemoryError):
-            return faiss.read_index(str(path), flags)
-    finally:
-        if limited:
-            faiss.set_deserialization_vector_byte_limit(before)
-    raise RuntimeError(f"it asks for more than {most:,} bytes of memory")
+    with _reading:
+        before = faiss.get_deserialization_vector_byte_limit() if limited else 0
+        try:
+            if limited:
+                faiss.set_deserialization_vector_byte_limit(most)
+            with _memory_limit(most) if size < MAPPED and not _uses_cuda() else nullcontext(), suppress(MemoryError):
+                return faiss.read_index(str(path), flags)
+        finally:
+            if limited:
+                faiss.set_deserialization_vector_byte_limit(before)
+    raise InputError(
+        f"{path}: needs more memory than the {most:,} bytes that it may have, or than there are; free memory, or build "
+        "the index again if the file is damaged"
+    )
+
+
+_reading = Lock()  # the limits are those of the whole process
+
+
+def _uses_cuda() -> bool:
+    """Whether this process has a GPU's drivers, which reserve much more address space than they use."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 @contextmanager
 def _memory_limit(count: int) -> Iterator[None]:
-    """Let the process have ``count`` more bytes of address space in the block, where the system can limit it."""
+    """Let the process have ``count`` more bytes of address space in the block, where the system can limit it.
+
+    It holds for all threads, so the block must be short.
+    """
     try:
         import resource
 

@@ -23,7 +23,7 @@ import numpy as np
 from genpoe_plugin.data.passages import Passage
 from genpoe_plugin.errors import InputError
 from genpoe_plugin.retrieval.encoder_options import EncoderOptions, in_words, options_of
-from genpoe_plugin.retrieval.faiss_setup import faiss, faiss_reason, read_faiss, set_parameters
+from genpoe_plugin.retrieval.faiss_setup import MAPPED, faiss, faiss_reason, read_faiss, set_parameters
 from genpoe_plugin.retrieval.manifest import DENSE, MANIFEST, invalid, read_manifest, retriever_kind, verify_files
 from genpoe_plugin.retrieval.passage_store import PASSAGES, PassageStore
 
@@ -39,7 +39,6 @@ FIELDS = {
     "search": dict,
     "files": dict,
 }
-MAPPED = 1 << 26  # bytes from which a file of vectors is memory-mapped
 # The header of every FAISS file: four letters for its type, the dimension, and the number of vectors.
 HEADER = struct.Struct("<4siq")
 LARGE = 2**12  # of a search parameter: those of any size are below this in small indexes

@@ -62,8 +62,11 @@ def join_parts(paths: Sequence[Path], out: Path) -> int:
         The number of questions.
 
     Raises:
-        InputError: a file is not a part, one is missing or there twice, or they belong to different runs.
+        InputError: a file is not a part, one is missing or there twice, they belong to different runs, or ``out`` is
+            one of them.
     """
+    if out.exists() and any(path.exists() and path.samefile(out) for path in paths):
+        raise InputError(f"{out}: one of the parts; give another --out")
     headers: dict[Part, dict[str, object]] = {}
     files: dict[Part, Path] = {}
     for path in paths:

@@ -11,7 +11,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -175,6 +175,8 @@ class _Run:
         optimizer = torch.optim.AdamW(self.weights, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
         self.optimizer: torch.optim.Optimizer = optimizer
         self.device = self.weights[0].device
+        self.interrupts = _Interrupts()
+        self.saved: tuple[int, int] | None = None  # step and number of validations of the last save
         if accelerator.num_processes > 1:
             learner.module, prepared = accelerator.prepare(learner.module, optimizer)
             self.optimizer = prepared.optimizer
@@ -186,6 +188,7 @@ class _Run:
         if (saved := find_state(self.out / STATE)) is not None:
             progress = read_progress(saved)
             load_state(saved, self.learner.module, self.optimizer)
+            self.saved = progress.step, len(progress.validations)
         hidden = not self.accelerator.is_main_process
         bar = tqdm(
             desc=f"Training the {self.learner.name}",
@@ -194,12 +197,12 @@ class _Run:
             unit="step",
             disable=hidden,
         )
-        with bar, _deferred_interrupt() as asked_to_stop:
+        with bar, self.interrupts.handled():
             if progress.step == 0 or self._unvalidated(progress):
                 self._validate(progress)
             while progress.step < self.steps:
                 try:
-                    loss, stop = self._step(progress.step, asked_to_stop)
+                    loss, stop = self._step(progress.step)
                 except _UnfinishedStep:
                     self._stop(progress)
                 if not math.isfinite(loss):
@@ -232,10 +235,12 @@ class _Run:
         """Save the last finished step after Ctrl-C."""
         if not progress.step:
             raise KeyboardInterrupt("stopped before the first step; rerun the same command to start")
-        self._save(progress)
+        # Saving the same again could only lose it: a process that is killed meanwhile leaves no complete state.
+        if self.saved != (progress.step, len(progress.validations)):
+            self._save(progress)
         raise KeyboardInterrupt(self._saved_message(progress))
 
-    def _step(self, step: int, asked_to_stop: Callable[[], bool]) -> tuple[float, bool]:
+    def _step(self, step: int) -> tuple[float, bool]:
         """Run one optimizer step; return the mean loss of its batch, and whether any process should stop.
 
         Raises:
@@ -257,7 +262,7 @@ class _Run:
         self.learner.module.train()
         total = 0.0
         # A step depends on nothing but its number and the weights, so an unfinished one can be left and run again.
-        with self._stops_at_once(asked_to_stop):
+        with self._stops_at_once():
             for start in range(0, share, micro):
                 with self._synchronised(start + micro >= share), self._precision():
                     losses = self.learner.losses(draws[start : start + micro], step)
@@ -265,7 +270,7 @@ class _Run:
                     # The weights already average over all processes; the factor undoes accelerate's own averaging.
                     self.accelerator.backward(loss * processes)
                 total += loss.item()
-        sums = torch.tensor([total, float(asked_to_stop())], dtype=torch.float64, device=self.device)
+        sums = torch.tensor([total, float(self.interrupts.pressed)], dtype=torch.float64, device=self.device)
         if processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
         self.accelerator.clip_grad_norm_(self.weights, self.arguments.max_gradient_norm)
@@ -275,15 +280,13 @@ class _Run:
         return sums[0].item(), sums[1].item() > 0
 
     @contextmanager
-    def _stops_at_once(self, asked_to_stop: Callable[[], bool]) -> Iterator[None]:
+    def _stops_at_once(self) -> Iterator[None]:
         """Turn Ctrl-C in the block into `_UnfinishedStep`. Several processes wait for each other, so they finish."""
         if self.accelerator.num_processes > 1:
             yield
             return
         try:
-            with _immediate_interrupt(), _noticed_in_backward(self.device):
-                if asked_to_stop():
-                    raise KeyboardInterrupt
+            with _noticed_in_backward(self.device), self.interrupts.at_once():
                 yield
         except KeyboardInterrupt as interrupt:
             self.optimizer.zero_grad(set_to_none=True)
@@ -316,7 +319,7 @@ class _Run:
         alone = self.accelerator.num_processes == 1
         try:
             # Validation changes no state, so Ctrl-C may stop it at once; but several processes wait for each other.
-            with torch.no_grad(), _immediate_interrupt() if alone else nullcontext():
+            with torch.no_grad(), self.interrupts.at_once() if alone else nullcontext():
                 measures = self.learner.validate(self.accelerator.process_index, self.accelerator.num_processes)
         except KeyboardInterrupt:
             if not alone:
@@ -340,6 +343,7 @@ class _Run:
         if self.accelerator.is_main_process:
             with _saving(self.out):
                 save_state(self.out / STATE, weights, states, progress)
+        self.saved = progress.step, len(progress.validations)
         self.accelerator.wait_for_everyone()
 
     def finish(self, progress: Progress) -> Progress:
@@ -386,19 +390,6 @@ def _seed(*parts: object) -> int:
 
 
 @contextmanager
-def _immediate_interrupt() -> Iterator[None]:
-    """Let Ctrl-C interrupt the block at once, also inside `_deferred_interrupt`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, earlier)
-
-
-@contextmanager
 def _noticed_in_backward(device: torch.device) -> Iterator[None]:
     """Let Ctrl-C interrupt a backward pass on a CPU, which is one call of C++ and takes most of a step.
 
@@ -407,7 +398,7 @@ def _noticed_in_backward(device: torch.device) -> Iterator[None]:
     """
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
             output.register_hook(lambda gradient: None)
 
     if device.type != "cpu":
@@ -420,25 +411,44 @@ def _noticed_in_backward(device: torch.device) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C where the state would be inconsistent; a second Ctrl-C acts at once.
+class _Interrupts:
+    """Ctrl-C during a training: delayed where the state would be inconsistent; a second one acts at once.
 
-    Yields:
-        A function that returns whether Ctrl-C was pressed.
+    Attributes:
+        pressed: whether Ctrl-C was pressed while it was delayed.
     """
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    earlier = signal.getsignal(signal.SIGINT)
 
-    def handle(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, earlier)
+    def __init__(self) -> None:
+        self.pressed = False
+        self._at_once = False
 
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, earlier)
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle Ctrl-C in the block, unless it is ignored, as in a job in the background, or in another thread."""
+        earlier = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or earlier in (None, signal.SIG_IGN):
+            yield
+            return
+        signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let Ctrl-C interrupt the block at once."""
+        if self.pressed:
+            raise KeyboardInterrupt
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._at_once or self.pressed:
+            self._at_once = False
+            self.pressed = True
+            raise KeyboardInterrupt
+        self.pressed = True

@@ -84,8 +84,10 @@ def test_a_name_that_is_none_is_answered_before_anything_is_loaded(arguments, me
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_an_llm_that_cannot_be_loaded_is_one_line(llm_dir, tmp_path, missing):
+    with pytest.raises(InputError, match=r"^LLM no/such: cannot be loaded \(.*\); give a directory or a hub name$"):
+        GenPoELM("no/such", mode="closed_book", device="cpu")
     shutil.copytree(llm_dir, tmp_path / "llm", ignore=shutil.ignore_patterns(missing, "tokenizer_config.json"))
-    with pytest.raises(InputError, match=r"^LLM .*llm: cannot be loaded \(.*\); give a directory or a hub name$"):
+    with pytest.raises(InputError, match=r"^LLM .*llm: cannot be loaded \(.*\)$"):
         GenPoELM(str(tmp_path / "llm"), mode="closed_book", device="cpu")
 
 

@@ -75,6 +75,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
     first, second = write("1", part="1/2", reranker="a"), write("2", part="2/2", reranker="a")
     assert join_parts([second, first], tmp_path / "joined") == 2
+    with pytest.raises(InputError, match="1: one of the parts; give another --out"):
+        join_parts([first, second], first)
+    assert len(list(read_questions(first))) == 1
     for paths, message in (
         ([first], "part 2/2: missing; give the files of all 2 parts"),
         ([first, first, second], "part 1/2 is also in"),
@@ -96,6 +99,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (("--part", "3/2"), "'3/2' is not a part such as 2/4"),
         (("--part", "half"), "'half' is not a part such as 2/4"),
         (("--part", "1/2", "--format", "trec"), "--part: only files of --format genpoe can be joined, not trec"),
+        (("--part", "1/2", "--write-qrels", "qrels"), "--write-qrels: not with --part"),
         (("--part", "2/2"), "--part 2/2: too few passages for 2 parts; give at most 1"),
     ],
 )

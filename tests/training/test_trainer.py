@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genpoe_plugin.errors import InputError
-from genpoe_plugin.training import trainer_state
+from genpoe_plugin.training import trainer, trainer_state
 from genpoe_plugin.training.devices import accelerator_on
 from genpoe_plugin.training.draws import Draw, batch_at, steps_per_epoch
 from genpoe_plugin.training.trainer import RECORD, STATE, train
@@ -257,6 +257,35 @@ def test_ctrl_c_in_the_first_step_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="stopped before the first step; rerun the same command to start"):
         run(learner, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_right_after_a_save_does_not_save_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it replaces its only state would lose it."""
+    saved: list[int] = []
+    save_state = trainer.save_state
+
+    def save(directory: Path, weights: Any, states: Any, progress: Progress) -> None:
+        saved.append(progress.step)
+        save_state(directory, weights, states, progress)
+
+    monkeypatch.setattr(trainer, "save_state", save)
+    with pytest.raises(KeyboardInterrupt, match="saved at step 5 of 15"):
+        run(InPass(interrupt_then_wait, "forward"), tmp_path, arguments(save_every=5))
+    with pytest.raises(KeyboardInterrupt, match="saved at step 5 of 15"):  # in the first step after resuming
+        run(InPass(interrupt_then_wait, "backward"), tmp_path, arguments(save_every=5))
+    assert saved == [5]
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As in a job that a shell has started in the background."""
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(InPass(lambda: os.kill(os.getpid(), signal.SIGINT), "forward"), tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 class Deep(Regression):
