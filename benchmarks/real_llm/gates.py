@@ -73,12 +73,12 @@ def gates(
     ]
     rows = {"one passage": [(1.0,)] * len(questions), "equal": [(1 / count,) * count] * len(questions)}
     rows |= {f"{temperature:g}": GenPoEModel.gates(scores, temperature) for temperature in temperatures}
+    answers = [question.answers[0] for question in questions]
+    tokens = [len(model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers]
     columns = []
     for row in tqdm(rows.values(), desc="Scoring answers"):
         passages = [[entry.passage.string for entry in q.passages[: len(row[0])]] for q in questions]
-        answers = [question.answers[0] for question in questions]
         found = model.score([q.question for q in questions], answers, passages, row, batch_size=batch_size)
-        tokens = [len(model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers]
         columns.append(-np.array(found) / np.array(tokens))
     matrix = Paired(np.stack(columns, axis=1))
     click.echo(

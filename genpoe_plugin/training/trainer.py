@@ -216,7 +216,7 @@ class _Run:
                 if stop or progress.step == self.steps or progress.step % self.arguments.save_every == 0:
                     self._save(progress)
                 if stop and (progress.step < self.steps or self._unvalidated(progress)):
-                    raise KeyboardInterrupt(self._saved_message(progress))
+                    self._stop(progress)
         return progress
 
     def _due(self, step: int) -> bool:
@@ -228,9 +228,6 @@ class _Run:
         steps = [validation["step"] for validation in progress.validations]
         return bool(steps) and self._due(progress.step) and progress.step not in steps
 
-    def _saved_message(self, progress: Progress) -> str:
-        return f"saved at step {progress.step} of {self.steps} in {self.out}; rerun the same command to resume"
-
     def _stop(self, progress: Progress) -> NoReturn:
         """Save the last finished step after Ctrl-C."""
         if not progress.step:
@@ -238,7 +235,9 @@ class _Run:
         # Saving the same again could only lose it: a process that is killed meanwhile leaves no complete state.
         if self.saved != (progress.step, len(progress.validations)):
             self._save(progress)
-        raise KeyboardInterrupt(self._saved_message(progress))
+        raise KeyboardInterrupt(
+            f"saved at step {progress.step} of {self.steps} in {self.out}; rerun the same command to resume"
+        )
 
     def _step(self, step: int) -> tuple[float, bool]:
         """Run one optimizer step; return the mean loss of its batch, and whether any process should stop.
